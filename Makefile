@@ -1,0 +1,54 @@
+# make run    the whole path on this machine: environment, corpus, a comparison with intervals, a report
+# make test   environment and tests
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The CPU build. With an NVIDIA GPU: make run TORCH=torch==2.13.0
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test lint types clean
+
+run: $(VENV)/.ready
+	$(BIN)/thriftlab prepare
+	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light.yaml
+
+test: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.ready-dev .typecheck/thriftlab
+	$(BIN)/mypy -p thriftlab.data -p thriftlab.optim -p thriftlab.train -p thriftlab.launch
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "thriftlab needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+
+# torch first and by itself, from wherever pip looks; from PyTorch's own index where that has no CPU build.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "installing $(TORCH) into $(VENV) (the first time takes minutes) ..."
+	@$(PIP) "$(TORCH)" -c constraints.txt 2>/dev/null || $(PIP) "$(TORCH)" -c constraints.txt --extra-index-url $(TORCH_INDEX)
+	@touch $@
+
+$(VENV)/.ready: pyproject.toml $(VENV)/.torch
+	@echo "installing thriftlab into $(VENV) ..."
+	@$(PIP) -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@$(PIP) -e ".[dev]" -c constraints.txt
+	@touch $@
+
+# Type checkers do not see the mapping of an editable install; they see these links.
+.typecheck/thriftlab:
+	mkdir -p $@
+	for folder in kernels data optim train launch; do ln -sfn ../../$$folder $@/$$folder; done
+
+clean:
+	rm -rf .typecheck build *.egg-info .pytest_cache .mypy_cache .ruff_cache

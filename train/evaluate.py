@@ -1,0 +1,105 @@
+"""The ruler: held-out loss over fixed windows, every token counted once.
+
+Per source and over all: nats per token and bits per byte. Bytes are those that the predicted tokens spell, so the number
+compares across tokenizers. One surprise, and the reason for this file: the evaluators of GaLore, Fira and APOLLO start
+their batch counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a
+perplexity printed that way depends on the number of GPUs. Here sums are divided once, at the end.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thriftlab.data.shards import Dataset, Windows
+from thriftlab.train.backend import Backend
+from thriftlab.train.objective import split_windows
+from thriftlab.train.step import autocast, document_ids
+
+
+def evaluate(
+    backend: Backend,
+    dataset: Dataset,
+    sequence_length: int,
+    batch_size: int,
+    precision: str,
+    delimiter: int | None = None,
+    max_tokens: int | None = None,
+) -> dict:
+    """Held-out loss of the backend's model.
+
+    Args:
+        batch_size: rows of one forward; changes the speed and not the number.
+        delimiter: as in training, see `train_step`.
+        max_tokens: stop after this many tokens of each source, rounded up to whole windows; None: all.
+
+    Returns:
+        {"loss": nats per token, "bits_per_byte", "tokens", "bytes", "sources": {name: the same four}}.
+    """
+    backend.module.eval()
+    token_bytes = dataset.tokenizer.token_bytes
+    totals = {}
+    for source in dataset.sources:
+        windows = dataset.windows(source, "validation", sequence_length)
+        rows = count_rows(windows, max_tokens)
+        totals[source] = sum_losses(backend, windows, rows, token_bytes, batch_size, precision, delimiter)
+    backend.module.train()
+    sources = {name: means(total) for name, total in totals.items() if total[1] > 0}
+    return {**means(np.sum(list(totals.values()), axis=0)), "sources": sources}
+
+
+@torch.no_grad()
+def sum_losses(
+    backend: Backend,
+    windows: Windows,
+    rows: int,
+    token_bytes: np.ndarray,
+    batch_size: int,
+    precision: str,
+    delimiter: int | None,
+) -> np.ndarray:
+    """[nats, tokens, bytes] over the first `rows` windows, summed over ranks in float64.
+
+    Ranks take turns, and all make the same number of forwards: a rank without a turn left runs on nothing, since a sharded
+    model cannot be called by some ranks only.
+    """
+    length = torch.from_numpy(token_bytes).to(backend.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=backend.device)
+    for first in range(0, rows, batch_size * backend.world):
+        start = first + backend.rank * batch_size
+        tokens = windows_padded(windows, start, min(start + batch_size, rows)).to(backend.device)
+        inputs, targets = split_windows(tokens)
+        inputs = inputs.clamp(min=0)
+        with autocast(backend.device, precision):
+            losses = backend.module(inputs, targets, document_ids(inputs, delimiter))
+        predicted = targets >= 0
+        totals += torch.stack([losses.double().sum(), predicted.sum().double(), length[targets[predicted]].sum().double()])
+    return backend.sum(totals).cpu().numpy()
+
+
+def windows_padded(windows: Windows, start: int, stop: int) -> Tensor:
+    """Windows start .. stop as int64 [rows, seq + 1]; the partial last one, and an empty range, are filled with -1."""
+    whole = windows[np.arange(start, max(start, min(stop, len(windows))))].astype(np.int64)
+    padded = np.full((max(1, stop - start), windows.sequence_length + 1), -1, dtype=np.int64)
+    padded[: len(whole)] = whole
+    if stop > max(start, len(windows)):
+        tail = windows.tail()
+        padded[stop - start - 1, : len(tail)] = tail
+    return torch.from_numpy(padded)
+
+
+def count_rows(windows: Windows, max_tokens: int | None) -> int:
+    """Windows to evaluate, the partial last one included."""
+    rows = len(windows) + (windows.tail() is not None)
+    return rows if max_tokens is None else min(rows, math.ceil(max_tokens / windows.sequence_length))
+
+
+def means(total: np.ndarray) -> dict:
+    nats, tokens, n_bytes = (float(x) for x in total)
+    return {
+        "loss": nats / tokens if tokens else math.nan,
+        "bits_per_byte": nats / n_bytes / math.log(2) if n_bytes else math.nan,
+        "tokens": int(tokens),
+        "bytes": int(n_bytes),
+    }

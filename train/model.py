@@ -1,0 +1,215 @@
+"""GPT: a decoder-only transformer with RMSNorm, RoPE, SwiGLU and grouped-query attention (the LLaMA block, 2302.13971).
+
+Parameter names are public API: groups of an optimizer are chosen by them. The model builds on `meta`
+(`with torch.device("meta"): GPT(config)`) and is filled afterwards by `init_weights`, where every tensor is a function of
+(seed, its own name), so that two models with the same seed agree wherever they have a parameter in common.
+One surprise: positions are not reset at document borders. RoPE sees differences of positions only, so under the
+document mask the logits of a document are those of the document alone.
+"""
+
+import math
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
+from thriftlab.optim.base import keyed_generator
+
+# LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": dict(dim=128, layers=4, heads=4, hidden=352, tied=True),
+    "micro": dict(dim=256, layers=6, heads=4, kv_heads=2, hidden=704, tied=True, qk_norm=True),
+    "llama-60m": dict(dim=512, layers=8, heads=8, hidden=1376, vocab_size=32000),
+    "llama-130m": dict(dim=768, layers=12, heads=12, hidden=2048, vocab_size=32000),
+    "llama-350m": dict(dim=1024, layers=24, heads=16, hidden=2736, vocab_size=32000),
+    "llama-1b": dict(dim=2048, layers=24, heads=32, hidden=5461, vocab_size=32000),
+    "llama-7b": dict(dim=4096, layers=32, heads=32, hidden=11008, vocab_size=32000),
+}
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(BaseModel):
+    """Sizes of one GPT. A preset fills what is not given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str | None = Field("nano", description=f"sizes to start from: {', '.join(PRESETS)}; null: none")
+    dim: Count = Field(128, description="width of the residual stream")
+    layers: Count = Field(4, description="transformer blocks")
+    heads: Count = Field(4, description="query heads; they divide dim")
+    kv_heads: Count | None = Field(None, description="key and value heads; they divide heads; null: as many as heads")
+    hidden: Count = Field(352, description="width of the SwiGLU layer")
+    vocab_size: Count | None = Field(None, description="rows of the embedding; null: the tokenizer's")
+    rope_theta: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
+    tied: bool = Field(False, description="embedding and head share one tensor")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon inside RMSNorm")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset", "nano")
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
+        return {**(PRESETS[name] if name else {}), **values}
+
+    @model_validator(mode="after")
+    def heads_fit(self) -> "ModelConfig":
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim {self.dim} is not an even multiple of heads {self.heads}")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        return self
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last axis (1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, each [length, head_dim / 2] in fp32."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device).double() / head_dim)
+    angle = torch.outer(torch.arange(length, device=device).double(), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE (2104.09864): rotate the pairs (x[i], x[i + head_dim/2]) of x, [batch, head, seq, head_dim]."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (2305.13245)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        kv_heads, head_dim = c.kv_heads or c.heads, c.dim // c.heads
+        self.heads, self.kv_heads = c.heads, kv_heads
+        self.q = nn.Linear(c.dim, c.heads * head_dim, bias=False)
+        self.k = nn.Linear(c.dim, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(c.dim, kv_heads * head_dim, bias=False)
+        self.o = nn.Linear(c.heads * head_dim, c.dim, bias=False)
+        self.q_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        q = rearrange(self.q(x), "b s (h d) -> b h s d", h=self.heads)
+        k = rearrange(self.k(x), "b s (h d) -> b h s d", h=self.kv_heads)
+        v = rearrange(self.v(x), "b s (h d) -> b h s d", h=self.kv_heads)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o(rearrange(y, "b h s d -> b s (h d)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(c.dim, c.hidden, bias=False)
+        self.up = nn.Linear(c.dim, c.hidden, bias=False)
+        self.down = nn.Linear(c.hidden, c.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = Attention(c)
+        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """The model. `config.vocab_size` must be set."""
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set; take it from the tokenizer")
+        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Logits, or the loss of every token.
+
+        Args:
+            tokens: [batch, seq] int64.
+            targets: [batch, seq] int64, negative where nothing is predicted.
+            documents: [batch, seq] int64, constant within a document: tokens see their own document only.
+
+        Returns:
+            Without targets logits [batch, seq, vocab]; with them losses in nats, [batch, seq] fp32.
+        """
+        x = self.embed(tokens)  # [batch, seq, dim]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        rope = rotary(tokens.shape[1], self.config.dim // self.config.heads, self.config.rope_theta, x.device)
+        mask = None if documents is None else document_mask(documents)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask)
+        x = self.norm(x)
+        return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Norms 1; all else normal(0, init_std), the two projections back into the residual stream / sqrt(2 layers)."""
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0)
+                continue
+            into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+            std = self.config.init_std / (math.sqrt(2 * self.config.layers) if into_residual else 1.0)
+            draw = torch.randn(p.shape, generator=keyed_generator(seed, name, 0)) * std
+            p.copy_(draw)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs of one token, forward and backward, counted from the modules (2204.02311, appendix B).
+
+        Six per weight of every Linear (an embedding is a look-up) and twelve per attended position and channel. By that
+        paper's convention all `sequence_length` positions count, though the causal mask leaves half of them out.
+        """
+        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * linear + 12 * self.config.layers * self.config.dim * sequence_length
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """True where query may see key: same document and not later; [batch, 1, seq, seq]."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
