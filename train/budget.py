@@ -1,0 +1,152 @@
+"""What a run may spend, and how the learning rate follows what is spent.
+
+A schedule is a pure function of progress, the spent fraction of the budget, so the same schedule serves a budget of
+tokens, of FLOPs and of seconds. One surprise: the progress of a step is the middle of its share of the budget; neither
+the first step nor the last is wasted on a factor of zero.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from thriftlab.train.errors import ConfigError
+
+
+def exact_int(value: Any) -> Any:
+    """`1e9`, `"1e9"` and `1_000_000` as the integers they mean; anything else is left for the type to refuse."""
+    if not isinstance(value, str | float):
+        return value
+    try:
+        number = Decimal(value)
+        return int(number) if number == number.to_integral_value() else value
+    except (InvalidOperation, OverflowError, ValueError):  # not a number, infinity, nan
+        return value
+
+
+Whole = Annotated[int, BeforeValidator(exact_int)]
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Where a run ends: after `steps` optimizer steps or after `seconds` of training. The other one is None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """Spent fraction of the budget in [0, 1] at step 0, 1, ..., `elapsed` seconds of training after the start."""
+        spent = (step + 0.5) / self.steps if self.steps else elapsed / self.seconds
+        return min(spent, 1.0)
+
+    def over(self, step: int, elapsed: float) -> bool:
+        """Whether nothing is left for step `step`."""
+        return step >= self.steps if self.steps else elapsed >= self.seconds
+
+
+class Budget(BaseModel):
+    """What one run may spend: exactly one of tokens, FLOPs and seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    tokens: Whole | None = Field(None, ge=1, description="training tokens")
+    flops: float | None = Field(None, gt=0, description="floating point operations of training")
+    seconds: float | None = Field(None, gt=0, description="seconds of training, without evaluation")
+
+    @model_validator(mode="after")
+    def exactly_one(self) -> "Budget":
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            have = " and ".join(f"{kind}={amount:g}" for kind, amount in given.items()) or "none"
+            raise ValueError(f"exactly one of tokens, flops, seconds is needed, there is {have}; set others to null")
+        return self
+
+    def horizon(self, tokens_per_step: int, flops_per_token: int) -> Horizon:
+        """The steps that fit into the budget, never more than it. ConfigError if not one does."""
+        if self.seconds is not None:
+            return Horizon(seconds=self.seconds)
+        if self.tokens is not None:
+            kind, amount, per_step = "tokens", self.tokens, tokens_per_step
+        else:
+            kind, amount, per_step = "flops", int(self.flops), tokens_per_step * flops_per_token
+        if amount < per_step:
+            raise ConfigError(
+                f"budget.{kind} = {amount:g} is less than the {per_step:g} {kind} of one step; "
+                f"raise it or lower train.batch_size or data.sequence_length"
+            )
+        return Horizon(steps=amount // per_step)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {}
+
+
+def schedule(function: Callable[..., float]) -> Callable[..., float]:
+    """Register f(progress, **parameters) -> factor of the learning rate under its own name."""
+    SCHEDULES[function.__name__] = function
+    return function
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+AboveZero = Annotated[float, Field(gt=0, le=1)]
+
+
+def rise(progress: float, warmup: float) -> float:
+    return min(1.0, progress / warmup) if warmup else 1.0
+
+
+@schedule
+def constant(progress: float, warmup: BelowOne = 0.1) -> float:
+    """1 after the warm-up.
+
+    Args:
+        warmup: fraction of the budget in which the factor rises from 0 to 1
+    """
+    return rise(progress, warmup)
+
+
+@schedule
+def linear(progress: float, warmup: BelowOne = 0.1, final: Fraction = 0.0) -> float:
+    """A straight line from 1, where the warm-up ends, to `final`.
+
+    Args:
+        warmup: fraction of the budget in which the factor rises from 0 to 1
+        final: factor at the end of the budget
+    """
+    if progress < warmup:
+        return rise(progress, warmup)
+    fallen = (progress - warmup) / (1 - warmup)
+    return 1 + (final - 1) * fallen
+
+
+@schedule
+def cosine(progress: float, warmup: BelowOne = 0.1, final: Fraction = 0.1) -> float:
+    """Half a cosine from 1, where the warm-up ends, to `final` (1608.03983).
+
+    Args:
+        warmup: fraction of the budget in which the factor rises from 0 to 1
+        final: factor at the end of the budget
+    """
+    if progress < warmup:
+        return rise(progress, warmup)
+    fallen = (progress - warmup) / (1 - warmup)
+    return final + (1 - final) * (1 + math.cos(math.pi * fallen)) / 2
+
+
+@schedule
+def wsd(progress: float, warmup: BelowOne = 0.1, decay: AboveZero = 0.2, final: Fraction = 0.0) -> float:
+    """Warm-up, stable, decay (2404.06395): 1 in the middle, at the end a straight line to `final`.
+
+    Args:
+        warmup: fraction of the budget in which the factor rises from 0 to 1
+        decay: last fraction of the budget, in which the factor falls to `final`
+        final: factor at the end of the budget
+    """
+    if warmup + decay > 1:
+        raise ValueError(f"warmup {warmup} and decay {decay} overlap; lower one until their sum is at most 1")
+    if progress <= 1 - decay:
+        return rise(progress, warmup)
+    return final + (1 - final) * (1 - progress) / decay

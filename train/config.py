@@ -1,0 +1,230 @@
+"""RunConfig: one run, completely. A frozen tree of pydantic models; unknown keys are errors.
+
+What can be chosen by name (methods, schedules) is declared where it is written; its section here is looked up in the
+registry when a value arrives, so that a plugin's method has its place like any other.
+One surprise: validating a RunConfig runs the files named in `plugins`, because what they register may be asked for.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic_core import PydanticCustomError
+
+from thriftlab.optim import METHODS
+from thriftlab.optim.hyper import model_of
+from thriftlab.train.backend import BACKENDS
+from thriftlab.train.budget import SCHEDULES, Budget, Whole
+from thriftlab.train.errors import ConfigError
+from thriftlab.train.model import ModelConfig
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Choice(Section):
+    """A section whose `name` picks an entry of a registry and whose further keys are that entry's hyper-parameters."""
+
+    name: str
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the chosen thing takes, without what every choice of this kind has."""
+        kind = type(self)
+        return {key: getattr(self, key) for key in kind.model_fields if key not in kind.__base__.model_fields}
+
+
+class Registry:
+    """Annotates a Choice: values are validated by the model of the entry that they name.
+
+    Args:
+        entries: name -> factory, read at every validation.
+        base: the keys that all entries share.
+        default: the entry of a value that names none.
+    """
+
+    def __init__(self, entries: Mapping[str, Callable], base: type[Choice], default: str):
+        self.entries, self.base, self.default = entries, base, default
+
+    def model(self, name: str) -> type[Choice]:
+        return config_model(self.entries[name], name, self.base)
+
+    def validate(self, value: Any) -> Choice:
+        if isinstance(value, Choice):
+            value = value.model_dump()
+        if not isinstance(value, dict):
+            raise PydanticCustomError("model_type", "is a section")
+        name = value.get("name", self.default)
+        if name not in self.entries:
+            raise PydanticCustomError("unknown_name", "unknown name", {"name": name, "known": list(self.entries)})
+        return self.model(name).model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> Any:
+        return handler.generate_schema(SerializeAsAny[Annotated[self.base, BeforeValidator(self.validate)]])
+
+
+class OptimConfig(Choice):
+    include: tuple[str, ...] = Field(
+        (r"\.(attn|mlp)\.",), description="regular expressions: matrices with a matching name are split by the method"
+    )
+    exclude: tuple[str, ...] = Field((), description="regular expressions: names that are not split though included")
+
+
+class ScheduleConfig(Choice):
+    @model_validator(mode="after")
+    def is_possible(self) -> "ScheduleConfig":
+        SCHEDULES[self.name](1.0, **self.hyperparameters())
+        return self
+
+
+OPTIM = Registry(METHODS, OptimConfig, "adamw")
+SCHEDULE = Registry(SCHEDULES, ScheduleConfig, "cosine")
+
+
+class SourceConfig(Section):
+    weight: float | None = Field(None, gt=0, description="share of the batch, relative to the other weights")
+    epochs: float | None = Field(None, gt=0, description="passes over the source within the budget")
+
+    @model_validator(mode="after")
+    def exactly_one(self) -> "SourceConfig":
+        if (self.weight is None) == (self.epochs is None):
+            raise ValueError("a source takes exactly one of weight and epochs")
+        return self
+
+
+class DataConfig(Section):
+    path: str = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
+    sequence_length: Count = Field(256, description="tokens of one window")
+    sources: dict[str, SourceConfig] = Field(
+        {}, description="mixture, data.sources.NAME.weight or .epochs; empty: all sources in proportion to their size"
+    )
+    document_mask: bool = Field(False, description="tokens attend within their own document only")
+    verify: bool = Field(True, description="check the sha256 of every shard before training")
+
+
+class TrainConfig(Section):
+    batch_size: Count = Field(32, description="windows of one optimizer step, over all ranks")
+    micro_batch_size: Count | None = Field(
+        None, description="windows of one forward on one rank; null: all that fall to the rank"
+    )
+    clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")
+    activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
+    compile: bool = Field(False, description="torch.compile the model")
+    max_skipped_steps: Count = Field(
+        10, description="stop after this many steps in a row whose loss or gradient is not finite"
+    )
+    threads: Count | None = Field(None, description="torch threads of one process; null: torch's choice")
+    deterministic: bool = Field(False, description="deterministic kernels only, where torch has them")
+
+    def rows_per_rank(self, world: int) -> int:
+        """Windows of one step on one of `world` ranks. ConfigError where they do not divide."""
+        rows, rest = divmod(self.batch_size, world)
+        if rest:
+            raise ConfigError(f"train.batch_size = {self.batch_size} is not a multiple of the {world} ranks; change it")
+        return rows
+
+
+class BackendConfig(Section):
+    name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
+        "auto", description="how ranks work together; auto: ddp under torchrun, else single"
+    )
+
+
+class EvalConfig(Section):
+    every: Steps = Field(0, description="steps between evaluations; 0: only at the end")
+    batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
+    tokens: Whole | None = Field(None, ge=1, description="held-out tokens of each source; null: all")
+
+
+class CheckpointConfig(Section):
+    every: Steps = Field(0, description="steps between checkpoints; 0: only when the run stops")
+    keep: Count = Field(2, description="newest checkpoints that stay on disk")
+    background: bool = Field(True, description="write while training goes on")
+
+
+class LogConfig(Section):
+    every: Count = Field(10, description="steps between lines in metrics.jsonl")
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="mirror the metrics in wandb")
+    project: str = Field("thriftlab", description="wandb project")
+    group: str | None = Field(None, description="wandb group; null: none")
+    tensorboard: bool = Field(False, description="mirror the metrics in OUT/tensorboard")
+    progress: bool = Field(True, description="show a progress bar")
+
+
+def load_plugin(path: str) -> str:
+    """Run a Python file once; what it registers can be chosen from then on."""
+    name = f"thriftlab_plugin_{plugin_sha256(path)[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise PydanticCustomError("plugin", "is not a Python file (.py)")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise PydanticCustomError("plugin", "{error}", {"error": f"{type(error).__name__}: {error}"}) from error
+    return path
+
+
+def plugin_sha256(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise PydanticCustomError("plugin", "{error}", {"error": error.strerror or str(error)}) from None
+
+
+class RunConfig(Section):
+    """One training run. Every value has a default: `RunConfig()` trains a small model on the embedded corpus."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the order of the data and the methods")
+    out: str = Field("runs/run", min_length=1, description="folder of the run")
+    plugins: tuple[Annotated[str, AfterValidator(load_plugin)], ...] = Field(
+        (), description="Python files that are run first and may register methods and schedules"
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: Annotated[OptimConfig, OPTIM] = Field({"name": OPTIM.default}, validate_default=True)
+    schedule: Annotated[ScheduleConfig, SCHEDULE] = Field({"name": SCHEDULE.default}, validate_default=True)
+    budget: Budget = Budget(tokens=1_000_000)
+    train: TrainConfig = TrainConfig()
+    backend: BackendConfig = BackendConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+# What a run is called, where it lies, how it is watched and how fast it is; not what comes out of it.
+PLUMBING = (
+    "out", "plugins", "data.path", "data.verify", "backend", "checkpoint", "log", "eval.batch_size",
+    "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.threads",
+    "train.deterministic", "train.max_skipped_steps",
+)  # fmt: skip
+SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.threads",
+         "train.deterministic")  # fmt: skip
+
+
+def fingerprint(config: RunConfig, data_fingerprint: str) -> str:
+    """sha256 of everything that determines the result of a run, up to the order in which floating-point sums are taken.
+
+    The data count by their own fingerprint and plugins by their content, not by where they lie. Under a budget of
+    seconds the speed is part of the result, so what changes only the speed counts as well.
+    """
+    counted = SPEED if config.budget.seconds is not None else ()
+    tree = config.model_dump(mode="json")
+    for key in set(PLUMBING) - set(counted):
+        *sections, leaf = key.split(".")
+        del functools.reduce(dict.__getitem__, sections, tree)[leaf]
+    tree |= {"data_fingerprint": data_fingerprint, "plugin_sha256": [plugin_sha256(path) for path in config.plugins]}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
