@@ -1,0 +1,78 @@
+"""Files that survive a crash and betray a flipped bit: durable writing, atomic replacement, sealed JSON.
+
+A sealed JSON file carries the sha256 of its own canonical text. It is whole only if it equals, byte by byte, what
+sealing its parsed content gives; so white space and the digest itself are protected as well as the values.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a directory's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_atomically(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a crash leaves either the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically write readable JSON; nan and inf become null."""
+    replace_atomically(Path(path), (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """The same tree with nan and inf as None, which JSON can say."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(value: dict[str, Any]) -> bytes:
+    """Readable JSON of `value` with its own sha256 as the last key."""
+    digest = hashlib.sha256(json.dumps(value, allow_nan=False).encode()).hexdigest()
+    return (json.dumps({**value, "sha256": digest}, indent=2, allow_nan=False) + "\n").encode()
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """The value that was sealed. Raises ValueError if a single bit differs from what `seal` wrote."""
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    value.pop("sha256", None)
+    if seal(value) != content:
+        raise ValueError("its content does not match its sha256")
+    return value
