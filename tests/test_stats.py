@@ -102,8 +102,6 @@ def test_seeds_to_resolve_at_the_ends():
 def test_pareto_front_is_what_nothing_beats(points):
     front = pareto_front(points)
     for i, (loss, size) in enumerate(points):
-        worse = any(
-            (a <= loss and b <= size) and (a < loss or b < size) for j, (a, b) in enumerate(points) if j != i
-        )
+        worse = any((a <= loss and b <= size) and (a < loss or b < size) for j, (a, b) in enumerate(points) if j != i)
         assert (i in front) == (not worse)
     assert [points[i] for i in front] == sorted(points[i] for i in front)
