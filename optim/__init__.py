@@ -1,0 +1,20 @@
+"""Update rules: ordinary `torch.optim.Optimizer`s, usable in anyone's loop. Adding a method is adding a file."""
+
+import importlib
+import pkgutil
+
+from thriftlab.optim.base import METHODS, Method, predicted_state_bytes, state_bytes
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+_classes = {cls.__name__: cls for cls in METHODS.values()}  # AdamW, Frugal, SignSGD ...
+
+
+def __getattr__(name: str) -> type[Method]:
+    if name in _classes:
+        return _classes[name]
+    raise AttributeError(f"thriftlab.optim has no {name!r}; its methods are {sorted(_classes)}")
+
+
+__all__ = ["METHODS", "Method", "predicted_state_bytes", "state_bytes", *_classes]  # noqa: PLE0604

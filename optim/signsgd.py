@@ -1,0 +1,45 @@
+"""signSGD (1802.04434): the direction of every coordinate, and no memory at all.
+
+    W <- (1 - lr wd) W - lr sign(G)
+
+One surprise: a zero gradient does not move its weight; sign(0) = 0.
+"""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thriftlab.optim.base import Method, Spec, State
+from thriftlab.optim.hyper import Search
+from thriftlab.optim.moments import add_scaled
+
+
+class SignSGD(Method, name="signsgd"):
+    """signSGD on every tensor.
+
+    Args:
+        lr: the learning rate: how far each coordinate moves in a step.
+        weight_decay: decoupled decay per step, times lr.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: Annotated[float | Tensor, Field(ge=0), Search(1e-5, 1e-2)] = 5e-4,
+        weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
+        *,
+        maximize: bool = False,
+    ):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, maximize=maximize)
+
+    def update(
+        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            add_scaled(weight, grad.sign(), -group["lr"])
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        return {}
