@@ -25,12 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thriftlab.train.files import seal, sha256, sync, unseal, write_synced
+from thriftlab.train.optim_state import CheckpointError, pack_optimizer, unpack_optimizer
+
+__all__ = ["Checkpoint", "CheckpointError", "Writer", "fault", "latest", "load", "pack_optimizer", "unpack_optimizer"]
 
 Tensors = dict[str, dict[str, Tensor]]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read or applied; the message says which, why, and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.train.checkpoint import CheckpointError
+from thriftlab.train.errors import UserError
 
 IDENTITY = ("params", "names", "param_names")  # of a group: what says which parameters it has
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, read or applied; the message says which, why, and what to do."""
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
