@@ -1,0 +1,128 @@
+"""The manifest of a prepared folder, and the proof that the folder is still what it says.
+
+manifest.json names every file with its sha256; manifest.sha256 holds its own (`sha256sum -c manifest.sha256` reads it).
+A flipped byte, a missing or a truncated file is an error at opening. The surprise: hashes are remembered only for files
+that have rested a while, because a file written twice within one clock tick keeps its time stamp (git's "racy" case).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thriftlab.data.tokens import DataError
+
+FORMAT = 1
+REMEDY = "run `thriftlab prepare` again"
+VERIFIED = ".verified.json"
+SETTLED = 2.0  # seconds
+
+Manifest = dict[str, Any]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> str:
+    """Write manifest.json and its hash, last of all files; returns the fingerprint.
+
+    "format" is added. Whatever may differ between two equal preparations (dates, paths, timings, versions) belongs
+    under the key "made", the only one that the fingerprint leaves out.
+    """
+    text = json.dumps({"format": FORMAT} | manifest, indent=1, ensure_ascii=False) + "\n"
+    (folder / "manifest.json").write_bytes(text.encode())
+    (folder / "manifest.sha256").write_text(_checksum_line(folder / "manifest.json"))
+    return fingerprint({"format": FORMAT} | manifest)
+
+
+def _checksum_line(path: Path) -> str:
+    return f"{file_sha256(path)}  {path.name}\n"  # `sha256sum -c` reads it
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """sha256 of the canonical JSON of the manifest without "made"."""
+    content = {key: value for key, value in manifest.items() if key != "made"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The verified manifest of a prepared folder."""
+    path, checksum = folder / "manifest.json", folder / "manifest.sha256"
+    for file in (path, checksum):
+        if not file.is_file():
+            raise DataError(f"{file}: missing, so this is no prepared data set; run `thriftlab prepare`")
+    if checksum.read_bytes() != _checksum_line(path).encode():
+        raise DataError(f"{path}: does not match its hash in {checksum}: one of the two was changed; {REMEDY}")
+    manifest = json.loads(path.read_bytes())
+    if manifest["format"] != FORMAT:
+        raise DataError(f"{path}: format {manifest['format']}, and this version reads {FORMAT}; {REMEDY}")
+    return manifest
+
+
+def _expected(manifest: Manifest) -> dict[str, tuple[str, int | None]]:
+    """File -> (sha256, size in bytes where the manifest implies it)."""
+    width = np.dtype(manifest["dtype"]).itemsize
+    files: dict[str, tuple[str, int | None]] = {}
+    if file := manifest["tokenizer"].get("file"):
+        files[file] = (manifest["tokenizer"]["sha256"], None)
+    for source in manifest["sources"].values():
+        for shard in (*source["train"]["shards"], *source["validation"]["shards"]):
+            files[shard["file"]] = (shard["sha256"], shard["tokens"] * width)
+            files[shard["ends_file"]] = (shard["ends_sha256"], None)
+    return files
+
+
+def verify_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
+    """Refuse a missing, truncated or changed file; with hashes=False by presence and size alone.
+
+    A file that was hashed before, under this very manifest, is hashed again only if its size or time stamps moved.
+    """
+    expected = _expected(manifest)
+    for name, (_, size) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing; {REMEDY}")
+        if size is not None and path.stat().st_size != size:
+            raise DataError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}; {REMEDY}")
+    if not hashes:
+        return
+    stamps = {name: _stamp(folder / name) for name in expected}
+    known = _read_verified(folder)
+    unknown = [name for name in expected if known.get(name) != stamps[name]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(file_sha256, [folder / name for name in unknown])
+        for name, digest in zip(unknown, digests, strict=True):
+            if digest != expected[name][0]:
+                raise DataError(f"{folder / name}: changed since it was prepared (sha256 differs); {REMEDY}")
+    if unknown:
+        _write_verified(folder, stamps)
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _read_verified(folder: Path) -> dict[str, list[int]]:
+    try:
+        cache = json.loads((folder / VERIFIED).read_bytes())
+        return cache["files"] if cache["manifest"] == file_sha256(folder / "manifest.json") else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # absent or damaged: everything is hashed again
+
+
+def _write_verified(folder: Path, stamps: dict[str, list[int]]) -> None:
+    settled = {name: stamp for name, stamp in stamps.items() if time.time() - max(stamp[1:]) * 1e-9 > SETTLED}
+    text = json.dumps({"manifest": file_sha256(folder / "manifest.json"), "files": settled})
+    temporary = folder / f"{VERIFIED}.{os.getpid()}"
+    with contextlib.suppress(OSError):  # a read-only folder is hashed at every opening
+        temporary.write_text(text)
+        temporary.replace(folder / VERIFIED)
