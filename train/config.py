@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,14 +74,29 @@ class Registry:
         return handler.generate_schema(SerializeAsAny[Annotated[self.base, BeforeValidator(self.validate)]])
 
 
+def regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{error}, in a regular expression") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(regular_expression)]
+
+
 class OptimConfig(Choice):
-    include: tuple[str, ...] = Field(
+    """The method, and the parameters that it treats as matrices."""
+
+    include: tuple[Pattern, ...] = Field(
         (r"\.(attn|mlp)\.",), description="regular expressions: matrices with a matching name are split by the method"
     )
-    exclude: tuple[str, ...] = Field((), description="regular expressions: names that are not split though included")
+    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are not split though included")
 
 
 class ScheduleConfig(Choice):
+    """The factor of the learning rate over the budget."""
+
     @model_validator(mode="after")
     def is_possible(self) -> "ScheduleConfig":
         SCHEDULES[self.name](1.0, **self.hyperparameters())
@@ -92,6 +108,8 @@ SCHEDULE = Registry(SCHEDULES, ScheduleConfig, "cosine")
 
 
 class SourceConfig(Section):
+    """How much of one source is seen."""
+
     weight: float | None = Field(None, gt=0, description="share of the batch, relative to the other weights")
     epochs: float | None = Field(None, gt=0, description="passes over the source within the budget")
 
@@ -103,6 +121,8 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
+    """What is read, and how it is cut into windows."""
+
     path: str = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
     sequence_length: Count = Field(256, description="tokens of one window")
     sources: dict[str, SourceConfig] = Field(
@@ -113,6 +133,8 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
+    """One optimizer step."""
+
     batch_size: Count = Field(32, description="windows of one optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
         None, description="windows of one forward on one rank; null: all that fall to the rank"
@@ -136,24 +158,32 @@ class TrainConfig(Section):
 
 
 class BackendConfig(Section):
+    """Who works together."""
+
     name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
         "auto", description="how ranks work together; auto: ddp under torchrun, else single"
     )
 
 
 class EvalConfig(Section):
+    """The ruler: held-out loss."""
+
     every: Steps = Field(0, description="steps between evaluations; 0: only at the end")
     batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
     tokens: Whole | None = Field(None, ge=1, description="held-out tokens of each source; null: all")
 
 
 class CheckpointConfig(Section):
+    """What is kept to resume from."""
+
     every: Steps = Field(0, description="steps between checkpoints; 0: only when the run stops")
     keep: Count = Field(2, description="newest checkpoints that stay on disk")
     background: bool = Field(True, description="write while training goes on")
 
 
 class LogConfig(Section):
+    """Where numbers go."""
+
     every: Count = Field(10, description="steps between lines in metrics.jsonl")
     wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="mirror the metrics in wandb")
     project: str = Field("thriftlab", description="wandb project")

@@ -1,0 +1,139 @@
+"""Files and command line -> one validated model, or one line for every mistake.
+
+    load(RunConfig, ["--config", "base.yaml", "optim.name=frugal", "--optim.gap=50", "--train.clip", "None"])
+
+Later wins: file after file, then the command line. One surprise: this is not pydantic-settings. That one
+builds its arguments before a plugin could register a method, knows neither `data.sources.web.weight=2` nor the Python
+text of dicts and tuples that a wandb agent writes, and forgets which source a bad value came from.
+"""
+
+import ast
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from thriftlab.train.errors import ConfigError
+from thriftlab.train.mistakes import explain, sources
+
+Model = TypeVar("Model", bound=BaseModel)
+COMMAND_LINE = "command line"
+PARSERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
+
+
+class Settings:
+    """A tree of values as they were given, and where each leaf came from."""
+
+    def __init__(self) -> None:
+        self.tree: dict[str, Any] = {}
+        self.origin: dict[tuple[str, ...], str] = {}
+
+    def put(self, path: tuple[str, ...], value: Any, source: str) -> None:
+        """Set a leaf, or all leaves of a dict, over what is there.
+
+        True and False become text: a field of type bool reads it, and no number takes it for 1 or 0.
+        """
+        if isinstance(value, dict) and value:
+            for key, part in value.items():
+                self.put((*path, str(key)), part, source)
+            return
+        tree = self.tree
+        for depth, key in enumerate(path[:-1], 1):
+            if not isinstance(tree.setdefault(key, {}), dict):
+                where = sources(self.origin, path[:depth])
+                raise ConfigError(f"{where}: {key} = {tree[key]!r}, but {source}: {'.'.join(path)}; use one of the two")
+            tree = tree[key]
+        if value == {} and isinstance(tree.get(path[-1]), dict):
+            return
+        self.origin = {leaf: where for leaf, where in self.origin.items() if leaf[: len(path)] != path}
+        self.origin[path] = source
+        tree[path[-1]] = str(value).lower() if isinstance(value, bool) else value
+
+    def take(self, key: str) -> Any:
+        """Remove a top-level key and return its value; None where it was not set."""
+        self.origin = {leaf: source for leaf, source in self.origin.items() if leaf[0] != key}
+        return self.tree.pop(key, None)
+
+
+def load(model: type[Model], argv: Sequence[str]) -> Model:
+    """The model that files and command line describe. ConfigError with one line for every mistake."""
+    return build(model, read(argv))
+
+
+def build(model: type[Model], settings: Settings) -> Model:
+    try:
+        return model.model_validate(settings.tree)
+    except ValidationError as error:
+        lines = [explain(model, settings.tree, settings.origin, details) for details in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def read(argv: Sequence[str]) -> Settings:
+    """`--config FILE` any number of times, `--plugin FILE` too; `key=value`, `--key=value`, `--key value`."""
+    pairs = list(split(argv))
+    settings = Settings()
+    for key, file in pairs:
+        if key == "config":
+            for name, value in read_file(file).items():
+                settings.put(tuple(str(name).split(".")), value, file)
+    plugins = [value for key, value in pairs if key == "plugin"]
+    if plugins:
+        settings.put(("plugins",), [*settings.tree.get("plugins", []), *plugins], COMMAND_LINE)
+    for key, value in pairs:
+        if key not in ("config", "plugin"):
+            settings.put(tuple(key.split(".")), parse(key, value), COMMAND_LINE)
+    return settings
+
+
+def split(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Arguments as (key, text)."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        key, has_value, value = word.removeprefix("--").partition("=")
+        if not has_value and word.startswith("--") and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not has_value:
+            raise ConfigError(f"{COMMAND_LINE}: {word!r} has no value; write {key}=VALUE")
+        yield key, value
+
+
+def parse(key: str, value: str) -> Any:
+    """Text as the value that it spells in YAML, JSON or Python. Numbers stay text: the field knows its type."""
+    if value[:1] not in tuple("[{("):
+        return None if value in ("None", "none", "null") else value
+    try:
+        return constants(ast.literal_eval(value) if value[0] == "(" else yaml.safe_load(value))
+    except (ValueError, SyntaxError, yaml.YAMLError):
+        raise ConfigError(f"{COMMAND_LINE}: {key} = {value!r} is not a list; brackets do not close or fit") from None
+
+
+def constants(value: Any) -> Any:
+    """Python's None inside lists and dicts, which YAML takes for text."""
+    if isinstance(value, dict):
+        return {key: constants(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [constants(part) for part in value]
+    return None if value == "None" else value
+
+
+def read_file(file: str) -> dict[Any, Any]:
+    path = Path(file)
+    if path.suffix not in PARSERS:
+        raise ConfigError(f"{file}: a configuration file ends in {', '.join(PARSERS)}")
+    try:
+        content = PARSERS[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{file}{line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # JSON, TOML and UTF-8 say the place in their message
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{file}: keys and values are expected, not {content!r:.40}")
+    return content or {}
