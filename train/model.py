@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
+from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.optim.base import keyed_generator
 
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
@@ -72,7 +73,7 @@ class ModelConfig(BaseModel):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last axis (1910.07467)."""
+    """The scale and epsilon of one `rms_norm`."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -80,21 +81,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def rotary(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, each [length, head_dim / 2] in fp32."""
+def rotary(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Unit complex numbers exp(i * position * frequency), complex64 [length, 1, head_dim / 2]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device).double() / head_dim)
     angle = torch.outer(torch.arange(length, device=device).double(), frequency)
-    return angle.cos().float(), angle.sin().float()
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None]
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE (2104.09864): rotate the pairs (x[i], x[i + head_dim/2]) of x, [batch, head, seq, head_dim]."""
-    cos, sin = (t.to(x.dtype) for t in rope)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """RoPE (2104.09864): rotate the pairs (x[2i], x[2i + 1]) of x, [batch, seq, head, head_dim].
+
+    A pair is a complex number and a rotation one complex product, on a CPU several times faster than sines and cosines.
+    """
+    pairs = torch.view_as_complex((x if x.dtype == torch.float64 else x.float()).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -111,11 +114,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        q = rearrange(self.q(x), "b s (h d) -> b h s d", h=self.heads)
-        k = rearrange(self.k(x), "b s (h d) -> b h s d", h=self.kv_heads)
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        q = rearrange(self.q(x), "b s (h d) -> b s h d", h=self.heads)
+        k = rearrange(self.k(x), "b s (h d) -> b s h d", h=self.kv_heads)
         v = rearrange(self.v(x), "b s (h d) -> b h s d", h=self.kv_heads)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        q = rearrange(rotate(self.q_norm(q), rope), "b s h d -> b h s d")
+        k = rearrange(rotate(self.k_norm(k), rope), "b s h d -> b h s d")
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
@@ -143,7 +147,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rope, mask)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -175,8 +179,6 @@ class GPT(nn.Module):
             Without targets logits [batch, seq, vocab]; with them losses in nats, [batch, seq] fp32.
         """
         x = self.embed(tokens)  # [batch, seq, dim]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         rope = rotary(tokens.shape[1], self.config.dim // self.config.heads, self.config.rope_theta, x.device)
         mask = None if documents is None else document_mask(documents)
         for layer in self.layers:

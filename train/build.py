@@ -1,0 +1,113 @@
+"""From a configuration to the parts of a run: data, model, optimizer, backend, horizon.
+
+The one place where the names in a configuration become things. It looks them up and names none itself.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from thriftlab.data.mixture import Plan, Source, plan
+from thriftlab.data.shards import Dataset, open_dataset
+from thriftlab.optim import METHODS, split_groups
+from thriftlab.train.backend import Backend
+from thriftlab.train.budget import SCHEDULES, Horizon
+from thriftlab.train.config import RunConfig, fingerprint
+from thriftlab.train.errors import UserError
+from thriftlab.train.model import GPT
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one run, built. `fingerprint` identifies its result."""
+
+    config: RunConfig
+    backend: Backend
+    dataset: Dataset
+    plan: Plan
+    model: GPT
+    optimizer: Optimizer
+    schedule: Callable[[float], float]
+    horizon: Horizon
+    fingerprint: str
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def delimiter(self) -> int | None:
+        """What opens a document, where documents are masked."""
+        return self.dataset.tokenizer.delimiter if self.config.data.document_mask else None
+
+    @property
+    def flops_per_token(self) -> int:
+        return self.model.flops_per_token(self.config.data.sequence_length)
+
+    @property
+    def chief(self) -> bool:
+        """Whether this rank speaks for the run: prints, writes, saves."""
+        return self.backend.rank == 0
+
+
+def build(config: RunConfig, backend: Backend) -> Run:
+    """All parts of a run before its first step, the same on every rank. UserError for what cannot be built."""
+    config.train.rows_per_rank(backend.world)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    dataset = open_dataset(config.data.path, verify=config.data.verify)
+    model = make_model(config, dataset, backend.device)
+    optimizer = make_optimizer(config, model)
+    backend.prepare(model, optimizer, config.train.compile)
+    tokens_per_step = config.train.batch_size * config.data.sequence_length
+    horizon = config.budget.horizon(tokens_per_step, model.flops_per_token(config.data.sequence_length))
+    return Run(
+        config,
+        backend,
+        dataset,
+        make_plan(config, dataset, horizon.steps),
+        model,
+        optimizer,
+        functools.partial(SCHEDULES[config.schedule.name], **config.schedule.hyperparameters()),
+        horizon,
+        fingerprint(config, dataset.fingerprint),
+    )
+
+
+def make_model(config: RunConfig, dataset: Dataset, device: torch.device) -> GPT:
+    """The model on `device`, its weights a function of the seed."""
+    vocab_size = config.model.vocab_size or dataset.tokenizer.vocab_size
+    if vocab_size < dataset.tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {vocab_size} is less than the {dataset.tokenizer.vocab_size} tokens of "
+            f"{config.data.path}; raise it or leave it out"
+        )
+    with torch.device("meta"):
+        model = GPT(
+            config.model.model_copy(update={"vocab_size": vocab_size}), config.train.activation_checkpointing
+        )
+    model.to_empty(device=device)
+    model.init_weights(config.seed)
+    return model
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+    """The method that the configuration names, over groups chosen by parameter names."""
+    method = METHODS[config.optim.name]
+    groups = split_groups(model, include=list(config.optim.include), exclude=list(config.optim.exclude))
+    seed = {"seed": config.seed} if "seed" in inspect.signature(method).parameters else {}
+    return method(groups, **config.optim.hyperparameters(), **seed)
+
+
+def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
+    """The order of the data. `steps` is None under a budget of seconds."""
+    data, batch_size = config.data, config.train.batch_size
+    sources = [Source(name, **source.model_dump()) for name, source in data.sources.items()] or None
+    return plan(dataset, data.sequence_length, batch_size, config.seed, sources, steps)

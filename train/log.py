@@ -1,0 +1,90 @@
+"""Where the numbers of a run go while it trains: metrics.jsonl always, a progress bar, and the mirrors that were asked for.
+
+Only the first rank writes. One surprise: the logged loss is the mean over the whole global batch of that step, not that of
+the last micro-batch of the first rank.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from thriftlab.train import record
+from thriftlab.train.build import Run
+from thriftlab.train.progress import Progress
+from thriftlab.train.step import StepResult
+from thriftlab.train.tracking import tracker
+
+
+@dataclass
+class Counters:
+    """What a run has spent and seen; travels in its checkpoints."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # in training steps; evaluation and saving are not charged
+    timed_tokens: int = 0
+    timed_seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss: float = float("nan")
+
+    def add(self, result: StepResult, seconds: float, timed: bool) -> None:
+        self.step += 1
+        self.tokens += result.tokens
+        self.seconds += seconds
+        self.timed_tokens += result.tokens * timed
+        self.timed_seconds += seconds * timed
+        self.skipped += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        self.loss = result.loss
+
+    def tokens_per_second(self) -> float | None:
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else None
+
+    state = asdict
+
+
+class Log:
+    """Numbers of one run, from the step of `counters` on."""
+
+    def __init__(self, run: Run, counters: Counters):
+        self.run, self.counters = run, counters
+        if not run.chief:
+            return
+        log, config = run.config.log, run.config.model_dump(mode="json")
+        run.out.mkdir(parents=True, exist_ok=True)
+        record.write_json(run.out / "config.json", config)
+        self.metrics = record.MetricsWriter(run.out / "metrics.jsonl", counters.step)
+        self.mirrors = tracker(log, run.out, run.out.name, config, run.fingerprint[:16])
+        total = run.horizon.steps and run.horizon.steps * run.config.train.batch_size * run.config.data.sequence_length
+        self.bar = Progress(total, counters.tokens, run.out.name, log.progress)
+
+    def step(self, result: StepResult, lr: float, seconds: float) -> None:
+        if not self.run.chief:
+            return
+        self.bar.update(self.counters.tokens, result.loss)
+        if self.counters.step % self.run.config.log.every == 0:
+            self.write(
+                {
+                    "loss": result.loss,
+                    "lr": lr,
+                    "grad_norm": result.grad_norm,
+                    "tokens_per_second": result.tokens / seconds,
+                    "skipped": self.counters.skipped,
+                }
+            )
+
+    def evaluation(self, results: dict[str, Any]) -> None:
+        if self.run.chief:
+            self.write({"eval": results})
+
+    def write(self, values: dict[str, Any]) -> None:
+        counters = self.counters
+        line = {"step": counters.step, "tokens": counters.tokens, "seconds": counters.seconds, **values}
+        self.metrics.write(line)
+        self.mirrors.log(line, counters.tokens)
+
+    def close(self) -> None:
+        if self.run.chief:
+            self.bar.close()
+            self.metrics.close()
+            self.mirrors.finish()
