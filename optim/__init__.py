@@ -4,6 +4,8 @@ import importlib
 import pkgutil
 
 from thriftlab.optim.base import METHODS, Method, predicted_state_bytes, state_bytes
+from thriftlab.optim.split import SplitOptimizer, split_groups
+from thriftlab.optim.subspace import Subspace
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -17,4 +19,6 @@ def __getattr__(name: str) -> type[Method]:
     raise AttributeError(f"thriftlab.optim has no {name!r}; its methods are {sorted(_classes)}")
 
 
-__all__ = ["METHODS", "Method", "predicted_state_bytes", "state_bytes", *_classes]  # noqa: PLE0604
+__all__ = [  # noqa: PLE0604
+    "METHODS", "Method", "SplitOptimizer", "Subspace", "predicted_state_bytes", "split_groups", "state_bytes", *_classes
+]  # fmt: skip

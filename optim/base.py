@@ -67,7 +67,7 @@ class Method(torch.optim.Optimizer):
         for group in self.param_groups:
             due = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
             names, weights = [name for name, _ in due], [p for _, p in due]
-            grads = [-p.grad if group["maximize"] else p.grad for p in weights]
+            grads = [gradient(p, group["maximize"]) for p in weights]
             self.update(names, weights, grads, [self.state[p] for p in weights], group)
         return loss
 
@@ -99,6 +99,14 @@ class Method(torch.optim.Optimizer):
             for p, index in zip(group["params"], saved["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
                     self.state[p][key] = _restored(value, p)
+
+
+def gradient(p: Tensor, maximize: bool) -> Tensor:
+    """What to descend along, in the memory layout of the parameter."""
+    if p.grad.is_sparse:
+        raise TypeError("sparse gradients are not supported; make the embedding with sparse=False")
+    grad = p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+    return -grad if maximize else grad
 
 
 def named_tensors(group: dict[str, Any], start: int) -> dict[str, list]:
@@ -133,10 +141,15 @@ def match_groups(own: list[dict], saved: list[dict]) -> list[dict]:
     return groups
 
 
+def keyed_seed(seed: int, name: str, count: int) -> int:
+    """63 bits that are a function of (seed, name, count)."""
+    digest = hashlib.blake2b(f"{seed}/{count}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def keyed_generator(seed: int, name: str, count: int) -> torch.Generator:
     """A CPU generator that is a function of (seed, name, count)."""
-    digest = hashlib.blake2b(f"{seed}/{count}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(keyed_seed(seed, name, count))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

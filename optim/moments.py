@@ -1,8 +1,8 @@
 """The state-full rule: what a method keeps of past gradients, and the direction it makes of them.
 
 Adam (1412.6980) with AdamW's decoupled decay (1711.05101) and torch's placement of eps, Lion (2302.06675), SGD with
-momentum. The surprise: torch's fused kernel walks raw memory, so weight, gradient and moments must share one dense
-layout; where they do not, the gradient is copied, or torch's plain loop is used.
+momentum. The surprise: torch's fused kernel walks raw memory and checks nothing, so it is used only where weight,
+gradient and moments share one dense layout; elsewhere torch's plain loop takes the step.
 """
 
 from typing import Any
@@ -88,15 +88,14 @@ RULES: dict[str, Rule] = {"adam": Adam(), "lion": Lion(), "sgdm": MomentumSGD()}
 def add_scaled(weight: Tensor, direction: Tensor, scale: float | Tensor) -> None:
     """weight += scale * direction, in place; `scale` may be a 0-dim tensor, which is not read on the host."""
     if isinstance(scale, Tensor):
-        weight.addcmul_(direction, scale.to(weight.dtype))
+        weight.addcmul_(direction, scale.to(weight))
     else:
         weight.add_(direction, alpha=scale)
 
 
 def _adamw(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay) -> None:
-    """torch's AdamW: its fused kernel for the tensors whose memory it can walk, its plain loop for the others."""
+    """torch's AdamW: its fused kernel for the tensors whose memory it can walk, its loop for the others."""
     rows = list(zip(weights, grads, exp_avgs, exp_avg_sqs, steps, strict=True))
-    rows = [(w, g if g.stride() == w.stride() else torch.empty_like(w).copy_(g), m, v, s) for w, g, m, v, s in rows]
     for fused in (True, False):
         chosen = [row for row in rows if _one_dense_layout(*row[:4]) == fused]
         if chosen:

@@ -1,0 +1,148 @@
+"""FRUGAL (2411.07837): a state-full step inside a small subspace, and a state-free step outside of it, both at once.
+
+Every `gap` steps a new subspace P is drawn and the moments start from zero. In each step, for a matrix W:
+
+    R = down(G)                                     the gradient's coordinates in the subspace
+    W <- W - lr up(N(R))                            N: Adam, Lion or momentum SGD
+    W <- W - lr free_lr_scale sign(G - up(R))       the rest: signSGD (or plain SGD, or nothing)
+
+The rest of the model (embeddings, head, norms) is trained by AdamW. Blocks, which the paper uses for pretraining, make
+whole matrices state-full or state-free by turns.
+
+One surprise: for coordinates the residual is zero inside the subspace and G outside, so neither `up` is ever computed:
+the chosen entries take their step apart, and are written back over what the free step did to the whole matrix.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thriftlab.optim.base import Spec, State
+from thriftlab.optim.hyper import Betas, Search
+from thriftlab.optim.moments import RULES, add_scaled
+from thriftlab.optim.split import (
+    COUNTERS,
+    OnRefresh,
+    SplitOptimizer,
+    basis_of,
+    has_moments,
+    is_split,
+    subspace_of,
+    zero_moments,
+)
+from thriftlab.optim.subspace import CoordinateSubspace, Subspace, active_blocks
+
+
+class Frugal(SplitOptimizer, name="frugal"):
+    """FRUGAL: Adam in a small subspace that moves, signSGD in the rest.
+
+    Args:
+        lr: the learning rate.
+        betas: decay of the moments; the first is the momentum of lion and sgdm.
+        eps: added to Adam's denominator, after bias correction.
+        weight_decay: decoupled decay per step, times lr.
+        subspace: what is state-full: whole matrices by turns (blocks), or columns, rows or single entries of each.
+        density: the state-full fraction.
+        gap: steps between refreshes of the subspace.
+        order: which blocks come next.
+        rule: the state-full rule.
+        free: the state-free rule.
+        split_lr_scale: factor of lr for the matrices, both parts.
+        free_lr_scale: further factor of lr for the state-free part.
+        on_refresh: the moments start from zero, stay as they are, or follow the entries that stay in the subspace.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: Annotated[float | Tensor, Field(ge=0), Search(1e-4, 1e-2)] = 1e-3,
+        betas: Annotated[Betas, Search(choices=[(0.9, 0.999), (0.9, 0.95)])] = (0.9, 0.999),
+        eps: Annotated[float, Field(ge=0)] = 1e-8,
+        weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
+        subspace: Annotated[
+            Literal["blocks", "columns", "rows", "coordinates"] | CoordinateSubspace | Subspace,
+            Search(choices=["blocks", "columns", "rows", "coordinates"]),
+        ] = "blocks",
+        density: Annotated[float, Field(ge=0, le=1), Search(choices=[0.0, 0.125, 0.25, 0.5])] = 0.25,
+        gap: Annotated[int, Field(ge=1), Search(choices=[50, 200, 500])] = 200,
+        order: Annotated[
+            Literal["random", "ascending", "descending", "mirror"] | Callable[[list[str], int], list[str]], Field()
+        ] = "descending",
+        rule: Annotated[Literal["adam", "lion", "sgdm"], Field()] = "adam",
+        free: Annotated[Literal["sign", "sgd", "none"], Field()] = "sign",
+        split_lr_scale: Annotated[float, Field(ge=0)] = 1.0,
+        free_lr_scale: Annotated[float, Field(ge=0), Search(0.1, 1.0)] = 1.0,
+        on_refresh: Annotated[OnRefresh, Search(choices=["reset", "keep", "project"])] = "reset",
+        seed: int = 0,
+        *,
+        maximize: bool = False,
+    ):
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, subspace=subspace, density=density, gap=gap,
+            order=order, rule=rule, free=free, split_lr_scale=split_lr_scale, free_lr_scale=free_lr_scale,
+            on_refresh=on_refresh, seed=seed, maximize=maximize,
+        )  # fmt: skip
+
+    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+        rule, lr = RULES[group["rule"]], group["lr"] * group["split_lr_scale"]
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+
+        if group["subspace"] == "blocks":
+            if has_moments(state, group):
+                rule.descend(weight, grad, state, age, group, lr)
+            else:
+                free_step(weight, grad, group, lr)
+            return
+
+        subspace, basis = subspace_of(group), basis_of(state)
+        if isinstance(subspace, CoordinateSubspace):
+            where = subspace.where(grad, basis)
+            chosen = subspace.take(weight, where)
+            rule.descend(chosen, subspace.take(grad, where), state, age, group, lr)
+            free_step(weight, grad, group, lr)
+            subspace.put(weight, where, chosen)
+        else:
+            small = subspace.down(grad, basis)
+            residual = grad - subspace.up(small, basis)
+            add_scaled(weight, subspace.up(rule.direction(small, state, age, group), basis), -lr)
+            free_step(weight, residual, group, lr)
+
+    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
+        if group["subspace"] != "blocks":
+            super().refresh(name, grad, state, group, count)
+        elif name not in blocks(group, count):
+            for buffer in RULES[group["rule"]].buffers:
+                state.pop(buffer, None)
+        elif group["on_refresh"] == "reset" or not has_moments(state, group):
+            zero_moments(grad, state, group)
+
+    def small_spec(
+        self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]
+    ) -> tuple[tuple[int, ...], Spec]:
+        if group["subspace"] == "blocks":  # of an active one
+            return shape, {}
+        return super().small_spec(shape, dtype, group)
+
+    def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
+        if group["subspace"] == "blocks" and is_split(weight, group):
+            steps = int(self.state[weight]["step"]) if self.state.get(weight) else 0
+            if name not in blocks(group, max(steps - 1, 0) // group["gap"]):
+                return COUNTERS
+        return super().expected_spec(name, weight, group)
+
+
+def free_step(weight: Tensor, grad: Tensor, group: dict[str, Any], lr) -> None:
+    """The state-free part, in place."""
+    if group["free"] != "none":
+        direction = grad.sign() if group["free"] == "sign" else grad
+        add_scaled(weight, direction, -lr * group["free_lr_scale"])
+
+
+def blocks(group: dict[str, Any], count: int) -> set[str]:
+    """The state-full matrices of a group after refresh `count`."""
+    names = [name for name, p in zip(group["names"], group["params"], strict=True) if is_split(p, group)]
+    return active_blocks(names, group["density"], group["order"], group["seed"], count)

@@ -1,0 +1,164 @@
+"""The core of the split methods: matrices are split into a state-full subspace and the rest, other tensors are not.
+
+A method writes `descend`, the step of one matrix within a subspace, and inherits the rest: the refresh of the subspace
+every `gap` steps from the gradient of that very step, what happens to the moments then, and AdamW for embeddings, heads
+and norms. A method without a subspace overrides `update_matrix` instead.
+
+The surprise: the bias correction counts from the step at which the moments were last zero ("start"), the refreshes from
+the first step; they are two counters, because `on_refresh="keep"` moves one and not the other.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from thriftlab.optim.base import Method, Spec, State, keyed_generator
+from thriftlab.optim.moments import RULES, adamw, adamw_spec
+from thriftlab.optim.subspace import SUBSPACES, CoordinateSubspace, Subspace
+
+OnRefresh = Literal["reset", "keep", "project"]
+COUNTERS: Spec = {"step": ((), torch.int64), "start": ((), torch.int64)}
+
+
+class SplitOptimizer(Method):
+    """2-D tensors of the groups with `split` (the default) go to `update_matrix`, one by one; all others to AdamW."""
+
+    def __init__(self, params: Iterable[Any], **defaults: Any):
+        super().__init__(params, split=True, **defaults)
+
+    def update(
+        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        rows = list(zip(names, weights, grads, states, strict=True))
+        plain = [row for row in rows if not is_split(row[1], group)]
+        if plain:
+            _, *tensors = map(list, zip(*plain, strict=True))
+            self.update_plain(*tensors, group)
+        for name, weight, grad, state in rows:
+            if is_split(weight, group):
+                self.update_matrix(name, weight, grad, state, group)
+
+    def update_plain(self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]):
+        """Steps the tensors that are not split."""
+        adamw(weights, grads, states, **group)
+
+    def update_matrix(self, name: str, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+        """Steps one matrix: refreshes its subspace if that is due, then `descend`."""
+        for counter in COUNTERS:
+            state.setdefault(counter, torch.tensor(0, device="cpu"))
+        step = int(state["step"])
+        if step % group["gap"] == 0:
+            self.refresh(name, grad, state, group, step // group["gap"])
+        state["step"] += 1
+        self.descend(weight, grad, state, group, age=step + 1 - int(state["start"]))
+
+    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+        """The method's own step; `age` = 1, 2, ... counts the steps since the moments were zero."""
+        raise NotImplementedError
+
+    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
+        """Draws the matrix's new subspace and carries the moments over to it."""
+        subspace = subspace_of(group)
+        old = basis_of(state)
+        new = subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
+        for key in old:
+            del state[f"basis.{key}"]
+        state.update({f"basis.{key}": tensor for key, tensor in new.items()})
+        small = subspace.down(grad, new)
+        if group["on_refresh"] == "reset" or not has_moments(state, group):
+            zero_moments(small, state, group)
+        elif group["on_refresh"] == "project":
+            for buffer in RULES[group["rule"]].buffers:
+                state[buffer] = project(state[buffer], subspace, old, new, like=grad)
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        group = {**self.defaults, **overrides}
+        if not (group["split"] and len(shape) == 2):
+            return adamw_spec(shape, dtype)
+        small, basis = self.small_spec(shape, dtype, group)
+        moments = {buffer: (small, dtype) for buffer in RULES[group["rule"]].buffers}
+        return {**COUNTERS, **{f"basis.{key}": entry for key, entry in basis.items()}, **moments}
+
+    def small_spec(
+        self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]
+    ) -> tuple[tuple[int, ...], Spec]:
+        """Shape of a matrix's coordinates in the subspace, and the basis; by a trial where the subspace cannot say."""
+        subspace = subspace_of(group)
+        if hasattr(subspace, "spec"):
+            return subspace.spec(shape)
+        trial = torch.zeros(shape, dtype=dtype)
+        basis = subspace.refresh(trial, "trial", 0, torch.Generator())
+        return tuple(subspace.down(trial, basis).shape), {key: (tuple(t.shape), t.dtype) for key, t in basis.items()}
+
+
+def is_split(weight: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a tensor of the group is one of the matrices that the method splits."""
+    return group["split"] and weight.ndim == 2
+
+
+def subspace_of(group: dict[str, Any]) -> CoordinateSubspace | Subspace:
+    """The group's own subspace object, or the one that it names."""
+    subspace = group["subspace"]
+    return SUBSPACES[subspace](group["density"]) if isinstance(subspace, str) else subspace
+
+
+def basis_of(state: State) -> State:
+    """The basis that the last refresh left in the state."""
+    return {key.removeprefix("basis."): tensor for key, tensor in state.items() if key.startswith("basis.")}
+
+
+def has_moments(state: State, group: dict[str, Any]) -> bool:
+    return all(buffer in state for buffer in RULES[group["rule"]].buffers)
+
+
+def zero_moments(small: Tensor, state: State, group: dict[str, Any]) -> None:
+    """Moments like `small`, all zero, and the bias correction starts anew."""
+    state["start"] = state["step"].clone()
+    state.update({buffer: torch.zeros_like(small) for buffer in RULES[group["rule"]].buffers})
+
+
+def project(moment: Tensor, subspace: CoordinateSubspace | Subspace, old: State, new: State, like: Tensor) -> Tensor:
+    """down_new(up_old(moment)): entries that stay in the subspace keep their moments, others start at zero."""
+    if not isinstance(subspace, CoordinateSubspace):
+        raise ValueError("on_refresh='project' needs columns, rows, coordinates or blocks")
+    whole = torch.zeros_like(like)
+    subspace.put(whole, subspace.where(whole, old), moment)
+    return subspace.down(whole, new)
+
+
+def split_groups(model: Any, include: Sequence[str], exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Parameter groups by name: `[{"params", "names", "split"}, ...]`, every parameter in exactly one.
+
+    The matrices with a name that a pattern of `include` is found in, and none of `exclude`, are split. A tied parameter
+    appears once, under its first name; a pattern may match any of its names. A pattern that matches none of the model's
+    parameters is a ValueError.
+    """
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+        tensors[id(p)] = p
+    every = [name for tied in names.values() for name in tied]
+    for pattern in (*include, *exclude):
+        if not any(re.search(pattern, name) for name in every):
+            raise ValueError(f"pattern {pattern!r} matches no parameter; near: {', '.join(near(pattern, every))}")
+
+    def wanted(key: int) -> bool:
+        found = [any(re.search(p, name) for p in patterns for name in names[key]) for patterns in (include, exclude)]
+        return tensors[key].ndim == 2 and found == [True, False]
+
+    return [
+        {"params": [tensors[key] for key in keys], "names": [names[key][0] for key in keys], "split": split}
+        for split in (True, False)
+        if (keys := [key for key in names if wanted(key) == split])
+    ]
+
+
+def near(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that look most like what the pattern may have meant."""
+    words = re.sub(r"\W+", ".", pattern).strip(".")
+    return difflib.get_close_matches(words, names, n=3, cutoff=0.0)
