@@ -1,77 +1,25 @@
 """RunConfig: one run, completely. A frozen tree of pydantic models; unknown keys are errors.
 
-What can be chosen by name (methods, schedules) is declared where it is written; its section here is looked up in the
-registry when a value arrives, so that a plugin's method has its place like any other.
-One surprise: validating a RunConfig runs the files named in `plugins`, because what they register may be asked for.
+One surprise: the fingerprint leaves out what does not change the result, so a run on two ranks is the run on one.
 """
 
 import functools
 import hashlib
-import importlib.util
 import json
 import re
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, model_validator
 
 from thriftlab.optim import METHODS
-from thriftlab.optim.hyper import model_of
 from thriftlab.train.backend import BACKENDS
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
+from thriftlab.train.choice import Choice, Plugin, Registry, Section, plugin_sha256
 from thriftlab.train.errors import ConfigError
 from thriftlab.train.model import ModelConfig
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
-config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Choice(Section):
-    """A section whose `name` picks an entry of a registry and whose further keys are that entry's hyper-parameters."""
-
-    name: str
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """What the chosen thing takes, without what every choice of this kind has."""
-        kind = type(self)
-        return {key: getattr(self, key) for key in kind.model_fields if key not in kind.__base__.model_fields}
-
-
-class Registry:
-    """Annotates a Choice: values are validated by the model of the entry that they name.
-
-    Args:
-        entries: name -> factory, read at every validation.
-        base: the keys that all entries share.
-        default: the entry of a value that names none.
-    """
-
-    def __init__(self, entries: Mapping[str, Callable], base: type[Choice], default: str):
-        self.entries, self.base, self.default = entries, base, default
-
-    def model(self, name: str) -> type[Choice]:
-        return config_model(self.entries[name], name, self.base)
-
-    def validate(self, value: Any) -> Choice:
-        if isinstance(value, Choice):
-            value = value.model_dump()
-        if not isinstance(value, dict):
-            raise PydanticCustomError("model_type", "is a section")
-        name = value.get("name", self.default)
-        if name not in self.entries:
-            raise PydanticCustomError("unknown_name", "unknown name", {"name": name, "known": list(self.entries)})
-        return self.model(name).model_validate(value)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> Any:
-        return handler.generate_schema(SerializeAsAny[Annotated[self.base, BeforeValidator(self.validate)]])
 
 
 def regular_expression(pattern: str) -> str:
@@ -91,7 +39,7 @@ class OptimConfig(Choice):
     include: tuple[Pattern, ...] = Field(
         (r"\.(attn|mlp)\.",), description="regular expressions: matrices with a matching name are split by the method"
     )
-    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are not split though included")
+    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never split")
 
 
 class ScheduleConfig(Choice):
@@ -192,35 +140,12 @@ class LogConfig(Section):
     progress: bool = Field(True, description="show a progress bar")
 
 
-def load_plugin(path: str) -> str:
-    """Run a Python file once; what it registers can be chosen from then on."""
-    name = f"thriftlab_plugin_{plugin_sha256(path)[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise PydanticCustomError("plugin", "is not a Python file (.py)")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise PydanticCustomError("plugin", "{error}", {"error": f"{type(error).__name__}: {error}"}) from error
-    return path
-
-
-def plugin_sha256(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise PydanticCustomError("plugin", "{error}", {"error": error.strerror or str(error)}) from None
-
-
 class RunConfig(Section):
     """One training run. Every value has a default: `RunConfig()` trains a small model on the embedded corpus."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the order of the data and the methods")
     out: str = Field("runs/run", min_length=1, description="folder of the run")
-    plugins: tuple[Annotated[str, AfterValidator(load_plugin)], ...] = Field(
+    plugins: tuple[Plugin, ...] = Field(
         (), description="Python files that are run first and may register methods and schedules"
     )
     model: ModelConfig = ModelConfig()
@@ -235,12 +160,9 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
 
-# What a run is called, where it lies, how it is watched and how fast it is; not what comes out of it.
-PLUMBING = (
-    "out", "plugins", "data.path", "data.verify", "backend", "checkpoint", "log", "eval.batch_size",
-    "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.threads",
-    "train.deterministic", "train.max_skipped_steps",
-)  # fmt: skip
+# What does not change the result of a run: its name and place and what is written on the way; and how fast it is.
+PLUMBING = ("out", "plugins", "data.path", "data.verify", "eval.batch_size", "train.max_skipped_steps", "checkpoint",
+            "log")  # fmt: skip
 SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.threads",
          "train.deterministic")  # fmt: skip
 
@@ -251,9 +173,8 @@ def fingerprint(config: RunConfig, data_fingerprint: str) -> str:
     The data count by their own fingerprint and plugins by their content, not by where they lie. Under a budget of
     seconds the speed is part of the result, so what changes only the speed counts as well.
     """
-    counted = SPEED if config.budget.seconds is not None else ()
     tree = config.model_dump(mode="json")
-    for key in set(PLUMBING) - set(counted):
+    for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
         *sections, leaf = key.split(".")
         del functools.reduce(dict.__getitem__, sections, tree)[leaf]
     tree |= {"data_fingerprint": data_fingerprint, "plugin_sha256": [plugin_sha256(path) for path in config.plugins]}

@@ -1,6 +1,6 @@
 """What is wrong with a configuration, in one line: who said it, the key, the value, and what would be right.
 
-    base.yaml: unknown key 'model.dimm'; did you mean 'model.dim'?
+For example: base.yaml: unknown key 'model.dimm'; did you mean 'model.dim'?
 """
 
 from typing import Any

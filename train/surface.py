@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from thriftlab.train.config import Registry
+from thriftlab.train.choice import Registry
 
 WIDTH, COLUMN = 100, 40
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -67,9 +67,10 @@ def own(registry: Registry, entry: str) -> dict[str, FieldInfo]:
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """"; did you mean 'x'?", or nothing where nothing is near."""
+    """What the user may have meant, as the end of a sentence: `; did you mean 'x'?` or nothing."""
     options = list(options)
-    found = [option for option in options if option.split(".")[-1] == word] or difflib.get_close_matches(word, options, 1)
+    ends = [option for option in options if option.split(".")[-1] == word]
+    found = ends or difflib.get_close_matches(word, options, 1)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
