@@ -1,0 +1,270 @@
+"""The model against slow float64 references, against Hugging Face's LLaMA, and against its own published sizes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
+from thriftlab.kernels.rms_norm import rms_norm
+from thriftlab.train.model import GPT, ModelConfig
+
+TINY = dict(preset=None, dim=24, layers=2, heads=4, hidden=40, vocab_size=19)
+
+
+def make(dtype=torch.float64, **changes):
+    model = GPT(ModelConfig(**{**TINY, **changes})).to(dtype)
+    model.init_weights(seed=3)
+    return model
+
+
+def tokens(batch=2, length=11, vocab=19, seed=0):
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------------------------- sizes
+
+PUBLISHED = {  # GaLore's LLaMA configurations; Hugging Face's LlamaForCausalLM has the same counts
+    "llama-60m": 58_073_600,
+    "llama-130m": 134_105_856,
+    "llama-350m": 367_969_280,
+    "llama-1b": 1_339_082_752,
+    "llama-7b": 6_738_415_616,
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_parameter_counts(preset):
+    with torch.device("meta"):
+        model = GPT(ModelConfig(preset=preset))
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[preset]
+
+
+def test_nano_is_under_a_million_parameters_with_a_vocabulary_of_two_thousand():
+    with torch.device("meta"):
+        model = GPT(ModelConfig(preset="nano", vocab_size=1024))
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+
+
+def test_a_preset_is_a_start_and_a_given_value_wins():
+    config = ModelConfig(preset="llama-60m", layers=2)
+    assert (config.dim, config.layers, config.vocab_size) == (512, 2, 32000)
+    assert ModelConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"), [(dict(heads=5), "heads"), (dict(kv_heads=3), "kv_heads"), (dict(preset="nan"), "presets")]
+)
+def test_impossible_sizes_are_refused(bad, word):
+    with pytest.raises(ValueError, match=word):
+        ModelConfig(**{**TINY, **bad})
+
+
+# --------------------------------------------------------------------------------------------------- values
+
+
+def reference_logits(model, x):
+    """The transformer from its equations, a position and a head at a time, in float64."""
+    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    head_dim, kv_heads = c.dim // c.heads, c.kv_heads or c.heads
+
+    def norm(v, weight):
+        return v / (v.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
+    def rope(v, position):  # one head's vector
+        out = v.clone()
+        for i in range(head_dim // 2):
+            angle = position * c.rope_theta ** (-2 * i / head_dim)
+            cos, sin, a, b = math.cos(angle), math.sin(angle), v[2 * i], v[2 * i + 1]
+            out[2 * i], out[2 * i + 1] = a * cos - b * sin, a * sin + b * cos
+        return out
+
+    rows = []
+    for row in x:
+        h = w["embed.weight"][row]
+        for layer in range(c.layers):
+            pre = f"layers.{layer}."
+            n = norm(h, w[pre + "attn_norm.weight"])
+            q, k, v = (n @ w[f"{pre}attn.{p}.weight"].T for p in "qkv")
+            mixed = torch.zeros(len(row), c.dim, dtype=torch.float64)
+            for head in range(c.heads):
+                kv = head * kv_heads // c.heads
+                here, there = slice(head * head_dim, (head + 1) * head_dim), slice(kv * head_dim, (kv + 1) * head_dim)
+                qs, ks = q[:, here], k[:, there]
+                if c.qk_norm:
+                    qs, ks = norm(qs, w[pre + "attn.q_norm.weight"]), norm(ks, w[pre + "attn.k_norm.weight"])
+                qs = torch.stack([rope(u, t) for t, u in enumerate(qs)])
+                ks = torch.stack([rope(u, t) for t, u in enumerate(ks)])
+                for t in range(len(row)):
+                    weights = torch.softmax(qs[t] @ ks[: t + 1].T / math.sqrt(head_dim), -1)
+                    mixed[t, here] = weights @ v[: t + 1, there]
+            h = h + mixed @ w[pre + "attn.o.weight"].T
+            n = norm(h, w[pre + "mlp_norm.weight"])
+            gate, up = n @ w[pre + "mlp.gate.weight"].T, n @ w[pre + "mlp.up.weight"].T
+            h = h + (gate / (1 + torch.exp(-gate)) * up) @ w[pre + "mlp.down.weight"].T
+        head = w["embed.weight"] if c.tied else w["lm_head.weight"]
+        rows.append(norm(h, w["norm.weight"]) @ head.T)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("change", [{}, dict(kv_heads=2), dict(kv_heads=1, qk_norm=True), dict(tied=True, heads=2)])
+def test_logits_follow_the_equations(change):
+    model, x = make(init_std=0.2, **change), tokens()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:  # a weight of one cannot show that it is used
+                p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+    # The angles are kept in complex64: 2**-24 relative, times a few dozen additions.
+    torch.testing.assert_close(model(x), reference_logits(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_equal_hugging_face_llama():
+    transformers = pytest.importorskip("transformers")
+    model, x = make(torch.float32, kv_heads=2, init_std=0.2), tokens()
+    c = model.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        )
+    )  # fmt: skip
+    names = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+    attention = {"attn": "self_attn", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    state = {}
+    for name, p in model.named_parameters():
+        parts = name.split(".")
+        if parts[0] != "layers":
+            state[f"{names[parts[0]]}.weight"] = p.detach()
+            continue
+        parts[2] = attention.get(parts[2], parts[2])
+        if len(parts) == 5:
+            if parts[3] in ("q", "k"):  # they rotate (x[i], x[i + d/2]) where we rotate (x[2i], x[2i + 1])
+                heads = c.heads if parts[3] == "q" else c.kv_heads
+                p = p.detach().unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            parts[3] += "_proj"
+        state["model." + ".".join(parts)] = p.detach()
+    theirs.load_state_dict(state)
+    torch.testing.assert_close(model(x), theirs(x).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_see_themselves_only():
+    model = make(init_std=0.2)
+    x = tokens(batch=1, length=12)
+    documents = torch.tensor([[1] * 5 + [2] * 4 + [3] * 3])
+    whole = model(x, documents=documents)
+    for piece in (slice(0, 5), slice(5, 9), slice(9, 12)):
+        torch.testing.assert_close(whole[:, piece], model(x[:, piece]), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(whole[:, 5:], model(x)[:, 5:], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ initial weights
+
+
+def test_weights_are_a_function_of_seed_and_name():
+    a, b = make(layers=2), make(layers=3)
+    shared = dict(b.named_parameters())
+    same = [n for n, p in a.named_parameters() if not n.endswith(("o.weight", "down.weight"))]  # scaled by the depth
+    assert all(torch.equal(p, shared[n]) for n, p in a.named_parameters() if n in same)
+    b.init_weights(seed=4)
+    assert not torch.equal(a.embed.weight, b.embed.weight)
+    assert not torch.equal(a.layers[0].attn.q.weight, a.layers[1].attn.q.weight)
+
+
+def test_residual_projections_start_smaller():
+    model = make(torch.float32, dim=128, heads=4, hidden=256, layers=8)
+    assert model.layers[0].attn.q.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.layers[0].mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+# --------------------------------------------------------------------------------------------------- compute
+
+
+def test_flops_are_those_that_torch_counts():
+    model, x = make(torch.float32, dim=64, heads=2, hidden=96), tokens(batch=3, length=32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, x)
+    # The backward is twice the forward; torch's plain attention computes the masked half too, as the convention counts.
+    assert 3 * counter.get_total_flops() == model.flops_per_token(32) * x.numel()
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    x, gradients = tokens(), []
+    for recompute in (False, True):
+        model = GPT(ModelConfig(**TINY), activation_checkpointing=recompute)
+        model.init_weights(0)
+        model(x, x).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiled_model_gives_the_same_gradients():
+    x, gradients = tokens(), []
+    for compiled in (False, True):
+        model = make(torch.float32)
+        (torch.compile(model, backend="aot_eager") if compiled else model)(x, x).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_autocast_keeps_losses_and_gradients_in_fp32():
+    model, x = make(torch.float32), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(x, x)
+    losses.sum().backward()
+    assert losses.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
+    exact = make(torch.float32)
+    torch.testing.assert_close(losses, exact(x, x), rtol=2e-2, atol=2e-2)
+
+
+# --------------------------------------------------------------------------------------------------- kernels
+
+
+def test_cross_entropy_and_its_gradient():
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(3, 50, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(13, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(13, (3, 50), generator=g)
+    targets[1, 7:20] = -100
+    upstream = torch.randn(3, 50, generator=g, dtype=torch.float64)  # a weight of its own for every token
+    results = []
+    for ours in (True, False):
+        if ours:
+            losses = linear_cross_entropy(hidden, weight, targets)
+        else:
+            losses = F.cross_entropy((hidden @ weight.T).transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        results.append((losses, *torch.autograd.grad(losses, (hidden, weight), upstream)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert (results[0][0][1, 7:20] == 0).all() and (results[0][1][1, 7:20] == 0).all()
+
+
+def test_cross_entropy_walks_over_blocks_of_rows():
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(300, 4, generator=g), torch.randn(4096, 4, generator=g)  # 64 rows a block: 5 blocks
+    targets = torch.randint(4096, (300,), generator=g)
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    )
+
+
+def test_cross_entropy_refuses_a_second_backward():
+    hidden = torch.randn(4, 3, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(5, 3), torch.tensor([0, 1, 2, 3])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="in-?place"):
+        loss.backward()
+
+
+def test_rms_norm_and_its_gradient():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 5, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, 6, generator=g, dtype=torch.float64)
+    ours, theirs = rms_norm(x, weight, 1e-3), F.rms_norm(x, (6,), weight, 1e-3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), upstream) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
