@@ -182,7 +182,9 @@ def test_a_torn_one_is_passed_over_with_a_warning_that_says_so(tmp_path, name, d
         path.write_bytes({"truncate": content[:-1], "empty": b"", "longer": content + b"\0"}[damage])
     with pytest.warns(RuntimeWarning, match=f"(?s)step-00000002 is broken.*{name}.*going on from.*step-00000001"):
         assert latest(tmp_path).step == 1
-    with pytest.raises(CheckpointError, match="step-00000002 is broken"):
+    sizes = f"bytes instead of {len(content)}" if name != "checksums.json" else ""
+    why = {"truncate": sizes, "empty": sizes, "longer": sizes, "missing": f"{name} is missing"}.get(damage, "")
+    with pytest.raises(CheckpointError, match=f"step-00000002 is broken.*{why}"):
         load(path.parent)
 
 
@@ -269,6 +271,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, background):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a kill tears nothing: there is never something broken to warn about
                 found = latest(tmp_path)
+            assert all(checkpoint.fault(path) is None for path in tmp_path.glob("step-*"))
             if found is None:
                 continue
             step = found.step
