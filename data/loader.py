@@ -1,0 +1,46 @@
+"""Batches from a plan: gathered from memory maps, one ahead, without state."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thriftlab.data.mixture import Plan
+
+
+class Batch(NamedTuple):
+    """The rows of one step on one rank."""
+
+    tokens: Tensor  # int64 [rows, seq + 1]
+    source: Tensor  # int64 [rows], index into plan.sources
+    sample: Tensor  # int64 [rows], id of the window among all training windows of the plan
+
+
+def gather(plan: Plan, step: int, rank: int = 0, world: int = 1) -> Batch:
+    """Rows j of step `step` with j % world == rank: the global batch is the same for every world."""
+    source, window, _ = (column[rank::world] for column in plan.rows(step))
+    tokens = np.empty((len(source), plan.sequence_length + 1), np.int64)
+    for p in np.unique(source):
+        where = np.flatnonzero(source == p)
+        plan.windows[p].gather(window[where], tokens, where)
+    return Batch(*map(torch.from_numpy, (tokens, source.copy(), plan.offsets[source] + window)))
+
+
+def prefetch(plan: Plan, rank: int = 0, world: int = 1) -> Callable[[int], Batch]:
+    """`gather` as a function of the step that reads the following step's batch in a thread meanwhile.
+
+    Steps may come in any order; an error of the thread is raised by the call that asks for its step.
+    """
+    reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    ahead: dict[int, Future[Batch]] = {}
+
+    def batch(step: int) -> Batch:
+        wanted = ahead.pop(step, None) or reader.submit(gather, plan, step, rank, world)
+        ahead.clear()
+        ahead[step + 1] = reader.submit(gather, plan, step + 1, rank, world)
+        return wanted.result()
+
+    return batch
