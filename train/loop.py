@@ -56,7 +56,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 def train(run: Run, received: list[int]) -> dict[str, Any]:
     """The loop. `received` holds the numbers of the signals that have come."""
     config, backend, horizon = run.config, run.backend, run.horizon
-    started, base_lr = time.time(), [group["lr"] for group in run.optimizer.param_groups]
+    birth = {"started": time.time(), **record.birth_certificate(run.out if run.chief else None)}
+    base_lr = [group["lr"] for group in run.optimizer.param_groups]
     counters = restore(run)
     first = counters.step
     batches = prefetch(run.plan, backend.rank, backend.world)
@@ -94,7 +95,7 @@ def train(run: Run, received: list[int]) -> dict[str, Any]:
         saver.save(counters)
     saver.wait()
     log.close()
-    return finish(run, counters, results, started)
+    return finish(run, counters, results, birth)
 
 
 def due(step: int, every: int) -> bool:
@@ -187,7 +188,7 @@ def finished(run: Run) -> dict[str, Any] | None:
     return entry
 
 
-def finish(run: Run, counters: Counters, results: dict[str, Any], started: float) -> dict[str, Any]:
+def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[str, Any]) -> dict[str, Any]:
     """Write record.json and return it."""
     speed, tokenizer = counters.tokens_per_second(), run.dataset.tokenizer
     entry = {
@@ -196,7 +197,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], started: float
         "fingerprint": run.fingerprint,
         "seed": run.config.seed,
         "config": run.config.model_dump(mode="json"),
-        **record.birth_certificate(run.out if run.chief else None),
+        **birth,
         "world": run.backend.world,
         "data": {"fingerprint": run.dataset.fingerprint, "plan": run.plan.fingerprint, "tokenizer": tokenizer.name},
         "model": {
@@ -221,7 +222,6 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], started: float
             "mfu": record.mfu(speed, run.flops_per_token, run.backend.device, run.backend.world) if speed else None,
         },
         "skipped_steps": counters.skipped,
-        "started": started,
         "finished": time.time(),
     }
     if run.chief:

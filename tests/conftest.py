@@ -1,0 +1,16 @@
+"""What all tests share. Set before anything imports them: no network, no accounts, one thread."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+
+import pytest  # noqa: E402
+from tiny import prepare_tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A small prepared data set: read it, do not touch it."""
+    return prepare_tiny(tmp_path_factory.mktemp("data") / "tiny")

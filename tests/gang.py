@@ -1,0 +1,51 @@
+"""Processes for tests: ranks that talk through gloo, and victims to kill. They fork from a server that has imported torch."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["thriftlab.train.loop", "tiny"])
+
+
+def start(function, *arguments, **environment):
+    """A process that runs function(*arguments); its result, or its traceback, comes through the returned pipe."""
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, environment, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def ranks(world, function, *arguments):
+    """Results of function(*arguments) on `world` ranks, in order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = [
+        start(function, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(world)
+    ]
+    results = [pipe.recv() for _, pipe in group]
+    for process, _ in group:
+        process.join(60)
+    failures = [result for result in results if isinstance(result, Failure)]
+    assert not failures, failures[0].text
+    return results
+
+
+class Failure:
+    def __init__(self, text):
+        self.text = text
+
+
+def _work(pipe, environment, function, arguments):
+    import torch
+
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    torch.set_num_threads(1)
+    try:
+        pipe.send(function(*arguments))
+    except BaseException:
+        pipe.send(Failure(traceback.format_exc()))
