@@ -3,8 +3,8 @@
 A mixture is a cycle with `counts[p]` rows of each source p, dealt into blocks of about 1024 slots so evenly that each
 block holds floor or ceil of every source's share: line up the cycle's rows source by source, and let block b of B take
 the positions x = b (mod B). Slots of a block are in the order of the keyed permutation, and each source runs through
-its own windows in its own keyed order. Nothing is stored: (R // B) * b + min(R % B, b) positions below R lie in the blocks
-before b. The surprise: one source alone needs no special case, it is the plain stream.
+its own windows in its own keyed order. Nothing is stored: (R // B) * b + min(R % B, b) positions below R lie in the
+blocks before b. The surprise: one source alone needs no special case, it is the plain stream.
 """
 
 import functools

@@ -24,11 +24,6 @@ from numpy.typing import NDArray
 DELIMITER = "<|endoftext|>"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 
-# tiktoken fails on a million blanks in a row, so long texts are cut where no token can span: before a blank after a
-# non-blank. Only a run of this many characters without such a place is cut inside, where its ids may then differ.
-PIECE = 2**17
-CUT = re.compile(rf".{{1,{PIECE}}}(?:\Z|(?<=\S)(?=[ \n\r\t]))|.{{1,{PIECE}}}", re.DOTALL)
-
 # GPT-2's printable stand-ins for bytes, in the order of their ids: those that print, then the rest from chr(256) on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
@@ -40,6 +35,14 @@ NOT_OURS = (
     f"not a byte-level BPE with GPT-2's pattern and {DELIMITER} as its last token; "
     "use a tokenizer.json that `thriftlab prepare` trained, or gpt2, or bytes"
 )
+
+
+def cutter(limit: int) -> re.Pattern[str]:
+    """Cuts text where no token can span, before a blank after a non-blank; inside a run only if it is longer."""
+    return re.compile(rf".{{1,{limit}}}(?:\Z|(?<=\S)(?=[ \n\r\t]))|.{{1,{limit}}}", re.DOTALL)
+
+
+CUT = cutter(2**17)  # tiktoken's pattern engine fails on a million blanks in a row; ids differ only where a run is cut
 
 
 class DataError(ValueError):
