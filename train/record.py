@@ -193,8 +193,10 @@ def peak_bytes() -> int:
     """Highest memory of this process so far: allocated on the GPU where one is used, else resident on the host."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024  # ru_maxrss would start at what the parent process had
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # Dense bf16 matrix peaks in FLOP/s, from the makers' data sheets (where NVIDIA prints only the number with sparsity,
