@@ -57,6 +57,9 @@ class Method(torch.optim.Optimizer):
         """The `spec` of one tensor of a group as things stand now."""
         return self.spec(tuple(weight.shape), weight.dtype, **group)
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where the hyper-parameters of a new group do not go together."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Steps every parameter that has a gradient; returns what `closure`, called first, returned."""
@@ -78,6 +81,7 @@ class Method(torch.optim.Optimizer):
         if len(set(names)) < len(names):
             raise ValueError(f"two parameters have one name: {sorted({n for n in names if names.count(n) > 1})}")
         group.update(hyper.check(type(self), {**self.defaults, **group}))
+        self.check_group({**self.defaults, **group})
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,8 +131,10 @@ def named_tensors(group: dict[str, Any], start: int) -> dict[str, list]:
 
 def match_groups(own: list[dict], saved: list[dict]) -> list[dict]:
     """The saved groups in the order of our own: by name where both have names, else by position as in torch."""
+    if len(own) != len(saved):
+        raise ValueError(f"the saved optimizer state has {len(saved)} parameter groups, this optimizer has {len(own)}")
     if not (_named(own) and _named(saved)):
-        return [{**s, "names": o["names"]} for o, s in zip(own, saved, strict=False)] + saved[len(own) :]
+        return [{**s, "names": o["names"]} for o, s in zip(own, saved, strict=True)]
     by_names = {frozenset(group["names"]): group for group in saved}
     groups = []
     for group in own:

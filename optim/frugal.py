@@ -120,6 +120,11 @@ class Frugal(SplitOptimizer, name="frugal"):
         elif group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(grad, state, group)
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if group["subspace"] == "blocks":
+            blocks(group, count=0)
+
     def small_spec(
         self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]
     ) -> tuple[tuple[int, ...], Spec]:

@@ -108,4 +108,4 @@ def _adamw(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_
 
 def _one_dense_layout(weight: Tensor, *others: Tensor) -> bool:
     extent = 1 + sum((n - 1) * stride for n, stride in zip(weight.shape, weight.stride(), strict=True))
-    return extent == weight.numel() and all(other.stride() == weight.stride() for other in others)
+    return weight.numel() in (extent, 0) and all(other.stride() == weight.stride() for other in others)

@@ -73,7 +73,11 @@ class SplitOptimizer(Method):
             zero_moments(small, state, group)
         elif group["on_refresh"] == "project":
             for buffer in RULES[group["rule"]].buffers:
-                state[buffer] = project(state[buffer], subspace, old, new, like=grad)
+                state[buffer] = project(state[buffer], subspace, old, new, like=grad)  # type: ignore[arg-type]
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        if group["on_refresh"] == "project" and not isinstance(group["subspace"], str | CoordinateSubspace):
+            raise ValueError("on_refresh='project' takes columns, rows, coordinates or blocks, not an own subspace")
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
@@ -121,10 +125,8 @@ def zero_moments(small: Tensor, state: State, group: dict[str, Any]) -> None:
     state.update({buffer: torch.zeros_like(small) for buffer in RULES[group["rule"]].buffers})
 
 
-def project(moment: Tensor, subspace: CoordinateSubspace | Subspace, old: State, new: State, like: Tensor) -> Tensor:
+def project(moment: Tensor, subspace: CoordinateSubspace, old: State, new: State, like: Tensor) -> Tensor:
     """down_new(up_old(moment)): entries that stay in the subspace keep their moments, others start at zero."""
-    if not isinstance(subspace, CoordinateSubspace):
-        raise ValueError("on_refresh='project' needs columns, rows, coordinates or blocks")
     whole = torch.zeros_like(like)
     subspace.put(whole, subspace.where(whole, old), moment)
     return subspace.down(whole, new)

@@ -5,7 +5,7 @@ state. A `CoordinateSubspace` picks entries of the matrix, so its complement is 
 and writes them in place and needs no `up`. Blocks choose whole tensors of a group and are no subspace of one matrix.
 
 The surprise: `Coordinates` stores one integer. The chosen entries are hashed anew at every step, one in each of k equal
-strata of the flat matrix: k exactly, every entry equally likely, with neither a mask nor k int64 indices.
+strata of the flat matrix: exactly k, every entry equally likely, with neither a mask nor k int64 indices.
 """
 
 from collections.abc import Callable
@@ -102,8 +102,13 @@ class Coordinates(CoordinateSubspace):
     def where(self, matrix: Tensor, basis: State) -> Tensor:
         size, chosen = matrix.numel(), int(matrix.numel() * self.density)
         stratum = torch.arange(chosen, device=matrix.device)
-        first, end = stratum * size // max(chosen, 1), (stratum + 1) * size // max(chosen, 1)
-        return hash63(stratum + basis["key"]).remainder_(end - first).add_(first)  # [k], row-major, ascending
+        if chosen == 0:
+            return stratum
+        first, end = stratum * size // chosen, (stratum + 1) * size // chosen
+        positions = hash63(stratum + basis["key"]).remainder_(end - first).add_(first)  # [k], row-major
+        if size % chosen:  # some strata are longer: turn the circle, so that entries stay equally likely
+            positions.add_(hash63(basis["key"] - 1) % size).remainder_(size)
+        return positions
 
     def take(self, matrix: Tensor, where: Tensor) -> Tensor:
         return matrix.take(where)
