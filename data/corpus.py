@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import zstandard
 
-from . import embedded, synthetic
-from .tokens import DataError
+from thriftlab.data import embedded, synthetic
+from thriftlab.data.tokens import DataError
 
 CHUNK = 1 << 16  # bytes; small, because a compressed chunk may hold a thousand times as much
 
@@ -52,6 +52,14 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\0", ""))
 
 
+def locate(path: str) -> tuple[str, str]:
+    """(reader, what it is given) of a path that `read` takes; the reader is embedded, synthetic, hf or files."""
+    reader, _, argument = path.partition(":")
+    if reader in ("hf", *_GENERATORS):
+        return reader, argument
+    return "hf" if _saved_by_datasets(path) else "files", path
+
+
 def files(path: str | Path) -> list[Path]:
     """The files that `read` opens for a file or folder, in its order; hidden ones are left out."""
     path = Path(path)
@@ -69,12 +77,12 @@ Row = tuple[str, str, dict[str, Any]]  # id, text, metadata
 
 
 def _rows(path: str, text_key: str, streaming: bool) -> Iterator[Row]:
-    kind, _, argument = path.partition(":")
-    if kind in ("embedded", "synthetic"):
-        return _generated(embedded.documents if kind == "embedded" else synthetic.documents, argument)
-    if kind == "hf" or _saved_by_datasets(path):
-        return _huggingface(argument if kind == "hf" else path, text_key, streaming)
-    return _files(Path(path), text_key)
+    reader, place = locate(path)
+    if reader in _GENERATORS:
+        return _generated(_GENERATORS[reader], place)
+    if reader == "hf":
+        return _huggingface(place, text_key, streaming)
+    return _files(Path(place), text_key)
 
 
 def _generated(documents: Callable[[str], Iterator[Row]], argument: str) -> Iterator[Row]:
@@ -165,6 +173,7 @@ def _huggingface(specification: str, text_key: str, streaming: bool) -> Iterator
         ) from error
 
 
+_GENERATORS = {"embedded": embedded.documents, "synthetic": synthetic.documents}
 _FORMATS = {".jsonl": _lines, ".ndjson": _lines, ".json": _lines, ".parquet": _parquet}
 
 

@@ -1,0 +1,81 @@
+"""A folder that appears whole or not at all, whoever is killed when, and however many make it at once.
+
+The work is done in a hidden folder beside the target, locked by `flock` on the folder itself and renamed at the end.
+The kernel drops the lock of a killed process, so nothing has to guess whether an old folder is in use. Surprise: a lock
+follows the folder through its renaming, so who waited for it holds the finished folder and has to look again.
+"""
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """Yields an empty folder for what will be `target`, alone; waits for another process that has it.
+
+    `install` makes it the target. It is removed if that did not happen, at the latest by the next workspace.
+    """
+    target = target.absolute()
+    work, old = target.with_name(f".{target.name}.partial"), _old(target)
+    lock = _lock(work)
+    try:
+        if old.exists() and not target.exists():  # killed between the two renames of `install`
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        _empty(work)
+        yield work
+    finally:
+        if _is_open(work, lock):
+            shutil.rmtree(work)
+        os.close(lock)
+
+
+def install(work: Path, target: Path) -> None:
+    """Renames the workspace to its target, replacing what is there."""
+    target = target.absolute()
+    if target.exists() and any(target.iterdir()):
+        target.rename(_old(target))
+    work.rename(target)
+    shutil.rmtree(_old(target), ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _lock(work: Path) -> int:
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(work, os.O_RDONLY)
+        except FileNotFoundError:  # renamed since by who had it
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{work}: another process is at work here; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_open(work, lock):
+            return lock
+        os.close(lock)
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the folder that the descriptor has open."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
