@@ -56,12 +56,18 @@ class Budget(BaseModel):
     flops: float | None = Field(None, gt=0, description="floating point operations of training")
     seconds: float | None = Field(None, gt=0, description="seconds of training, without evaluation")
 
+    @model_validator(mode="before")
+    @classmethod
+    def from_text(cls, value: Any) -> Any:
+        """`budget=tokens=1e9` is the whole budget, whatever a file below it said."""
+        return dict([value.split("=", 1)]) if isinstance(value, str) and "=" in value else value
+
     @model_validator(mode="after")
     def exactly_one(self) -> "Budget":
         given = self.model_dump(exclude_none=True)
         if len(given) != 1:
             have = " and ".join(f"{kind}={amount:g}" for kind, amount in given.items()) or "none"
-            raise ValueError(f"exactly one of tokens, flops, seconds is needed, there is {have}; set others to null")
+            raise ValueError(f"takes one of tokens, flops, seconds, there is {have}; budget=KIND=AMOUNT sets just one")
         return self
 
     def horizon(self, tokens_per_step: int, flops_per_token: int) -> Horizon:

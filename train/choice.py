@@ -89,3 +89,9 @@ def plugin_sha256(path: str) -> str:
 
 
 Plugin = Annotated[str, AfterValidator(load_plugin)]
+
+
+class Plugins(Section):
+    """The plugins alone, to run them before anything else is looked at."""
+
+    plugins: tuple[Plugin, ...] = ()

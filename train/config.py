@@ -124,7 +124,7 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """What is kept to resume from."""
 
-    every: Steps = Field(0, description="steps between checkpoints; 0: only when the run stops")
+    every: Steps = Field(200, description="steps between checkpoints; 0: only when the run stops or ends")
     keep: Count = Field(2, description="newest checkpoints that stay on disk")
     background: bool = Field(True, description="write while training goes on")
 

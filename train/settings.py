@@ -10,7 +10,7 @@ text of dicts and tuples that a wandb agent writes, and forgets which source a b
 import ast
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +26,12 @@ PARSERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads,
 
 
 class Settings:
-    """A tree of values as they were given, and where each leaf came from."""
+    """A tree of values as they were given, where each leaf came from, and the bare words between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: Sequence[str] = ()) -> None:
         self.tree: dict[str, Any] = {}
         self.origin: dict[tuple[str, ...], str] = {}
+        self.words = list(words)
 
     def put(self, path: tuple[str, ...], value: Any, source: str) -> None:
         """Set a leaf, or all leaves of a dict, over what is there.
@@ -53,10 +54,16 @@ class Settings:
         self.origin[path] = source
         tree[path[-1]] = str(value).lower() if isinstance(value, bool) else value
 
-    def take(self, key: str) -> Any:
-        """Remove a top-level key and return its value; None where it was not set."""
-        self.origin = {leaf: source for leaf, source in self.origin.items() if leaf[0] != key}
-        return self.tree.pop(key, None)
+    def pick(self, keys: Collection[str]) -> "Settings":
+        """The part under these top-level keys, without the words."""
+        part = Settings()
+        part.tree = {key: value for key, value in self.tree.items() if key in keys}
+        part.origin = {path: source for path, source in self.origin.items() if path[0] in keys}
+        return part
+
+    def drop(self, keys: Collection[str]) -> "Settings":
+        """The part under the other top-level keys, without the words."""
+        return self.pick(self.tree.keys() - set(keys))
 
 
 def load(model: type[Model], argv: Sequence[str]) -> Model:
@@ -65,6 +72,8 @@ def load(model: type[Model], argv: Sequence[str]) -> Model:
 
 
 def build(model: type[Model], settings: Settings) -> Model:
+    if settings.words:
+        raise ConfigError(f"{COMMAND_LINE}: {settings.words[0]!r} has no value; write {settings.words[0]}=VALUE")
     try:
         return model.model_validate(settings.tree)
     except ValidationError as error:
@@ -73,9 +82,9 @@ def build(model: type[Model], settings: Settings) -> Model:
 
 
 def read(argv: Sequence[str]) -> Settings:
-    """`--config FILE` any number of times, `--plugin FILE` too; `key=value`, `--key=value`, `--key value`."""
-    pairs = list(split(argv))
-    settings = Settings()
+    """`--config FILE`, `--plugin FILE` any number of times; `key=value`, `--key=value`, `--key value`; bare words."""
+    pairs, words = split(argv)
+    settings = Settings(words)
     for key, file in pairs:
         if key == "config":
             for name, value in read_file(file).items():
@@ -89,17 +98,22 @@ def read(argv: Sequence[str]) -> Settings:
     return settings
 
 
-def split(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Arguments as (key, text)."""
-    words = list(argv)
-    while words:
-        word = words.pop(0)
+def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Arguments as pairs of key and text, and the words that are neither. `--lr-grid` is `lr_grid`."""
+    pairs, words, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
         key, has_value, value = word.removeprefix("--").partition("=")
-        if not has_value and word.startswith("--") and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        elif not has_value:
-            raise ConfigError(f"{COMMAND_LINE}: {word!r} has no value; write {key}=VALUE")
-        yield key, value
+        key = key if "." in key else key.replace("-", "_")
+        if not has_value and not word.startswith("--"):
+            words.append(word)
+            continue
+        if not has_value:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{COMMAND_LINE}: {word} has no value; write {word} VALUE")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs, words
 
 
 def parse(key: str, value: str) -> Any:

@@ -9,6 +9,7 @@ import json
 import textwrap
 import types
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -18,7 +19,7 @@ from thriftlab.train.choice import Registry
 
 WIDTH, COLUMN = 100, 40
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
+PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "null"}
 
 
 def registry_of(field: FieldInfo) -> Registry | None:
@@ -42,11 +43,15 @@ def keys(model: type[BaseModel], tree: Any, prefix: str = "") -> Iterator[tuple[
     """Every dotted key of the model with its field; where names are to be chosen, as chosen in the tree of values."""
     tree = tree if isinstance(tree, dict) else {}
     for name, field in model.model_fields.items():
-        sections = entries(field, tree.get(name))
-        for suffix, (section, value) in sections.items():
-            yield from keys(section, value, f"{prefix}{name}{suffix}.")
-        if not sections:
-            yield prefix + name, field
+        yield from keys_below(prefix + name, field, tree.get(name))
+
+
+def keys_below(key: str, field: FieldInfo, value: Any = None) -> Iterator[tuple[str, FieldInfo]]:
+    sections = entries(field, value)
+    for suffix, (section, part) in sections.items():
+        yield from keys(section, part, f"{key}{suffix}.")
+    if not sections:
+        yield key, field
 
 
 def all_keys(model: type[BaseModel]) -> list[str]:
@@ -97,34 +102,38 @@ def type_words(kind: Any, marks: Iterable[Any] = ()) -> str:
 
 def text(value: Any) -> str:
     """A value as it is written on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
 
 
 def describe(model: type[BaseModel]) -> str:
     """All keys by section: key=default, what it means, what it takes."""
-    plain = [(name, field) for name, field in model.model_fields.items() if not entries(field, {})]
-    lines = [line(name, field) for name, field in plain]
+    lines = [line(name, field) for name, field in model.model_fields.items() if not entries(field, {})]
     for name, field in model.model_fields.items():
         if registry := registry_of(field):
             lines += ["", *describe_choice(name, registry)]
-        elif is_model(field.annotation):
-            default = field.get_default(call_default_factory=True)
-            section = [line(f"{name}.{key}", f, default) for key, f in keys(field.annotation, {})]
-            lines += ["", *title(name, field.annotation), *section]
+        elif entries(field, {}):
+            section = field.annotation if is_model(field.annotation) else None
+            default = field.get_default(call_default_factory=True) if section else None
+            lines += ["", *title(name, section.__doc__ if section else field.description)]
+            lines += [line(key, below, default) for key, below in keys_below(name, field)]
     return "\n".join(lines)
 
 
 def describe_choice(name: str, registry: Registry) -> list[str]:
     shared = [line(f"{name}.{key}", field) for key, field in registry.base.model_fields.items() if key != "name"]
-    lines = [*title(name, registry.base), row(f"{name}.name={registry.default}", " | ".join(registry.entries)), *shared]
+    lines = [
+        *title(name, registry.base.__doc__),
+        row(f"{name}.name={registry.default}", " | ".join(registry.entries)),
+        *shared,
+    ]
     for entry in registry.entries:
-        lines += title(f"  {name}.name={entry}", registry.model(entry))
+        lines += title(f"  {name}.name={entry}", registry.model(entry).__doc__)
         lines += [line(f"{name}.{key}", field, indent=4) for key, field in own(registry, entry).items()]
     return lines
 
 
-def title(name: str, section: type[BaseModel]) -> list[str]:
-    return textwrap.wrap(f"{name}: {section.__doc__ or ''}".removesuffix(": "), WIDTH, subsequent_indent="    ")
+def title(name: str, summary: str | None) -> list[str]:
+    return textwrap.wrap(f"{name}: {summary or ''}".removesuffix(": "), WIDTH, subsequent_indent="    ")
 
 
 def line(key: str, field: FieldInfo, section: Any = None, indent: int = 2) -> str:

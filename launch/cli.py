@@ -1,0 +1,133 @@
+"""thriftlab prepare | train | compare | report.
+
+One surprise: nothing heavy is imported here but inside a command, so that `thriftlab --help` is quick.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE = {
+    "prepare": """thriftlab prepare [--config FILE] [key=value ...]
+    Text to token shards.""",
+    "train": """thriftlab train [--config FILE] [key=value ...]
+    One run. The same command again resumes it.""",
+    "compare": """thriftlab compare METHOD ... [--budget tokens=1e7] [--seeds 3] [--lr-grid 3e-4,1e-3] [key=value ...]
+    Many runs under one budget, paired by seed with those of the first method, and a report.""",
+    "report": """thriftlab report FOLDER
+    Writes FOLDER/report.html and FOLDER/report.md of a study anew.""",
+}
+SYNTAX = """
+key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
+--config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win over
+earlier ones, the command line over all. --plugin FILE.py runs a Python file first, which may
+register methods. Below: key=default, what it means (what it takes).
+"""
+COMPARE = """
+All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
+optim.KEY is meant for every method and METHOD.KEY for one, as in frugal.gap=50.
+--budget tokens=1e7 is short for the section `budget` with tokens alone.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 2 for what the user can mend, 128 + n after signal n."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    wants_help = not {"-h", "--help"}.isdisjoint([command, *rest])
+    try:
+        if command in ("-h", "--help"):
+            print("thriftlab: which pretraining method pays, under your budget?\n")
+            print("\n\n".join(USAGE.values()), "\n\nthriftlab COMMAND --help lists the keys of a command.")
+        elif command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, 1) or COMMANDS
+            return fail(f"unknown command {command!r}; did you mean {' or '.join(near)}?")
+        elif wants_help:
+            print(USAGE[command])
+            HELP[command]([word for word in rest if word not in ("-h", "--help")])
+        else:
+            COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not is_message(error):
+            raise
+        return fail(str(error), getattr(error, "code", 2))
+    return 0
+
+
+def fail(message: str, code: int = 2) -> int:
+    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    return code
+
+
+def is_message(error: Exception) -> bool:
+    """An exception that the project defines speaks to the user; any other is a defect and keeps its trace."""
+    return any(kind.__module__.startswith("thriftlab.") for kind in type(error).__mro__)
+
+
+def prepare(argv: list[str]) -> None:
+    from thriftlab.data import prepare
+    from thriftlab.train import settings
+
+    print(prepare.prepare(settings.load(prepare.PrepareConfig, argv)))
+
+
+def prepare_help(argv: list[str]) -> None:
+    from thriftlab.data.prepare import PrepareConfig
+    from thriftlab.train.surface import describe
+
+    print(SYNTAX, describe(PrepareConfig), sep="\n")
+
+
+def train(argv: list[str]) -> None:
+    from thriftlab.train import config, loop, settings
+
+    loop.run(settings.load(config.RunConfig, argv))
+
+
+def train_help(argv: list[str]) -> None:
+    from thriftlab.train import choice, config, settings, surface
+
+    settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
+    print(SYNTAX, surface.describe(config.RunConfig), sep="\n")
+
+
+def compare(argv: list[str]) -> None:
+    from thriftlab.launch import arguments
+
+    asked = arguments.arguments(argv)
+
+    from thriftlab.launch import study
+
+    base = asked.base.model_dump(mode="json")
+    study.compare(
+        methods=asked.methods,
+        base=base,
+        budget=base["budget"],
+        seeds=asked.options.seeds,
+        lr_grid=asked.options.lr_grid,
+        jobs=asked.options.jobs,
+        out=Path(asked.options.out),
+        method_overrides=asked.overrides,
+    )
+
+
+def compare_help(argv: list[str]) -> None:
+    from thriftlab.launch import arguments
+    from thriftlab.train import choice, settings
+
+    settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
+    print(SYNTAX, COMPARE, arguments.describe(), sep="\n")
+
+
+def report(argv: list[str]) -> None:
+    if len(argv) != 1:
+        sys.exit(fail("thriftlab report takes the folder of one study: thriftlab report FOLDER"))
+    from thriftlab.launch import report
+
+    print(report.report(Path(argv[0])))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = dict(prepare=prepare, train=train, compare=compare, report=report)
+HELP = dict(prepare=prepare_help, train=train_help, compare=compare_help, report=lambda _: None)
