@@ -70,7 +70,7 @@ class Method(torch.optim.Optimizer):
         for group in self.param_groups:
             due = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
             names, weights = [name for name, _ in due], [p for _, p in due]
-            grads = [gradient(p, group["maximize"]) for p in weights]
+            grads = [downhill(p, p.grad, group["maximize"]) for p in weights]
             self.update(names, weights, grads, [self.state[p] for p in weights], group)
         return loss
 
@@ -105,11 +105,11 @@ class Method(torch.optim.Optimizer):
                     self.state[p][key] = _restored(value, p)
 
 
-def gradient(p: Tensor, maximize: bool) -> Tensor:
-    """What to descend along, in the memory layout of the parameter."""
-    if p.grad.is_sparse:
+def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
+    """The gradient of what is minimised, in the memory layout of the weight."""
+    if grad.is_sparse:
         raise TypeError("sparse gradients are not supported; make the embedding with sparse=False")
-    grad = p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+    grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
     return -grad if maximize else grad
 
 

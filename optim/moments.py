@@ -26,8 +26,7 @@ def adamw(
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state.update({name: torch.zeros_like(weight) for name in Adam.buffers})
         state["step"] = state["step"].to(weight.device)
-    moments = [[state[name] for state in states] for name in Adam.buffers]
-    _adamw(weights, grads, *moments, [s["step"] for s in states], lr, betas, eps, weight_decay)
+    _adamw(weights, grads, states, [state["step"] for state in states], lr, betas, eps, weight_decay)
 
 
 def adamw_spec(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
@@ -61,8 +60,7 @@ class Adam(Rule):
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, age: int, group: dict[str, Any], lr) -> None:
         steps_before = torch.full((), age - 1.0, dtype=torch.float32, device=weight.device)
-        moments = [[state[name]] for name in self.buffers]
-        _adamw([weight], [grad], *moments, [steps_before], lr, group["betas"], group["eps"], 0.0)
+        _adamw([weight], [grad], [state], [steps_before], lr, group["betas"], group["eps"], weight_decay=0.0)
 
 
 class Lion(Rule):
@@ -93,9 +91,10 @@ def add_scaled(weight: Tensor, direction: Tensor, scale: float | Tensor) -> None
         weight.add_(direction, alpha=scale)
 
 
-def _adamw(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay) -> None:
+def _adamw(weights, grads, states, steps, lr, betas, eps, weight_decay) -> None:
     """torch's AdamW: its fused kernel for the tensors whose memory it can walk, its loop for the others."""
-    rows = list(zip(weights, grads, exp_avgs, exp_avg_sqs, steps, strict=True))
+    moments = ([state[name] for state in states] for name in Adam.buffers)
+    rows = list(zip(weights, grads, *moments, steps, strict=True))
     for fused in (True, False):
         chosen = [row for row in rows if _one_dense_layout(*row[:4]) == fused]
         if chosen:

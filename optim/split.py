@@ -33,16 +33,15 @@ class SplitOptimizer(Method):
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
-        rows = list(zip(names, weights, grads, states, strict=True))
-        plain = [row for row in rows if not is_split(row[1], group)]
-        if plain:
-            _, *tensors = map(list, zip(*plain, strict=True))
-            self.update_plain(*tensors, group)
-        for name, weight, grad, state in rows:
+        plain = [i for i, weight in enumerate(weights) if not is_split(weight, group)]
+        self.update_plain([weights[i] for i in plain], [grads[i] for i in plain], [states[i] for i in plain], group)
+        for name, weight, grad, state in zip(names, weights, grads, states, strict=True):
             if is_split(weight, group):
                 self.update_matrix(name, weight, grad, state, group)
 
-    def update_plain(self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]):
+    def update_plain(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
         """Steps the tensors that are not split."""
         adamw(weights, grads, states, **group)
 
