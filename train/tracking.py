@@ -173,6 +173,7 @@ def start_wandb(
             ]
         except Exception as error:  # wandb's own errors, and what its network or disk raise through it
             _warn(f"wandb ({attempt}) failed: {error}; training goes on{' offline' if attempt != 'offline' else ''}")
+            wandb.teardown()  # the failed run would hold its id
     return []
 
 
