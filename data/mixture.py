@@ -206,11 +206,13 @@ def cycle_counts(sources: Sequence[Source], windows: Sequence[int], batch_size: 
     if all(source.weight is None for source in sources):
         _check_length(sum(fixed), batch_size, steps)
         return fixed
-    if steps is None or (rest := steps * batch_size - sum(fixed)) <= 0:
-        run = "a run of unknown length" if steps is None else f"a run of {steps} steps x {batch_size} rows"
+    if steps is None:
+        raise DataError("epochs beside weights need a run of known length: set the budget in tokens or FLOPs")
+    rest = steps * batch_size - sum(fixed)
+    if rest <= 0:
         raise DataError(
-            f"the epochs asked for are {sum(fixed)} rows, and {run} has no countable rest for the weighted sources; "
-            "set a budget in tokens that is longer, or lower the epochs"
+            f"the epochs asked for are {sum(fixed)} rows and the run has {steps} steps of {batch_size}, which leaves "
+            "nothing for the weighted sources; lengthen the run or lower the epochs"
         )
     return [exact + share for exact, share in zip(fixed, largest_remainder(rest, weights), strict=True)]
 
