@@ -25,11 +25,14 @@ def split_commas(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+Rate = Annotated[float, Field(gt=0)]
+
+
 class CompareConfig(Section):
     """How the methods are compared."""
 
     seeds: int = Field(3, ge=1, description="runs of each method, paired by initialisation and order of the data")
-    lr_grid: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_commas)] | None = Field(
+    lr_grid: Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(split_commas)] | None = Field(
         None,
         description="learning rates, as 3e-4,1e-3: every method first picks its own in short trials; null: none",
     )
@@ -73,8 +76,8 @@ def known_methods(words: Sequence[str]) -> list[str]:
         raise ConfigError(f"{COMMAND_LINE}: name the methods to compare, the baseline first: {', '.join(METHODS)}")
     for word in words:
         if word not in METHODS:
-            hint = surface.nearest(word, METHODS)
-            raise ConfigError(f"{COMMAND_LINE}: method {word!r} is unknown{hint}; methods: {', '.join(METHODS)}")
+            known = ", ".join(METHODS) + surface.nearest(word, METHODS)
+            raise ConfigError(f"{COMMAND_LINE}: method {word!r} is unknown; there are {known}")
     if len(set(words)) < len(words):
         raise ConfigError(f"{COMMAND_LINE}: a method is named twice: {' '.join(words)}")
     return list(words)

@@ -20,9 +20,9 @@ USAGE = {
 }
 SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
---config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win over
-earlier ones, the command line over all. --plugin FILE.py runs a Python file first, which may
-register methods. Below: key=default, what it means (what it takes).
+--config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
+over earlier ones, the command line over all. --plugin FILE.py runs a Python file first, which may
+register methods and schedules. Below: key=default, what it means (what it takes).
 """
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
@@ -122,8 +122,11 @@ def compare_help(argv: list[str]) -> None:
 
 
 def report(argv: list[str]) -> None:
+    from thriftlab.train.errors import ConfigError
+
     if len(argv) != 1:
-        sys.exit(fail("thriftlab report takes the folder of one study: thriftlab report FOLDER"))
+        raise ConfigError("thriftlab report takes the folder of one study: thriftlab report FOLDER")
+
     from thriftlab.launch import report
 
     print(report.report(Path(argv[0])))

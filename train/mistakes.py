@@ -3,6 +3,7 @@
 For example: base.yaml: unknown key 'model.dimm'; did you mean 'model.dim'?
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -23,10 +24,10 @@ def explain(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path, str
     path = tuple(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return unknown_key(model, tree, origin, path)
-    key, value, source = ".".join(path), error["input"], sources(origin, path)
+    key, value, source = dotted(error["loc"]), error["input"], sources(origin, path)
     if error["type"] == "unknown_name":
         name, known = error["ctx"]["name"], error["ctx"]["known"]
-        return f"{source}: {key}.name = {name!r} is unknown{nearest(str(name), known)}; one of {', '.join(known)}"
+        return f"{source}: {key}.name = {name!r} is unknown; there are {', '.join(known)}{nearest(str(name), known)}"
     fields = dict(keys(model, tree))
     if error["type"] in ("model_type", "dict_type"):
         example = next((k for k in fields if k.startswith(f"{key}.")), f"{key}.NAME")
@@ -64,3 +65,8 @@ def sources(origin: dict[Path, str], path: Path) -> str:
     """Who set the value at the path, or the values of the section."""
     found = [source for leaf, source in origin.items() if leaf[: len(path)] == path[: len(leaf)]]
     return ", ".join(dict.fromkeys(found)) or "default"
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """`plugins[0]`, `optim.lr`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")

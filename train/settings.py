@@ -10,6 +10,7 @@ text of dicts and tuples that a wandb agent writes, and forgets which source a b
 import ast
 import json
 import tomllib
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -117,22 +118,24 @@ def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def parse(key: str, value: str) -> Any:
-    """Text as the value that it spells in YAML, JSON or Python. Numbers stay text: the field knows its type."""
-    if value[:1] not in tuple("[{("):
+    """Text as the value that it spells, in YAML or Python. Numbers stay text: the field knows its type."""
+    if not value.startswith(("[", "{", "(")):
         return None if value in ("None", "none", "null") else value
     try:
-        return constants(ast.literal_eval(value) if value[0] == "(" else yaml.safe_load(value))
-    except (ValueError, SyntaxError, yaml.YAMLError):
+        python = python_literal(value)
+        return yaml.safe_load(value) if python is None else python
+    except yaml.YAMLError:
         raise ConfigError(f"{COMMAND_LINE}: {key} = {value!r} is not a list; brackets do not close or fit") from None
 
 
-def constants(value: Any) -> Any:
-    """Python's None inside lists and dicts, which YAML takes for text."""
-    if isinstance(value, dict):
-        return {key: constants(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [constants(part) for part in value]
-    return None if value == "None" else value
+def python_literal(text: str) -> Any:
+    """What Python printed, as a wandb agent passes it; None for other text, where a backslash is just a backslash."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
+    return value if repr(value) == text or text.startswith("(") else None
 
 
 def read_file(file: str) -> dict[Any, Any]:
