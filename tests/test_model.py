@@ -173,6 +173,14 @@ def test_weights_are_a_function_of_seed_and_name():
     assert not torch.equal(a.layers[0].attn.q.weight, a.layers[1].attn.q.weight)
 
 
+def test_tied_weights_stay_one_tensor_off_meta():
+    with torch.device("meta"):
+        model = GPT(ModelConfig(**TINY, tied=True))
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    assert model.lm_head.weight is model.embed.weight
+
+
 def test_residual_projections_start_smaller():
     model = make(torch.float32, dim=128, heads=4, hidden=256, layers=8)
     assert model.layers[0].attn.q.weight.std().item() == pytest.approx(0.02, rel=0.05)

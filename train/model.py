@@ -164,7 +164,11 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied:
+        self.tie()
+
+    def tie(self) -> None:
+        """One tensor for embedding and head, where they are tied; moving a model off `meta` makes two of it."""
+        if self.config.tied:
             self.lm_head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
@@ -192,6 +196,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Norms 1; all else normal(0, init_std), the two projections back into the residual stream / sqrt(2 layers)."""
+        self.tie()
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 p.fill_(1.0)
