@@ -14,7 +14,6 @@ from thriftlab.launch import arguments, cli
 from thriftlab.optim import METHODS
 from thriftlab.train import surface
 from thriftlab.train.config import RunConfig
-from thriftlab.train.errors import ConfigError
 from thriftlab.train.loop import Interrupted
 from thriftlab.train.settings import load
 
