@@ -1,0 +1,231 @@
+"""A study's folder -> report.html, one page that needs nothing beside it, and report.md with the same words and tables.
+
+Works on a study that is half done: what is missing is named at the top. One surprise: the page carries no script and
+asks no server; its figures take their colours from the page's style, so they follow the reader's light or dark setting.
+"""
+
+import html
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from thriftlab.launch.figures import Picture, pictures
+from thriftlab.launch.results import Row, Study, read_study
+from thriftlab.launch.summary import (
+    LR_WORDS,
+    answers,
+    megabytes,
+    number,
+    plus_minus,
+    question,
+    signed,
+    spread,
+    table,
+    warnings,
+)
+from thriftlab.train.files import replace_atomically
+
+__all__ = ["report", "table"]
+
+Cell = tuple[str, ...]  # the value, then smaller print below it
+Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]  # head, rows
+
+
+def report(folder: Path) -> Path:
+    """Write FOLDER/report.html and report.md; returns the page. UserError if FOLDER is not a comparable study."""
+    study = read_study(Path(folder))
+    template = Template(resources.files("thriftlab.launch").joinpath("templates/report.html").read_text("utf-8"))
+    page = template.substitute(title=html.escape(title(study)), body=body(study))
+    target = study.folder / "report.html"
+    replace_atomically(target, page.encode())
+    replace_atomically(study.folder / "report.md", markdown(study).encode())
+    return target
+
+
+def title(study: Study) -> str:
+    baseline, *others = study.plan["methods"]
+    return f"{', '.join(others)} against {baseline}" if others else baseline
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+HEAD = (
+    "method", "held-out loss, nats/token", "bits per byte", "difference to {}, nats/token", "optimizer state",
+    "tokens/s", "learning rate", "cost of its trials", "skipped steps", "seeds",
+)  # fmt: skip
+
+
+def main_table(study: Study) -> Table:
+    head = [text.format(study.plan["methods"][0]) for text in HEAD]
+    return head, [[*main_row(row)] for row in study.rows]
+
+
+def main_row(row: Row) -> Iterator[Cell]:
+    yield (row.method,)
+    yield (plus_minus(*row.loss),)
+    yield (plus_minus(*row.mean_sd("results", "bits_per_byte")),)
+    yield difference(row)
+    predicted = max(row.values("memory", "predicted_state_bytes"), default=None)
+    yield megabytes(row.state_bytes), f"predicted {megabytes(predicted)}"
+    yield (spread(row.values("speed", "tokens_per_second")),)
+    edge = f", {row.lr['edge']} edge of the grid" if row.lr.get("edge") else ""
+    yield number(row.learning_rate, ".3g"), LR_WORDS[row.lr["how"]] + edge
+    yield trial_cost(row)
+    yield (number(sum(row.values("skipped_steps")) if row.done else None, ".0f"),)
+    yield (f"{len(row.done)} of {row.planned}",)
+
+
+def difference(row: Row) -> Cell:
+    d = row.difference
+    if d is None:
+        return ("–",)
+    if d.t is None or d.bootstrap is None:
+        return signed(d.mean), "one seed, no interval"
+    return (
+        signed(d.mean),
+        f"95 % t: {signed(d.t[0])} to {signed(d.t[1])}",
+        f"bootstrap: {signed(d.bootstrap[0])} to {signed(d.bootstrap[1])}",
+    )
+
+
+def trial_cost(row: Row) -> Cell:
+    trials = row.lr.get("trials", [])
+    if not trials:
+        return ("–",)
+    tokens, seconds = (sum(trial[key] or 0 for trial in trials) for key in ("tokens", "seconds"))
+    return f"{tokens:,.0f} tokens", f"{seconds:,.0f} s in {len(trials)} trials"
+
+
+def source_table(study: Study) -> Table | None:
+    """Loss by source; None where the text has one source only."""
+    names = sorted({name for record in study.records for name in record["results"].get("sources", {})})
+    if len(names) < 2:
+        return None
+
+    def cell(row: Row, name: str) -> Cell:
+        bits = row.mean_sd("results", "sources", name, "bits_per_byte")[0]
+        return plus_minus(*row.mean_sd("results", "sources", name, "loss")), f"{number(bits, '.4f')} bits/byte"
+
+    return ["method", *names], [[(row.method,), *(cell(row, name) for name in names)] for row in study.rows]
+
+
+def trial_table(study: Study) -> Table | None:
+    grid = sorted({trial["lr"] for row in study.rows for trial in row.lr.get("trials", [])})
+    if not grid:
+        return None
+    losses = {row.method: {trial["lr"]: trial["loss"] for trial in row.lr.get("trials", [])} for row in study.rows}
+    rows = [[(method,), *((number(found.get(lr), ".4f"),) for lr in grid)] for method, found in losses.items()]
+    return ["method", *(f"lr {lr:g}" for lr in grid)], rows
+
+
+# ------------------------------------------------------------------------------------------------------ how it was run
+
+
+def circumstances(study: Study) -> list[tuple[str, str]]:
+    plan, first = study.plan, (study.records or [{}])[0]
+    commit = first.get("commit")
+    machine, data, model = first.get("machine", {}), first.get("data", {}), first.get("model", {})
+    found: dict[str, Any] = {
+        "command": plan["command"],
+        "budget of a run": ", ".join(f"{amount:,.12g} {kind}" for kind, amount in plan["budget"].items()),
+        "seeds": f"{', '.join(map(str, plan['seeds']))}: the same data order and initial weights for every method",
+        "side by side": f"{plan['jobs']} runs of {plan['threads'] or 'as many as torch likes'} threads each",
+        "model": model and f"{model['parameters']:,} parameters, {model['flops_per_token']:,.0f} FLOPs per token",
+        "data": data and f"tokenizer {data.get('tokenizer')}, fingerprint {data['fingerprint']}",
+        "code": commit and commit + (", with uncommitted changes" if first["diff_sha256"] else ""),
+        "machine": ", ".join(
+            [f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}", *machine["gpus"]] if machine else []
+        ),
+        "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items() if version),
+        "started": plan["started"],
+    }
+    return [(term, text) for term, text in found.items() if text]
+
+
+NOTES = (
+    "Differences are paired by seed. The t interval decides; the percentile bootstrap stands beside it and is too "
+    "narrow for few seeds (with 3 it can cover 75 % at most). The intervals are one per comparison and not "
+    "simultaneous: of k of them one or more may miss with a chance of up to k × 5 %. ± is the standard deviation over "
+    "seeds. MiB are 2²⁰ bytes."
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- pages
+
+
+def sections(study: Study) -> list[tuple[str, Table, str]]:
+    """Title, table and note of every table of the report."""
+    side_by_side = f"tokens/s: mean over seeds, with {study.plan['jobs']} runs side by side."
+    trials = "Final held-out loss, nats/token, of one short run each, under a seed that is none of the study's."
+    tables = [
+        ("Comparison", main_table(study), f"{NOTES} {side_by_side}"),
+        ("Held-out loss by source", source_table(study), "nats/token, mean ± standard deviation over seeds."),
+        ("Learning-rate trials", trial_table(study), trials),
+    ]
+    return [(name, rows, note) for name, rows, note in tables if rows]
+
+
+def body(study: Study) -> str:
+    (name, comparison, note), *others = sections(study)
+    parts = [
+        f"<h1>{html.escape(title(study))}</h1>",
+        f'<p class="question">{html.escape(question(study))}</p>',
+        '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in answers(study.rows)), "</ul>",
+        warning_box(warnings(study)),
+        html_section(name, comparison, note),
+        '<h2>Figures</h2><div class="figures">', *map(html_figure, pictures(study.rows)), "</div>",
+        *(html_section(*section) for section in others),
+        "<h2>How it was run</h2><dl>", *(html_fact(*fact) for fact in circumstances(study)), "</dl>",
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def warning_box(lines: list[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<div class="warnings"><strong>Mind</strong><ul>{items}</ul></div>' if lines else ""
+
+
+def html_section(name: str, rows: Table, note: str) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in rows[0])
+    lines = "".join(f"<tr>{html_row(i, row)}</tr>" for i, row in enumerate(rows[1]))
+    return (
+        f'<h2>{html.escape(name)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{lines}</tbody></table></div><p class="note">{html.escape(note)}</p>'
+    )
+
+
+def html_row(index: int, row: Sequence[Cell]) -> str:
+    key = f'<span class="key" style="background: var(--s{index % 8})"></span>'
+    (name,), *others = row
+    return f"<td>{key}{html.escape(name)}</td>" + "".join(f"<td>{html_cell(cell)}</td>" for cell in others)
+
+
+def html_cell(cell: Cell) -> str:
+    return html.escape(cell[0]) + "".join(f"<small>{html.escape(text)}</small>" for text in cell[1:])
+
+
+def html_figure(picture: Picture) -> str:
+    svg = picture.svg.replace("<svg ", f'<svg aria-label="{html.escape(picture.title)}" ', 1)
+    caption = html.escape(picture.caption)
+    return f"<figure><h3>{html.escape(picture.title)}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def html_fact(term: str, text: str) -> str:
+    shown = f"<code>{html.escape(text)}</code>" if term == "command" else html.escape(text)
+    return f"<dt>{term}</dt><dd>{shown}</dd>"
+
+
+def markdown(study: Study) -> str:
+    parts = [f"# {title(study)}", question(study), "\n".join(f"- {line}" for line in answers(study.rows))]
+    if found := warnings(study):
+        parts.append("**Mind**\n\n" + "\n".join(f"- {line}" for line in found))
+    parts += [f"## {name}\n\n{markdown_table(rows)}\n\n{note}" for name, rows, note in sections(study)]
+    parts.append("## How it was run\n\n" + "\n".join(f"- {term}: {text}" for term, text in circumstances(study)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(rows: Table) -> str:
+    lines = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *[["; ".join(cell) for cell in row] for row in rows[1]]]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)

@@ -1,0 +1,171 @@
+"""A study's folder read back: which runs are there, and what they say about each method.
+
+    STUDY/study.json                       the plan, written by launch/study.py
+    STUDY/METHOD/seed-0/record.json ...    the runs
+    STUDY/trials/METHOD/lr-0.001/...       the trials that chose a learning rate
+
+A run that is missing, unfinished or damaged is a Result without a record and with one line that says so; what cannot be
+compared at all (different data, different budgets) is an error.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from thriftlab.launch.stats import Paired, paired
+from thriftlab.train.errors import UserError
+from thriftlab.train.files import unseal
+from thriftlab.train.record import RecordError, read_metrics, read_record
+
+STUDY = "study.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One planned run. `record` is None unless it is done and whole; then `problem` says why."""
+
+    method: str
+    seed: int
+    folder: Path
+    record: dict[str, Any] | None
+    problem: str
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder / "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its finished runs, and its paired differences to the baseline (None for the baseline itself)."""
+
+    method: str
+    planned: int
+    done: list[Result]
+    lr: dict[str, Any]
+    difference: Paired | None
+
+    def values(self, *path: str) -> list[float]:
+        """What the finished runs measured at `path` of their records, without nulls."""
+        return [value for result in self.done if (value := dig(result.record, *path)) is not None]
+
+    def mean_sd(self, *path: str) -> tuple[float | None, float | None]:
+        """Mean and standard deviation over seeds; None for what too few runs measured."""
+        values = self.values(*path)
+        return (
+            statistics.fmean(values) if values else None,
+            statistics.stdev(values) if len(values) > 1 else None,
+        )
+
+    @property
+    def loss(self) -> tuple[float | None, float | None]:
+        return self.mean_sd("results", "loss")
+
+    @property
+    def state_bytes(self) -> int | None:
+        return max(self.values("memory", "state_bytes"), default=None)
+
+    @property
+    def learning_rate(self) -> float | None:
+        return next(iter(self.values("config", "optim", "lr")), self.lr.get("lr"))
+
+
+@dataclass(frozen=True)
+class Study:
+    folder: Path
+    plan: dict[str, Any]
+    results: list[Result]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One row a method; the first is the baseline."""
+        methods = self.plan["methods"]
+        losses = {method: self.losses(method) for method in methods}
+        return [self.row(method, paired(losses[method], losses[methods[0]])) for method in methods]
+
+    def row(self, method: str, difference: Paired | None) -> Row:
+        planned = [result for result in self.results if result.method == method]
+        done = [result for result in planned if result.record]
+        baseline = method == self.plan["methods"][0]
+        return Row(method, len(planned), done, self.plan["lr"][method], None if baseline else difference)
+
+    def losses(self, method: str) -> dict[int, float]:
+        """Final held-out loss by seed; a loss that is not finite counts as none."""
+        done = [result for result in self.results if result.method == method and result.record]
+        found = {result.seed: dig(result.record, "results", "loss") for result in done}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [result.record for result in self.results if result.record]
+
+
+def read_study(folder: Path) -> Study:
+    """The study in `folder`, finished or not. UserError if it is none, or if its runs cannot be compared."""
+    folder = Path(folder)
+    plan = read_plan(folder)
+    results = [
+        read_result(folder / method / f"seed-{seed}", method, seed, plan["failures"])
+        for method in plan["methods"]
+        for seed in plan["seeds"]
+    ]
+    study = Study(folder, plan, results)
+    refuse_mixture(study, "data", "fingerprint")
+    refuse_mixture(study, "config", "budget")
+    return study
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    path = folder / STUDY
+    try:
+        return unseal(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: not a folder of `thriftlab compare`") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); run the same `thriftlab compare` again to rewrite it") from None
+
+
+def read_result(folder: Path, method: str, seed: int, failures: dict[str, str]) -> Result:
+    try:
+        if not folder.exists():
+            return Result(method, seed, folder, None, "not started")
+        if not (folder / "record.json").exists():
+            return Result(method, seed, folder, None, failures.get(f"{method}/seed-{seed}") or unfinished(folder))
+        result = Result(method, seed, folder, read_record(folder / "record.json"), "")
+        result.metrics  # noqa: B018  a damaged line is found now and not in the middle of a figure
+        return result
+    except RecordError as error:
+        return Result(method, seed, folder, None, str(error))
+
+
+def unfinished(folder: Path) -> str:
+    metrics = folder / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.exists() else []
+    return f"not finished, at step {lines[-1]['step']:,}" if lines else "not finished"
+
+
+def refuse_mixture(study: Study, *path: str) -> None:
+    """UserError unless all finished runs have the same value at `path`."""
+    seen = {json.dumps(dig(result.record, *path)): result.folder for result in study.results if result.record}
+    if len(seen) > 1:
+        (one, here), (other, there) = list(seen.items())[:2]
+        raise UserError(
+            f"the runs cannot be compared: {'.'.join(path)} is {one} in {here} and {other} in {there}; "
+            f"move one of the folders away and run the study again"
+        )
+
+
+def dig(tree: dict[str, Any] | None, *path: str) -> Any:
+    """The value at `path`, or None where the way ends early."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def evaluations(results: Iterable[Result]) -> list[list[dict[str, Any]]]:
+    """Per run its evaluation lines."""
+    return [[line for line in result.metrics if "eval" in line] for result in results]
