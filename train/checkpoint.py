@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,9 +80,9 @@ class Writer:
         if failure is not None:
             raise failure
 
-    def _write(self, *arguments: Any) -> None:
+    def _write(self, step: int, tensors: Tensors, state: str) -> None:
         try:
-            _write(self.folder, *arguments, self.keep)
+            _write(self.folder, step, tensors, state, self.keep)
         except BaseException as error:
             self.failure = error
 
@@ -184,7 +185,7 @@ def latest(folder: Path) -> Checkpoint | None:
     Warns about every broken one that it passes over. Raises CheckpointError if there are checkpoints and none is
     whole: starting anew is the user's decision.
     """
-    broken = []
+    broken: list[tuple[Path, str]] = []
     for _, path in _steps(Path(folder)):
         wrong = fault(path)
         if wrong is None:
@@ -249,7 +250,11 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 # ------------------------------------------------------------------------------------------------------------- JSON
 
-DECODERS = {"__float__": float, "__tuple__": tuple, "__dtype__": lambda name: getattr(torch, name)}
+DECODERS: dict[str, Callable[[Any], Any]] = {
+    "__float__": float,
+    "__tuple__": tuple,
+    "__dtype__": lambda name: getattr(torch, name),
+}
 
 
 def to_json(value: Any) -> str:

@@ -76,7 +76,7 @@ def tracker(
 
 def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a/b": 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= {f"{key}{separator}{inner}": item for inner, item in flatten(value, separator).items()}
@@ -131,7 +131,7 @@ class Wandb:
         self.run.finish()
 
 
-def wandb_mode(log: LogSection) -> str:
+def wandb_mode(log: LogSection) -> Any:
     """online, offline or disabled."""
     if log.wandb == "disabled":
         return "disabled"
@@ -140,7 +140,7 @@ def wandb_mode(log: LogSection) -> str:
 
 
 def start_wandb(
-    mode: str, log: LogSection, out: Path, name: str, config: dict[str, Any], run_id: str | None
+    mode: Any, log: LogSection, out: Path, name: str, config: dict[str, Any], run_id: str | None
 ) -> list[Any]:
     """One run, online if it can be, else offline; none if wandb cannot even write a file."""
     import wandb
