@@ -96,6 +96,8 @@ def test_files_and_flags_meet_in_one_section():
     assert config.data.sources["web-2"].weight == 2
     assert (config.budget.tokens, config.budget.seconds) == (None, 100)
     assert loaded("--config empty.yaml") == RunConfig()
+    assert loaded("--config base.toml data.sources.b.epochs=1").data.sources.keys() == {"web", "b"}
+    assert loaded("--config base.toml data.sources={}").data.sources == {}
 
 
 # -------------------------------------------------------------------------------------------------------- mistakes

@@ -35,7 +35,7 @@ class Settings:
         self.words = list(words)
 
     def put(self, path: tuple[str, ...], value: Any, source: str) -> None:
-        """Set a leaf, or all leaves of a dict, over what is there.
+        """Set a leaf, or all leaves of a dict, over what is there; an empty dict clears a section.
 
         True and False become text: a field of type bool reads it, and no number takes it for 1 or 0.
         """
@@ -49,8 +49,6 @@ class Settings:
                 where = sources(self.origin, path[:depth])
                 raise ConfigError(f"{where}: {key} = {tree[key]!r}, but {source}: {'.'.join(path)}; use one of the two")
             tree = tree[key]
-        if value == {} and isinstance(tree.get(path[-1]), dict):
-            return
         self.origin = {leaf: where for leaf, where in self.origin.items() if leaf[: len(path)] != path}
         self.origin[path] = source
         tree[path[-1]] = str(value).lower() if isinstance(value, bool) else value
