@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise DataError(f"{file}: missing, so this is no prepared data set; run `thriftlab prepare`")
     if checksum.read_bytes() != _checksum_line(path).encode():
         raise DataError(f"{path}: does not match its hash in {checksum}: one of the two was changed; {REMEDY}")
-    manifest = json.loads(path.read_bytes())
+    manifest: Manifest = json.loads(path.read_bytes())
     if manifest["format"] != FORMAT:
         raise DataError(f"{path}: format {manifest['format']}, and this version reads {FORMAT}; {REMEDY}")
     return manifest

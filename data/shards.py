@@ -147,8 +147,8 @@ class Windows:
         """What the full windows leave of a split of one shard, 2 .. T tokens; None if nothing is left to predict."""
         if len(self.shards) > 1:
             raise DataError(f"a split of {len(self.shards)} shards has a tail in each; only validation has one tail")
-        rest = self.shards[0][len(self) * self.sequence_length :] if self.shards else ()
-        return rest if len(rest) > 1 else None
+        done = len(self) * self.sequence_length
+        return self.shards[0][done:] if self.tokens > done + 1 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -159,6 +159,12 @@ def test_source_keeps_its_order_in_any_mixture(dataset):
     assert np.array_equal(window[source == 1][:300], alone)
 
 
+def test_sources_of_one_size_have_orders_of_their_own():
+    source, window, _ = bare([500, 500], [500, 500]).at(0, 1000)
+    assert (window[source == 0] == window[source == 1]).mean() < 0.02
+    assert named_seed(0, "web") == 14916079199633350296 != named_seed(1, "web")
+
+
 def test_fingerprint_is_the_stream(dataset):
     halves = [Source("web", weight=1), Source("books", weight=1)]
     variants = [
