@@ -109,6 +109,15 @@ def test_any_flipped_bit_is_found(tmp_path, name):
             read_record(tmp_path / "record.json")
 
 
+def test_the_seal_protects_every_byte(tmp_path):
+    write_record(tmp_path, RECORD)
+    path = tmp_path / "record.json"
+    for changed in (path.read_bytes().replace(b"  ", b"\t"), path.read_bytes() + b"\n"):
+        path.write_bytes(changed)
+        with pytest.raises(RecordError, match="damaged"):
+            read_record(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b'{"sha256": 1}', b"\xff\xfe"])
 def test_what_is_no_record_is_refused(tmp_path, content):
     (tmp_path / "record.json").write_bytes(content)
