@@ -32,10 +32,10 @@ Whole = Annotated[int, BeforeValidator(exact_int)]
 
 @dataclass(frozen=True)
 class Horizon:
-    """Where a run ends: after `steps` optimizer steps or after `seconds` of training. The other one is None."""
+    """Where a run ends: after `steps` optimizer steps, or where they are None after `seconds` of training."""
 
     steps: int | None = None
-    seconds: float | None = None
+    seconds: float = math.inf
 
     def progress(self, step: int, elapsed: float) -> float:
         """Spent fraction of the budget in [0, 1] at step 0, 1, ..., `elapsed` seconds of training after the start."""
@@ -77,7 +77,7 @@ class Budget(BaseModel):
         if self.tokens is not None:
             kind, amount, per_step = "tokens", self.tokens, tokens_per_step
         else:
-            kind, amount, per_step = "flops", int(self.flops), tokens_per_step * flops_per_token
+            kind, amount, per_step = "flops", int(self.flops or 0), tokens_per_step * flops_per_token
         if amount < per_step:
             raise ConfigError(
                 f"budget.{kind} = {amount:g} is less than the {per_step:g} {kind} of one step; "

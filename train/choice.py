@@ -11,9 +11,9 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
 from thriftlab.optim.hyper import model_of
@@ -32,8 +32,8 @@ class Choice(Section):
 
     def hyperparameters(self) -> dict[str, Any]:
         """What the chosen thing takes, without what every choice of this kind has."""
-        kind = type(self)
-        return {key: getattr(self, key) for key in kind.model_fields if key not in kind.__base__.model_fields}
+        shared = cast(type[Choice], type(self).__base__).model_fields
+        return {key: getattr(self, key) for key in type(self).model_fields if key not in shared}
 
 
 class Registry:
@@ -61,8 +61,9 @@ class Registry:
             raise PydanticCustomError("unknown_name", "unknown name", {"name": name, "known": list(self.entries)})
         return self.model(name).model_validate(value)
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> Any:
-        return handler.generate_schema(SerializeAsAny[Annotated[self.base, BeforeValidator(self.validate)]])
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        kind: Any = Annotated[self.base, BeforeValidator(self.validate), SerializeAsAny()]
+        return handler.generate_schema(kind)
 
 
 def load_plugin(path: str) -> str:

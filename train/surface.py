@@ -10,7 +10,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -150,5 +150,5 @@ def row(left: str, right: str, indent: int = 2) -> str:
     return "\n".join([head.ljust(COLUMN) + wrapped[0], *(" " * COLUMN + part for part in wrapped[1:])])
 
 
-def is_model(kind: Any) -> bool:
+def is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
