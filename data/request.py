@@ -1,7 +1,7 @@
 """What a preparation is asked to make: its settings, and how a finished folder is known to answer them.
 
-The surprise: inputs are compared by the names, sizes and times of their files, because hashing a corpus takes as long as
-reading it; input that has gone since makes no difference, so that a prepared folder outlives its corpus.
+The surprise: inputs are compared by the names, sizes and times of their files, because hashing a corpus takes as long
+as reading it; input that has gone since makes no difference, so that a prepared folder outlives its corpus.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def _content(config: PrepareConfig) -> dict[str, str | None]:
     """What can be known of the inputs without reading them; None where that is nothing."""
     content = {name: _stamp(source) for name, source in config.inputs.items()}
     if not config.tokenizer.startswith("bpe:"):
-        content["tokenizer"] = load_tokenizer(config.tokenizer).sha256
+        content["the tokenizer"] = load_tokenizer(config.tokenizer).sha256
     return content
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -49,8 +49,10 @@ def _old(target: Path) -> Path:
 
 
 def _lock(work: Path) -> int:
+    work.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # not `exist_ok`, which fails where another process renames it just then
+            work.mkdir()
         try:
             lock = os.open(work, os.O_RDONLY)
         except FileNotFoundError:  # renamed since by who had it
