@@ -14,6 +14,7 @@ from thriftlab.launch import arguments, cli
 from thriftlab.optim import METHODS
 from thriftlab.train import surface
 from thriftlab.train.config import RunConfig
+from thriftlab.train.errors import ConfigError
 from thriftlab.train.loop import Interrupted
 from thriftlab.train.settings import load
 
@@ -151,6 +152,57 @@ MISTAKES = {
 def test_a_mistake_is_one_line_that_says_who_what_and_how(line, capsys):
     assert cli.main(["train", *line.split()]) == 2
     assert capsys.readouterr().err == f"error: {MISTAKES[line]}\n"
+
+
+KEYS = [
+    *(key.partition(" ")[0] for key in surface.all_keys(RunConfig) if key != "plugins"),
+    "optim",
+    "data",
+    "x",
+    "",
+    ".",
+]
+VALUES = [
+    "1",
+    "-1",
+    "1e9",
+    "1e999",
+    "1e999999999",
+    "nan",
+    "None",
+    "True",
+    "x",
+    "",
+    "[]",
+    "{}",
+    "[1, 2]",
+    "{'a': 1}",
+    "(1,)",
+]
+VALUES += [
+    "{'name': [1]}",
+    "{'name': {}}",
+    "[[[[",
+    "{1: 2}",
+    "frugal",
+    "\x00",
+    "2024-01-01",
+    "[2024-01-01]",
+    "!!python/object:x",
+]
+
+
+@given(st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(VALUES) | st.text())), st.booleans())
+def test_nothing_but_a_message_ever_comes_of_bad_arguments(pairs, dashes):
+    try:
+        load(RunConfig, [f"{'--' * dashes}{key}={value}" for key, value in pairs])
+    except ConfigError as error:
+        assert all("command line: " in line for line in str(error).split("\n"))
+
+
+def test_a_missing_value_is_named(capsys):
+    assert cli.main(["prepare", "inputs.web.licence=mit"]) == 2
+    assert capsys.readouterr().err == "error: command line: inputs.web.path is missing; it takes text\n"
 
 
 def test_every_mistake_is_named(capsys):

@@ -22,7 +22,7 @@ def exact_int(value: Any) -> Any:
         return value
     try:
         number = Decimal(value)
-        return int(number) if number == number.to_integral_value() else value
+        return int(number) if number == number.to_integral_value() and number.adjusted() < 30 else value
     except (InvalidOperation, OverflowError, ValueError):  # not a number, infinity, nan
         return value
 

@@ -57,7 +57,7 @@ class Registry:
         if not isinstance(value, dict):
             raise PydanticCustomError("model_type", "is a section")
         name = value.get("name", self.default)
-        if name not in self.entries:
+        if name not in list(self.entries):
             raise PydanticCustomError("unknown_name", "unknown name", {"name": name, "known": list(self.entries)})
         return self.model(name).model_validate(value)
 

@@ -3,11 +3,10 @@
 For example: base.yaml: unknown key 'model.dimm'; did you mean 'model.dim'?
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from thriftlab.train.surface import keys, nearest, registry_of, words
@@ -32,13 +31,18 @@ def explain(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path, str
     if error["type"] in ("model_type", "dict_type"):
         example = next((k for k in fields if k.startswith(f"{key}.")), f"{key}.NAME")
         return f"{source}: {key} = {value!r} is not a section; set its keys, as in {example}=VALUE"
-    field = field_at(fields, path)
-    if field and error["type"] not in ("value_error", "plugin"):
-        if isinstance(value, dict):
-            return f"{source}: {key} is not a section and has no {', '.join(map(repr, value))}; it takes {words(field)}"
-        return f"{source}: {key} = {value!r} is not possible; it takes {words(field)}"
-    said = f"{key} = {value!r}: " if field else f"{key}: " if key else ""
-    return f"{source}: {said}{error['msg'].removeprefix('Value error, ')}"
+    field_key = next((k for k in prefixes(path) if k in fields), "")
+    if not field_key:
+        return f"{source}: {key}: {said(error)}" if key else f"{source}: {said(error)}"
+    takes, depth = words(fields[field_key]), field_key.count(".") + 1
+    key = dotted([*path[:depth], *(part for part in error["loc"][depth:] if isinstance(part, int))])
+    if error["type"] == "missing":
+        return f"{sources(origin, path[:-1])}: {key} is missing; it takes {takes}"
+    if error["type"] in ("value_error", "plugin"):
+        return f"{source}: {key} = {value!r}: {said(error)}"
+    if isinstance(value, dict):
+        return f"{source}: {key} is not a section and has no {', '.join(map(repr, value))}; it takes {takes}"
+    return f"{source}: {key} = {value!r} is not possible; it takes {takes}"
 
 
 def unknown_key(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path, str], path: Path) -> str:
@@ -55,10 +59,13 @@ def unknown_key(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path,
     return f"{start} with {path[0]}.name={name}, which takes {', '.join(registry.model(name).model_fields)}{hint}"
 
 
-def field_at(fields: dict[str, FieldInfo], path: Path) -> FieldInfo | None:
-    """The field that the path, which may go on into a list or a union, is in."""
-    prefixes = (".".join(path[:n]) for n in range(len(path), 0, -1))
-    return next((fields[key] for key in prefixes if key in fields), None)
+def prefixes(path: Path) -> Iterator[str]:
+    """The path as a key, and the keys of what it is in; the path may go on into a list or a union."""
+    return (".".join(path[:n]) for n in range(len(path), 0, -1))
+
+
+def said(error: ErrorDetails) -> str:
+    return error["msg"].removeprefix("Value error, ")
 
 
 def sources(origin: dict[Path, str], path: Path) -> str:

@@ -90,7 +90,8 @@ def read(argv: Sequence[str]) -> Settings:
                 settings.put(tuple(str(name).split(".")), value, file)
     plugins = [value for key, value in pairs if key == "plugin"]
     if plugins:
-        settings.put(("plugins",), [*settings.tree.get("plugins", []), *plugins], COMMAND_LINE)
+        earlier = settings.tree.get("plugins", [])
+        settings.put(("plugins",), (earlier if isinstance(earlier, list) else [earlier]) + plugins, COMMAND_LINE)
     for key, value in pairs:
         if key not in ("config", "plugin"):
             settings.put(tuple(key.split(".")), parse(key, value), COMMAND_LINE)

@@ -31,7 +31,7 @@ def entries(field: FieldInfo, value: Any) -> dict[str, tuple[type[BaseModel], An
     value = value if isinstance(value, dict) else {}
     if registry := registry_of(field):
         name = value.get("name", registry.default)
-        return {"": (registry.model(name if name in registry.entries else registry.default), value)}
+        return {"": (registry.model(name if name in list(registry.entries) else registry.default), value)}
     if is_model(field.annotation):
         return {"": (field.annotation, value)}
     if get_origin(field.annotation) is dict and is_model(get_args(field.annotation)[1]):
