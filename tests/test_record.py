@@ -90,7 +90,7 @@ def test_a_record_comes_back(tmp_path):
     write_record(tmp_path, RECORD)
     found = read_record(tmp_path / "record.json")
     digest = hashlib.sha256((tmp_path / "metrics.jsonl").read_bytes()).hexdigest()
-    assert found == {**RECORD, "results": {"loss": 1 / 3, "nan": None}, "metrics_sha256": digest}
+    assert found == {**RECORD, "results": {"loss": 1 / 3, "nan": None}, "files": {"metrics.jsonl": digest}}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "record.json"]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -202,3 +203,27 @@ def test_the_record_is_complete(tiny_data, tmp_path):
         assert stored[key] not in (None, {}, ""), key
     memory = stored["memory"]
     assert memory["state_bytes"] == memory["predicted_state_bytes"] == 2 * memory["parameter_bytes"]
+
+
+FILES = ["config.json", "metrics.jsonl", "record.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_what_a_run_wrote_is_found(tiny_data, tmp_path, name):
+    config = tiny_config(tiny_data, tmp_path / "out")
+    run(config)
+    path = tmp_path / "out" / name
+    clean = path.read_bytes()
+    for place in random.Random(0).sample(range(len(clean)), 20):
+        path.write_bytes(clean[:place] + bytes([clean[place] ^ 1]) + clean[place + 1 :])
+        with pytest.raises(UserError, match=re.escape(name)):
+            run(config)
+
+
+def test_a_changed_line_of_an_unfinished_run_is_found(tiny_data, tmp_path):
+    config = tiny_config(tiny_data, tmp_path / "out", **LONG)
+    stop_at(config, 9)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 4, "tokens": 1', '"step": 4, "tokens": 2'))
+    with pytest.raises(UserError, match="not the history of the checkpoint at step 9"):
+        run(config)

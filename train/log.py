@@ -9,6 +9,7 @@ from typing import Any
 
 from thriftlab.train import record
 from thriftlab.train.build import Run
+from thriftlab.train.files import sha256
 from thriftlab.train.progress import Progress
 from thriftlab.train.step import StepResult
 from thriftlab.train.tracking import tracker
@@ -44,9 +45,9 @@ class Counters:
 
 
 class Log:
-    """Numbers of one run, from the step of `counters` on."""
+    """Numbers of one run, from the step of `counters` on; `history` is the sha256 that metrics.jsonl has up to there."""
 
-    def __init__(self, run: Run, counters: Counters):
+    def __init__(self, run: Run, counters: Counters, history: str | None):
         self.run, self.counters = run, counters
         if not run.chief:
             return
@@ -54,6 +55,11 @@ class Log:
         run.out.mkdir(parents=True, exist_ok=True)
         record.write_json(run.out / "config.json", config)
         self.metrics = record.MetricsWriter(run.out / "metrics.jsonl", counters.step)
+        if history not in (None, sha256(run.out / "metrics.jsonl")):
+            raise record.RecordError(
+                f"{run.out}/metrics.jsonl is not the history of the checkpoint at step {counters.step}: a line before it "
+                f"was changed or is missing; restore the file from a copy, or move {run.out} away and start anew"
+            )
         self.mirrors = tracker(log, run.out, run.out.name, config, run.fingerprint[:16])
         total = run.horizon.steps and run.horizon.steps * run.config.train.batch_size * run.config.data.sequence_length
         self.bar = Progress(total, counters.tokens, run.out.name, log.progress)

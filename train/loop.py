@@ -25,6 +25,7 @@ from thriftlab.train.build import Run, build
 from thriftlab.train.config import RunConfig
 from thriftlab.train.errors import UserError
 from thriftlab.train.evaluate import evaluate
+from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
 from thriftlab.train.step import StepResult, train_step
 
@@ -58,10 +59,10 @@ def train(run: Run, received: list[int]) -> dict[str, Any]:
     config, backend, horizon = run.config, run.backend, run.horizon
     birth = {"started": time.time(), **record.birth_certificate(run.out if run.chief else None)}
     base_lr = [group["lr"] for group in run.optimizer.param_groups]
-    counters = restore(run)
+    counters, history = restore(run)
     first = counters.step
     batches = prefetch(run.plan, backend.rank, backend.world)
-    saver, log = Saver(run), Log(run, counters)
+    saver, log = Saver(run), Log(run, counters, history)
 
     while True:
         halt, counters.seconds = agree(backend, bool(received) or stop_file(run), counters.seconds)
@@ -152,7 +153,12 @@ class Saver:
         if self.writer:
             optim, rest = checkpoint.pack_optimizer(self.run.optimizer)
             tensors = {"model": dict(self.run.model.named_parameters()), "optim": optim}
-            meta = {"fingerprint": self.run.fingerprint, "counters": counters.state(), "optim": rest}
+            meta = {
+                "fingerprint": self.run.fingerprint,
+                "counters": counters.state(),
+                "optim": rest,
+                "history": sha256(self.run.out / "metrics.jsonl"),
+            }
             self.writer.save(counters.step, tensors, meta)
 
     def wait(self) -> None:
@@ -161,11 +167,12 @@ class Saver:
 
 
 @torch.no_grad()
-def restore(run: Run) -> Counters:
-    """Weights, optimizer and counters of the newest whole checkpoint; fresh counters where there is none."""
+def restore(run: Run) -> tuple[Counters, str | None]:
+    """Take weights and optimizer from the newest whole checkpoint; returns its counters and the sha256 of the metrics
+    that led to it. Fresh counters and None where there is no checkpoint."""
     found = checkpoint.latest(run.out / "checkpoints")
     if found is None:
-        return Counters()
+        return Counters(), None
     if found.meta["fingerprint"] != run.fingerprint:
         raise UserError(
             f"{run.out} holds a run with another configuration or other data (compare its config.json); "
@@ -174,7 +181,7 @@ def restore(run: Run) -> Counters:
     for name, parameter in run.model.named_parameters():
         parameter.copy_(found.tensors["model"][name])
     checkpoint.unpack_optimizer(run.optimizer, found.tensors["optim"], found.meta["optim"])
-    return Counters(**found.meta["counters"])
+    return Counters(**found.meta["counters"]), found.meta["history"]
 
 
 def finished(run: Run) -> dict[str, Any] | None:

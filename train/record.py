@@ -1,6 +1,6 @@
 """What a run leaves behind: metrics.jsonl while it trains, record.json when it is done, and its birth certificate.
 
-record.json is sealed: it carries its own sha256 and that of metrics.jsonl, so a flipped bit in either is found. The
+record.json is sealed: it carries its own sha256 and those of the files beside it, so a flipped bit is found. The
 surprise: nan and inf are written as null, because JSON has no word for them; the key stays.
 """
 
@@ -88,15 +88,17 @@ def _parse(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------------- record
 
 
+BESIDE = ("metrics.jsonl", "config.json", "code.diff")  # what a record vouches for
+
+
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    """Atomically write OUT/record.json, sealed, with the sha256 of OUT/metrics.jsonl where there is one."""
-    metrics = Path(out) / "metrics.jsonl"
-    content = {**finite(record), "metrics_sha256": sha256(metrics) if metrics.exists() else None}
-    replace_atomically(Path(out) / "record.json", seal(content))
+    """Atomically write OUT/record.json, sealed, with the sha256 of the run's other files."""
+    files = {name: sha256(Path(out) / name) for name in BESIDE if (Path(out) / name).exists()}
+    replace_atomically(Path(out) / "record.json", seal({**finite(record), "files": files}))
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record at `path`. Raises RecordError if it, or metrics.jsonl beside it, is not what the run wrote."""
+    """The record at `path`. Raises RecordError if it, or a file beside it, is not what the run wrote."""
     path = Path(path)
     remedy = f"restore it from a copy, or move {path.parent} away and run again"
     try:
@@ -105,9 +107,10 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RecordError(f"{path} is missing: the run has not finished; run it again to resume") from None
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} is damaged ({error}); {remedy}") from None
-    metrics = path.with_name("metrics.jsonl")
-    if metrics.exists() and record.get("metrics_sha256") not in (None, sha256(metrics)):
-        raise RecordError(f"{metrics} is not the file that {path} was written with; {remedy}")
+    for name, expected in record.get("files", {}).items():
+        beside = path.with_name(name)
+        if beside.exists() and sha256(beside) != expected:
+            raise RecordError(f"{beside} is not the file that {path} was written with; {remedy}")
     return record
 
 
