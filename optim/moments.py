@@ -2,7 +2,7 @@
 
 Adam (1412.6980) with AdamW's decoupled decay (1711.05101) and torch's placement of eps, Lion (2302.06675), SGD with
 momentum. The surprise: torch's fused kernel walks raw memory and checks nothing, so it is used only where weight,
-gradient and moments share one dense layout; elsewhere torch's plain loop takes the step.
+gradient and moments lie alike in memory; elsewhere torch's plain loop takes the step.
 """
 
 from typing import Any
@@ -96,7 +96,7 @@ def _adamw(weights, grads, states, steps, lr, betas, eps, weight_decay) -> None:
     moments = ([state[name] for state in states] for name in Adam.buffers)
     rows = list(zip(weights, grads, *moments, steps, strict=True))
     for fused in (True, False):
-        chosen = [row for row in rows if _one_dense_layout(*row[:4]) == fused]
+        chosen = [row for row in rows if _one_layout(*row[:4]) == fused]
         if chosen:
             w, g, m, v, s = map(list, zip(*chosen, strict=True))
             torch_adamw(
@@ -105,6 +105,6 @@ def _adamw(weights, grads, states, steps, lr, betas, eps, weight_decay) -> None:
             )  # fmt: skip
 
 
-def _one_dense_layout(weight: Tensor, *others: Tensor) -> bool:
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(weight.shape, weight.stride(), strict=True))
-    return weight.numel() in (extent, 0) and all(other.stride() == weight.stride() for other in others)
+def _one_layout(weight: Tensor, *others: Tensor) -> bool:
+    """Whether all lie alike in memory, and so without gaps: moments come from `zeros_like`, which leaves none."""
+    return all(other.stride() == weight.stride() for other in others)

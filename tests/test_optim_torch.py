@@ -108,6 +108,7 @@ def test_memory_layout_does_not_matter(make):
             optimizer.step()
     for name in SHAPES:
         assert torch.allclose(plain[name], odd[name], rtol=0, atol=1e-6), name
+    assert torch.equal(plain["b"], odd["b"]), "the gradient's layout is not the weight's, which decides"
 
 
 @every_method
@@ -136,7 +137,11 @@ def test_state_is_tensors_and_loads_with_its_own_dtype(make):
     for p in params.values():
         old, new = optimizer.state[p], fresh.state[p]
         assert same(old, new)
-        assert all(old[key].dtype == new[key].dtype and old[key] is not new[key] for key in old)
+        assert all(old[key].dtype == new[key].dtype for key in old)
+    fresh.load_state_dict(optimizer.state_dict())
+    for p in params.values():
+        pairs = [(value, fresh.state[p][key]) for key, value in optimizer.state[p].items() if value.numel()]
+        assert all(a.data_ptr() != b.data_ptr() for a, b in pairs), "two optimizers would share their state"
 
 
 def test_a_moment_in_another_dtype_stays_in_it():
