@@ -1,0 +1,77 @@
+"""Every method on a few small parameters: how to make it, feed it gradients and compare what comes out."""
+
+import io
+
+import pytest
+import torch
+
+from thriftlab.optim import AdamW, Frugal, SignSGD
+
+SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
+GAP = 4
+
+
+class Halves:
+    """A subspace of one's own: the mean of each pair of columns, and an int32 index to carry along."""
+
+    def refresh(self, grad, name, count, generator):
+        flip = torch.randperm(grad.shape[1] // 2, generator=generator).to(torch.int32)
+        return {"flip": flip, "odd": torch.tensor([grad.shape[1] % 2], dtype=torch.uint8)}
+
+    def down(self, grad, basis):
+        n = len(basis["flip"])
+        return (grad[:, : 2 * n : 2] + grad[:, 1 : 2 * n : 2])[:, basis["flip"].long()] / 2**0.5
+
+    def up(self, small, basis):
+        pairs = torch.zeros_like(small)
+        pairs[:, basis["flip"].long()] = small
+        whole = pairs.repeat_interleave(2, dim=1) / 2**0.5
+        return torch.nn.functional.pad(whole, (0, int(basis["odd"])))
+
+
+def frugal(params, **hyper):
+    return Frugal(params, **{"lr": 0.01, "gap": GAP, **hyper})
+
+
+MAKERS = {
+    "adamw": lambda params, **k: AdamW(params, **{"lr": 0.01, **k}),
+    "signsgd": lambda params, **k: SignSGD(params, **{"lr": 0.01, **k}),
+    "blocks": lambda params, **k: frugal(params, **{"density": 0.5, **k}),
+    "random blocks": lambda params, **k: frugal(params, order="random", **k),
+    "columns": lambda params, **k: frugal(params, subspace="columns", **k),
+    "rows, keep": lambda params, **k: frugal(params, subspace="rows", on_refresh="keep", density=0.5, **k),
+    "coordinates, project": lambda params, **k: frugal(params, subspace="coordinates", on_refresh="project", **k),
+    "lion": lambda params, **k: frugal(params, subspace="columns", rule="lion", free="sgd", density=0.5, **k),
+    "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
+}
+every_method = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+
+def parameters(dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    return {
+        name: torch.nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for name, shape in SHAPES.items()
+    }
+
+
+def gradient(name, step):
+    return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(step * 100 + list(SHAPES).index(name)))
+
+
+def train(params, optimizer, steps):
+    for t in steps:
+        for name, p in params.items():
+            p.grad = gradient(name, t).to(p.dtype)
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
