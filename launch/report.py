@@ -6,6 +6,7 @@ asks no server; its figures take their colours from the page's style, so they fo
 
 import html
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -53,7 +54,7 @@ def title(study: Study) -> str:
 
 HEAD = (
     "method", "held-out loss, nats/token", "bits per byte", "difference to {}, nats/token", "optimizer state",
-    "tokens/s", "learning rate", "cost of its trials", "skipped steps", "seeds",
+    "tokens/s", "learning rate", "cost of its trials", "seeds",
 )  # fmt: skip
 
 
@@ -70,11 +71,10 @@ def main_row(row: Row) -> Iterator[Cell]:
     predicted = max(row.values("memory", "predicted_state_bytes"), default=None)
     yield megabytes(row.state_bytes), f"predicted {megabytes(predicted)}"
     yield (spread(row.values("speed", "tokens_per_second")),)
-    edge = f", {row.lr['edge']} edge of the grid" if row.lr.get("edge") else ""
+    edge = f", {row.lr['edge']} edge" if row.lr.get("edge") else ""
     yield number(row.learning_rate, ".3g"), LR_WORDS[row.lr["how"]] + edge
     yield trial_cost(row)
-    yield (number(sum(row.values("skipped_steps")) if row.done else None, ".0f"),)
-    yield (f"{len(row.done)} of {row.planned}",)
+    yield f"{len(row.done)} of {row.planned}", f"{sum(row.values('skipped_steps')):.0f} steps skipped"
 
 
 def difference(row: Row) -> Cell:
@@ -139,9 +139,16 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
             [f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}", *machine["gpus"]] if machine else []
         ),
         "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items() if version),
-        "started": plan["started"],
+        "when": period(study),
     }
     return [(term, text) for term, text in found.items() if text]
+
+
+def period(study: Study) -> str:
+    """From the start of the first finished run to the end of the last."""
+    times = [record[key] for record in study.records for key in ("started", "finished")]
+    first, last = (datetime.fromtimestamp(pick(times), UTC) for pick in (min, max)) if times else (None, None)
+    return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC" if times else ""
 
 
 NOTES = (
@@ -184,7 +191,7 @@ def body(study: Study) -> str:
 
 def warning_box(lines: list[str]) -> str:
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f'<div class="warnings"><strong>Mind</strong><ul>{items}</ul></div>' if lines else ""
+    return f'<div class="warnings"><strong>Keep in mind</strong><ul>{items}</ul></div>' if lines else ""
 
 
 def html_section(name: str, rows: Table, note: str) -> str:
@@ -220,7 +227,7 @@ def html_fact(term: str, text: str) -> str:
 def markdown(study: Study) -> str:
     parts = [f"# {title(study)}", question(study), "\n".join(f"- {line}" for line in answers(study.rows))]
     if found := warnings(study):
-        parts.append("**Mind**\n\n" + "\n".join(f"- {line}" for line in found))
+        parts.append("**Keep in mind**\n\n" + "\n".join(f"- {line}" for line in found))
     parts += [f"## {name}\n\n{markdown_table(rows)}\n\n{note}" for name, rows, note in sections(study)]
     parts.append("## How it was run\n\n" + "\n".join(f"- {term}: {text}" for term, text in circumstances(study)))
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from thriftlab.launch.results import Row, Study, dig
 from thriftlab.launch.stats import MANY_SEEDS, Paired, seeds_to_resolve
 
-LR_WORDS = {"tuned": "tuned", "default": "not tuned (default lr)", "hand": "lr set by hand", "pending": "being tuned"}
+LR_WORDS = {
+    "tuned": "tuned", "default": "not tuned (default lr)", "hand": "lr set by hand", "pending": "being tuned",
+    "failed": "every trial failed",
+}  # fmt: skip
 BITS = (  # key in `versions` or `machine`, or of the record itself -> what a difference means
     (("commit",), "runs come from different commits"),
     (("diff_sha256",), "runs come from different uncommitted changes"),
@@ -133,8 +136,8 @@ def table(study: Study) -> str:
 
 
 TABLE_HEAD = ("method", "loss, nats/token", "bits/byte", "difference, 95 % CI", "state MiB", "tokens/s", "lr", "seeds")
-LR_NOTE = "lr: * not tuned (default), h set by hand, e the best of its trials is an edge of the grid, ? being tuned"
-LR_MARK = {"default": "*", "hand": "h", "tuned": "", "pending": "?"}
+LR_NOTE = "lr: * not tuned (default), h set by hand, e the best of its trials is an edge of the grid, ? none yet"
+LR_MARK = {"default": "*", "hand": "h", "tuned": "", "pending": "?", "failed": "?"}
 
 
 def lr_mark(row: Row) -> str:

@@ -37,7 +37,7 @@ def make_record(method, seed, loss, speed=20_000.0):
         "memory": {"parameter_bytes": 3_249_380, "state_bytes": STATE[method], "predicted_state_bytes": STATE[method],
                    "peak_bytes": 10**8},
         "speed": {"tokens_per_second": speed, "mfu": None},
-        "skipped_steps": 0,
+        "skipped_steps": 0, "started": 1.7e9, "finished": 1.7e9 + 60,
     }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def write_run(folder, method, seed, loss, **changes):
 def write_plan(folder, methods, seeds, **changes):
     plan = {
         "format": 1, "command": "thriftlab compare adamw frugal", "methods": methods, "seeds": seeds,
-        "budget": {"tokens": 1_000_000}, "jobs": 2, "threads": 1, "started": "2025-01-01 12:00:00 UTC",
+        "budget": {"tokens": 1_000_000}, "jobs": 2, "threads": 1,
         "lr": {method: {"how": "default", "lr": None, "edge": None, "trials": []} for method in methods},
         "failures": {}, **changes,
     }  # fmt: skip
