@@ -1,9 +1,9 @@
 """Per-token cross-entropy of a linear head, with one tensor of the logits' size instead of three.
 
 `losses[i] = -log_softmax(W h_i)[target_i]`. The surprise: the gradient cannot be formed in the forward pass, as fused
-losses like to do, because the weight of a token may be known only after the whole batch's losses are; the head's gradient
-is a sum over tokens and cannot be rescaled afterwards. So log-probabilities are kept, and the backward turns them into the
-gradient of the logits in place. Both passes walk over blocks of rows that fit a cache.
+losses like to do, because the weight of a token may be known only after the whole batch's losses are; the head's
+gradient is a sum over tokens and cannot be rescaled afterwards. So log-probabilities are kept, and the backward turns
+them into the gradient of the logits in place. Both passes walk over blocks of rows that fit a cache.
 """
 
 import torch

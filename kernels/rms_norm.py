@@ -1,8 +1,8 @@
 """RMSNorm (1910.07467): x / rms(x) * weight, over the last axis.
 
 Torch has a fused kernel for it on GPUs only; on a CPU its formula runs operation by operation. Here the two passes are
-written out, which halves their time. The surprise is in the backward: the gradient is the incoming one minus its part along
-the normalised row, so no square or division comes back.
+written out, which halves their time. The surprise is in the backward: the gradient is the incoming one minus its part
+along the normalised row, so no square or division comes back.
 """
 
 import torch

@@ -3,9 +3,9 @@
     python tests/bench_nanogpt.py [--data prepared/embedded] [--threads 1] [--rounds 15]
 
 The other side is nanoGPT's recipe rebuilt from its description: LayerNorm without bias, GELU, learned positions, fused
-query-key-value, tied head, mean cross-entropy, gradient clipping, torch's AdamW as it picks it on a CPU, random windows.
-Ours is the project's own step, with everything that a run does in it. Prints tokens/s of both and the median and range of
-the ratio, for wall and for CPU time. With OMP_NUM_THREADS unset or equal to --threads.
+query-key-value, tied head, mean cross-entropy, clipping, torch's AdamW as it picks it on a CPU, random windows. Ours is
+the project's own step, with everything that a run does in it. Prints tokens/s of both and the median and range of the
+ratio, for wall and for CPU time. With OMP_NUM_THREADS unset or equal to --threads.
 """
 
 import argparse
@@ -93,7 +93,9 @@ def theirs(dataset, shape):
 def ours(dataset, shape):
     dim, layers, heads, hidden, rows, length = shape
     vocab = dataset.tokenizer.vocab_size
-    model = GPT(ModelConfig(preset=None, dim=dim, layers=layers, heads=heads, hidden=hidden, vocab_size=vocab, tied=True))
+    model = GPT(
+        ModelConfig(preset=None, dim=dim, layers=layers, heads=heads, hidden=hidden, vocab_size=vocab, tied=True)
+    )
     model.init_weights(0)
     backend = make_backend("single")
     backend.prepare(model, METHODS["adamw"](split_groups(model, [r"\.(attn|mlp)\."]), lr=1e-3))

@@ -1,4 +1,4 @@
-"""Processes for tests: ranks that talk through gloo, and victims to kill. They fork from a server that has imported torch."""
+"""Processes for tests: ranks that talk through gloo, and victims to kill. They fork from one that has imported torch."""
 
 import multiprocessing
 import os
@@ -24,7 +24,15 @@ def ranks(world, function, *arguments):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = [
-        start(function, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        start(
+            function,
+            *arguments,
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=world,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
         for rank in range(world)
     ]
     results = [pipe.recv() for _, pipe in group]

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can hold: imports go down, the loop knows no names, nothing is promised in vain."""
+"""The rules of the house that a machine can hold: imports go down, the loop knows no names, every key is read."""
 
 import ast
 import re
@@ -147,6 +147,6 @@ def test_nothing_speaks_of_the_workshop():
 @pytest.mark.parametrize("folder", [ROOT, ROOT.parent])
 def test_transformers_and_thriftlab_import_in_one_process(folder):
     pytest.importorskip("transformers")
-    code = "import thriftlab.kernels.rms_norm, thriftlab.train.model; from transformers import LlamaForCausalLM; print('ok')"
+    code = "import thriftlab.kernels.rms_norm, thriftlab.train.model, transformers as t; t.LlamaForCausalLM; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.stdout.strip() == "ok", done.stderr

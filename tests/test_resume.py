@@ -176,13 +176,17 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_one_checkpoint(tiny_data, 
 
 
 def test_divergence_ends_with_a_message(tiny_data, tmp_path):
-    config = tiny_config(tiny_data, tmp_path / "out", optim={"name": "adamw", "lr": 1e30}, train={"max_skipped_steps": 3})
+    config = tiny_config(
+        tiny_data, tmp_path / "out", optim={"name": "adamw", "lr": 1e30}, train={"max_skipped_steps": 3}
+    )
     with pytest.raises(UserError, match=r"3 steps.*lower optim.lr"):
         run(config)
 
 
 def test_two_seeds_differ_and_one_seed_repeats(tiny_data, tmp_path):
-    losses = [run(tiny_config(tiny_data, tmp_path / str(i), seed=s))["results"]["loss"] for i, s in enumerate((0, 0, 1))]
+    losses = [
+        run(tiny_config(tiny_data, tmp_path / str(i), seed=s))["results"]["loss"] for i, s in enumerate((0, 0, 1))
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -19,7 +19,7 @@ from thriftlab.optim import METHODS, split_groups
 from thriftlab.train.backend import Backend
 from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.config import RunConfig, fingerprint
-from thriftlab.train.errors import UserError
+from thriftlab.train.errors import ConfigError, UserError
 from thriftlab.train.model import GPT
 
 
@@ -90,9 +90,7 @@ def make_model(config: RunConfig, dataset: Dataset, device: torch.device) -> GPT
             f"{config.data.path}; raise it or leave it out"
         )
     with torch.device("meta"):
-        model = GPT(
-            config.model.model_copy(update={"vocab_size": vocab_size}), config.train.activation_checkpointing
-        )
+        model = GPT(config.model.model_copy(update={"vocab_size": vocab_size}), config.train.activation_checkpointing)
     model.to_empty(device=device)
     model.init_weights(config.seed)
     return model
@@ -101,9 +99,12 @@ def make_model(config: RunConfig, dataset: Dataset, device: torch.device) -> GPT
 def make_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
     """The method that the configuration names, over groups chosen by parameter names."""
     method = METHODS[config.optim.name]
-    groups = split_groups(model, include=list(config.optim.include), exclude=list(config.optim.exclude))
     seed = {"seed": config.seed} if "seed" in inspect.signature(method).parameters else {}
-    return method(groups, **config.optim.hyperparameters(), **seed)
+    try:
+        groups = split_groups(model, include=list(config.optim.include), exclude=list(config.optim.exclude))
+        return method(groups, **config.optim.hyperparameters(), **seed)
+    except ValueError as error:  # a pattern that matches nothing, hyper-parameters that do not go together
+        raise ConfigError(f"optim: {error}") from error
 
 
 def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:

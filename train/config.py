@@ -173,7 +173,7 @@ def fingerprint(config: RunConfig, data_fingerprint: str) -> str:
     The data count by their own fingerprint and plugins by their content, not by where they lie. Under a budget of
     seconds the speed is part of the result, so what changes only the speed counts as well.
     """
-    tree = config.model_dump(mode="json")
+    tree = config.model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
     for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
         *sections, leaf = key.split(".")
         del functools.reduce(dict.__getitem__, sections, tree)[leaf]

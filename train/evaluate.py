@@ -1,7 +1,7 @@
 """The ruler: held-out loss over fixed windows, every token counted once.
 
-Per source and over all: nats per token and bits per byte. Bytes are those that the predicted tokens spell, so the number
-compares across tokenizers. One surprise, and the reason for this file: the evaluators of GaLore, Fira and APOLLO start
+Per source and over all: nats per token and bits per byte. Bytes are those that the predicted tokens spell, so the
+number compares across tokenizers. One surprise, and the reason for this file: the evaluators of GaLore, Fira and APOLLO start
 their batch counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a
 perplexity printed that way depends on the number of GPUs. Here sums are divided once, at the end.
 """
@@ -61,8 +61,8 @@ def sum_losses(
 ) -> np.ndarray:
     """[nats, tokens, bytes] over the first `rows` windows, summed over ranks in float64.
 
-    Ranks take turns, and all make the same number of forwards: a rank without a turn left runs on nothing, since a sharded
-    model cannot be called by some ranks only.
+    Ranks take turns, and all make the same number of forwards: a rank without a turn left runs on nothing, since a
+    sharded model cannot be called by some ranks only.
     """
     length = torch.from_numpy(token_bytes).to(backend.device)
     totals = torch.zeros(3, dtype=torch.float64, device=backend.device)
@@ -74,7 +74,9 @@ def sum_losses(
         with autocast(backend.device, precision):
             losses = backend.module(inputs, targets, document_ids(inputs, delimiter))
         predicted = targets >= 0
-        totals += torch.stack([losses.double().sum(), predicted.sum().double(), length[targets[predicted]].sum().double()])
+        totals += torch.stack(
+            [losses.double().sum(), predicted.sum().double(), length[targets[predicted]].sum().double()]
+        )
     return backend.sum(totals).cpu().numpy()
 
 

@@ -1,7 +1,7 @@
-"""Where the numbers of a run go while it trains: metrics.jsonl always, a progress bar, and the mirrors that were asked for.
+"""Where the numbers of a run go while it trains: metrics.jsonl, a progress bar, and the mirrors that were asked for.
 
-Only the first rank writes. One surprise: the logged loss is the mean over the whole global batch of that step, not that of
-the last micro-batch of the first rank.
+Only the first rank writes. One surprise: the logged loss is the mean over the whole global batch of that step, not that
+of the last micro-batch of the first rank.
 """
 
 from dataclasses import asdict, dataclass
@@ -45,7 +45,7 @@ class Counters:
 
 
 class Log:
-    """Numbers of one run, from the step of `counters` on; `history` is the sha256 that metrics.jsonl has up to there."""
+    """Numbers of one run, on from `counters`; `history` is the sha256 that metrics.jsonl has up to there."""
 
     def __init__(self, run: Run, counters: Counters, history: str | None):
         self.run, self.counters = run, counters
@@ -57,8 +57,8 @@ class Log:
         self.metrics = record.MetricsWriter(run.out / "metrics.jsonl", counters.step)
         if history not in (None, sha256(run.out / "metrics.jsonl")):
             raise record.RecordError(
-                f"{run.out}/metrics.jsonl is not the history of the checkpoint at step {counters.step}: a line before it "
-                f"was changed or is missing; restore the file from a copy, or move {run.out} away and start anew"
+                f"{run.out}/metrics.jsonl is not the history of the checkpoint at step {counters.step}: a line before "
+                f"it was changed or is missing; restore it from a copy, or move {run.out} away and start anew"
             )
         self.mirrors = tracker(log, run.out, run.out.name, config, run.fingerprint[:16])
         total = run.horizon.steps and run.horizon.steps * run.config.train.batch_size * run.config.data.sequence_length

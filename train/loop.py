@@ -1,8 +1,8 @@
 """run(config) -> record: build, restore, step, evaluate, save, stop cleanly on a signal.
 
-Everything that happens at a step is a function of (config, step): the batch, the learning rate, every random draw. So a
-checkpoint holds the weights, the optimizer's state and a few counters, and a resumed run is bitwise the unbroken one. One
-surprise: with a budget in seconds progress is a clock and not a step, and only then a resumed run may differ.
+Everything that happens at a step is a function of (config, step): the batch, the learning rate, every random draw. So
+a checkpoint holds the weights, the optimizer's state and a few counters, and a resumed run is bitwise the unbroken one.
+One surprise: with a budget in seconds progress is a clock and not a step, and only then a resumed run may differ.
 """
 
 import math
@@ -129,7 +129,13 @@ def one_step(run: Run, batch: Batch) -> StepResult:
 def measure(run: Run) -> dict[str, Any]:
     c = run.config
     return evaluate(
-        run.backend, run.dataset, c.data.sequence_length, c.eval.batch_size, c.train.precision, run.delimiter, c.eval.tokens
+        run.backend,
+        run.dataset,
+        c.data.sequence_length,
+        c.eval.batch_size,
+        c.train.precision,
+        run.delimiter,
+        c.eval.tokens,
     )
 
 

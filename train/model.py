@@ -1,24 +1,26 @@
 """GPT: a decoder-only transformer with RMSNorm, RoPE, SwiGLU and grouped-query attention (the LLaMA block, 2302.13971).
 
 Parameter names are public API: groups of an optimizer are chosen by them. The model builds on `meta`
-(`with torch.device("meta"): GPT(config)`) and is filled afterwards by `init_weights`, where every tensor is a function of
-(seed, its own name), so that two models with the same seed agree wherever they have a parameter in common.
+(`with torch.device("meta"): GPT(config)`) and is filled afterwards by `init_weights`, where every tensor is a function
+of (seed, its own name), so that two models with the same seed agree wherever they have a parameter in common.
 One surprise: positions are not reset at document borders. RoPE sees differences of positions only, so under the
 document mask the logits of a document are those of the document alone.
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
+from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim.base import keyed_generator
 
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
@@ -62,6 +64,12 @@ class ModelConfig(BaseModel):
         if name is not None and name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
         return {**(PRESETS[name] if name else {}), **values}
+
+    @model_serializer(mode="wrap")
+    def without_the_preset(self, full: Callable[["ModelConfig"], dict[str, Any]]) -> dict[str, Any]:
+        """What is not the preset's own, so that a file that was written can be read with another preset."""
+        given = PRESETS.get(self.preset or "", {})
+        return {key: value for key, value in full(self).items() if key not in given or given[key] != value}
 
     @model_validator(mode="after")
     def heads_fit(self) -> "ModelConfig":
@@ -136,7 +144,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(c.hidden, c.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):

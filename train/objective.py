@@ -1,8 +1,9 @@
 """From the losses of tokens to the one scalar that is differentiated.
 
 Every micro-batch on every rank back-propagates a plain *sum* over its tokens. The one division, by a denominator summed
-over the whole global batch, comes later, as the scale of the backend's step. So the gradient is the same for every split
-of a batch into ranks and micro-batches; a mean of means is not, as soon as two parts predict different numbers of tokens.
+over the whole global batch, comes later, as the scale of the backend's step. So the gradient is the same for every
+split of a batch into ranks and micro-batches; a mean of means is not, as soon as two parts predict different numbers of
+tokens.
 """
 
 from torch import Tensor

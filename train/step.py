@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches -> summed gradients -> one scale -> clip -> update. The page everyone reads.
 
-One surprise: a bad step is found without looking at anything on the way. If the loss is not finite the scale becomes NaN,
-then so does the gradient norm, on every rank alike, and the backend leaves the weights as they are.
+One surprise: a bad step is found without looking at anything on the way. If the loss is not finite the scale becomes
+NaN, then so does the gradient norm, on every rank alike, and the backend leaves the weights as they are.
 """
 
 from typing import NamedTuple
