@@ -1,4 +1,4 @@
-"""Processes for tests: ranks that talk through gloo, and victims to kill. They fork from one that has imported torch."""
+"""Processes for tests: ranks that talk through gloo, and victims to kill; forked from one that has imported torch."""
 
 import multiprocessing
 import os

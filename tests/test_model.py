@@ -131,7 +131,8 @@ def test_logits_equal_hugging_face_llama():
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps,
+            rope_theta=c.rope_theta,
         )
     )  # fmt: skip
     names = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}

@@ -1,8 +1,8 @@
 """The ruler: held-out loss over fixed windows, every token counted once.
 
 Per source and over all: nats per token and bits per byte. Bytes are those that the predicted tokens spell, so the
-number compares across tokenizers. One surprise, and the reason for this file: the evaluators of GaLore, Fira and APOLLO start
-their batch counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a
+number compares across tokenizers. One surprise, and the reason for this file: the evaluators of GaLore, Fira and APOLLO
+start their batch counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a
 perplexity printed that way depends on the number of GPUs. Here sums are divided once, at the end.
 """
 
@@ -74,9 +74,8 @@ def sum_losses(
         with autocast(backend.device, precision):
             losses = backend.module(inputs, targets, document_ids(inputs, delimiter))
         predicted = targets >= 0
-        totals += torch.stack(
-            [losses.double().sum(), predicted.sum().double(), length[targets[predicted]].sum().double()]
-        )
+        counts = predicted.sum(), length[targets[predicted]].sum()
+        totals += torch.stack([losses.double().sum(), *(count.double() for count in counts)])
     return backend.sum(totals).cpu().numpy()
 
 
