@@ -1,0 +1,53 @@
+"""What the README and docs promise: their commands parse, their code runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config
+
+from thriftlab.data.prepare import PrepareConfig
+from thriftlab.launch import arguments
+from thriftlab.train import settings
+from thriftlab.train.config import RunConfig
+from thriftlab.train.loop import run
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [shlex.split(line) for line in re.findall(r"`((?:thriftlab|torchrun) [^`]+)`", README)]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
+    if words[0] == "torchrun":
+        assert words[3:5] == ["-m", "thriftlab.launch"]
+        words = words[4:]
+    command, argv = words[1], words[2:]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("train: {batch_size: 32}\n")
+    (tmp_path / "texts").mkdir()
+    if "--help" in argv:
+        return
+    if command == "train":
+        settings.load(RunConfig, argv)
+    elif command == "prepare":
+        settings.load(PrepareConfig, argv)
+    elif command == "compare":
+        arguments.arguments(argv)
+    else:
+        assert (command, len(argv)) == ("report", 1)
+
+
+def test_the_settings_of_make_run_are_understood():
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if " compare " in line)
+    asked = arguments.arguments(shlex.split(line.replace("launch/", f"{ROOT}/launch/"))[2:])
+    assert asked.options.seeds == 3 and len(asked.methods) == 3
+
+
+def test_the_method_of_the_docs_trains_as_a_plugin(tiny_data, tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "signum.py").write_text(code)
+    config = tiny_config(tiny_data, tmp_path / "out", plugins=(str(tmp_path / "signum.py"),), optim={"name": "signum"})
+    memory = run(config)["memory"]
+    assert memory["state_bytes"] == memory["predicted_state_bytes"] == memory["parameter_bytes"]
