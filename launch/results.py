@@ -131,8 +131,6 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 def read_result(folder: Path, method: str, seed: int, failures: dict[str, str]) -> Result:
     try:
-        if not folder.exists():
-            return Result(method, seed, folder, None, "not started")
         if not (folder / "record.json").exists():
             return Result(method, seed, folder, None, failures.get(f"{method}/seed-{seed}") or unfinished(folder))
         result = Result(method, seed, folder, read_record(folder / "record.json"), "")
@@ -143,6 +141,8 @@ def read_result(folder: Path, method: str, seed: int, failures: dict[str, str]) 
 
 
 def unfinished(folder: Path) -> str:
+    if not folder.exists():
+        return "not started"
     metrics = folder / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.exists() else []
     return f"not finished, at step {lines[-1]['step']:,}" if lines else "not finished"
