@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
-from thriftlab.optim import METHODS, split_groups
+from thriftlab.optim import METHODS, Method, split_groups
 from thriftlab.train.backend import Backend
 from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.config import RunConfig, fingerprint
@@ -32,7 +31,7 @@ class Run:
     dataset: Dataset
     plan: Plan
     model: GPT
-    optimizer: Optimizer
+    optimizer: Method
     schedule: Callable[[float], float]
     horizon: Horizon
     fingerprint: str
@@ -96,7 +95,7 @@ def make_model(config: RunConfig, dataset: Dataset, device: torch.device) -> GPT
     return model
 
 
-def make_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+def make_optimizer(config: RunConfig, model: nn.Module) -> Method:
     """The method that the configuration names, over groups chosen by parameter names."""
     method = METHODS[config.optim.name]
     seed = {"seed": config.seed} if "seed" in inspect.signature(method).parameters else {}

@@ -84,8 +84,8 @@ def windows_padded(windows: Windows, start: int, stop: int) -> Tensor:
     whole = windows[np.arange(start, max(start, min(stop, len(windows))))].astype(np.int64)
     padded = np.full((max(1, stop - start), windows.sequence_length + 1), -1, dtype=np.int64)
     padded[: len(whole)] = whole
-    if stop > max(start, len(windows)):
-        tail = windows.tail()
+    tail = windows.tail()
+    if tail is not None and stop > max(start, len(windows)):
         padded[stop - start - 1, : len(tail)] = tail
     return torch.from_numpy(padded)
 

@@ -158,7 +158,7 @@ class Saver:
     def save(self, counters: Counters) -> None:
         if self.writer:
             optim, rest = checkpoint.pack_optimizer(self.run.optimizer)
-            tensors = {"model": dict(self.run.model.named_parameters()), "optim": optim}
+            tensors: checkpoint.Tensors = {"model": dict(self.run.model.named_parameters()), "optim": optim}
             meta = {
                 "fingerprint": self.run.fingerprint,
                 "counters": counters.state(),

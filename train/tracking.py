@@ -19,10 +19,14 @@ FINISH_SECONDS = "60"  # and at the end; what was not sent stays in OUT/wandb fo
 class LogSection(Protocol):
     """What the configuration says about mirrors. `wandb`: online, offline or disabled."""
 
-    wandb: Any
-    tensorboard: bool
-    project: str
-    group: str | None
+    @property
+    def wandb(self) -> Any: ...
+    @property
+    def tensorboard(self) -> bool: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def group(self) -> str | None: ...
 
 
 class Mirror(Protocol):
