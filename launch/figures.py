@@ -22,7 +22,8 @@ from thriftlab.launch.stats import pareto_front
 
 INK, RULE = "#010101", "#020202"
 SERIES = [f"#0a0a{i:02x}" for i in range(8)]
-MARKERS, DASHES = "osD^vPX*", ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 1)), ":"]
+MARKERS = "osD^vPX*"
+DASHES: list[Any] = ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 1)), ":"]
 POINTS = 100
 MIB = 2**20
 AXES = {"tokens": "training tokens", "seconds": "seconds of training"}
@@ -87,15 +88,13 @@ def band(runs: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray] | None:
 
 def curves(rows: list[tuple[int, Row]], read: Callable[[Result, str], Curve], what: str, axis: str) -> Picture:
     """Mean over seeds as a line, smallest to largest seed as a band."""
-    bands = {i: (row, band([read(result, axis) for result in row.done])) for i, row in rows}
-    bands = {i: (row, found) for i, (row, found) in bands.items() if found}
+    bands = [(i, row, found) for i, row in rows if (found := band([read(result, axis) for result in row.done]))]
 
     def draw(axes: Axes) -> None:
-        for i, (row, (x, y)) in bands.items():
-            look = {"color": SERIES[i % 8], "linestyle": DASHES[i % 8], "label": row.method}
-            axes.plot(x, y.mean(0), **look)
+        for i, row, (x, y) in bands:
+            axes.plot(x, y.mean(0), color=SERIES[i % 8], linestyle=DASHES[i % 8], label=row.method)
             axes.fill_between(x, y.min(0), y.max(0), color=SERIES[i % 8], alpha=0.18, linewidth=0)
-        zoom(axes, [found for _, found in bands.values()])
+        zoom(axes, [found for *_, found in bands])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel=AXES[axis], ylabel="nats per token")
         axes.legend(loc="upper right")

@@ -169,7 +169,9 @@ def run_all(jobs: Sequence[Job], places: list[dict[str, str]], lock: int, bar: "
 
     Unfinished after SIGINT or SIGTERM: every job has been asked to stop and has saved.
     """
-    waiting, running, failures = [job for job in jobs if not job.record], {}, {}
+    waiting = [job for job in jobs if not job.record]
+    running: dict[int, tuple[Job, subprocess.Popen]] = {}
+    failures: dict[str, str] = {}
     with stop_signals() as received:
         told = False
         try:

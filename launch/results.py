@@ -66,7 +66,7 @@ class Row:
         return self.mean_sd("results", "loss")
 
     @property
-    def state_bytes(self) -> int | None:
+    def state_bytes(self) -> float | None:
         return max(self.values("memory", "state_bytes"), default=None)
 
     @property

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 LEVEL = 0.95
@@ -56,14 +57,14 @@ def paired(treatment: Mapping[int, float], baseline: Mapping[int, float], level:
     )
 
 
-def t_interval(sample: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+def t_interval(sample: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
     """Student's interval of the mean of two or more values."""
-    sample = np.asarray(sample, dtype=np.float64)
-    half = half_width(float(sample.std(ddof=1)), len(sample), level)
-    return float(sample.mean()) - half, float(sample.mean()) + half
+    values = np.asarray(sample, dtype=np.float64)
+    mean, half = float(values.mean()), half_width(float(values.std(ddof=1)), len(values), level)
+    return mean - half, mean + half
 
 
-def bootstrap_interval(sample: Sequence[float], level: float = LEVEL, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(sample: ArrayLike, level: float = LEVEL, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean; the same sample and seed give the same interval."""
     found = stats.bootstrap(
         (np.asarray(sample, dtype=np.float64),), np.mean, n_resamples=RESAMPLES, confidence_level=level,

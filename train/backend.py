@@ -85,9 +85,7 @@ class DDP(Backend):
     def __init__(self) -> None:
         super().__init__()
         if "RANK" not in os.environ:
-            raise BackendError(
-                "backend ddp needs torchrun: torchrun --nproc_per_node 2 -m thriftlab.launch train ..."
-            )
+            raise BackendError("backend ddp needs torchrun: torchrun --nproc_per_node 2 -m thriftlab.launch train ...")
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)

@@ -230,9 +230,7 @@ def peak_flops(name: str) -> float | None:
     return next((peak for pattern, peak in PEAKS if re.search(pattern, name)), None)
 
 
-def mfu(
-    tokens_per_second: float, flops_per_token: float, device: torch.device | str, devices: int = 1
-) -> float | None:
+def mfu(tokens_per_second: float, flops_per_token: float, device: torch.device | str, devices: int = 1) -> float | None:
     """Model FLOPs utilisation (PaLM, arXiv 2204.02311) against the dense bf16 peak; None where no peak is known.
 
     Args:

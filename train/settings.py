@@ -23,7 +23,12 @@ from thriftlab.train.mistakes import explain, sources
 
 Model = TypeVar("Model", bound=BaseModel)
 COMMAND_LINE = "command line"
-PARSERS: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
+PARSERS: dict[str, Callable[[str], Any]] = {
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+}
 
 
 class Settings:
