@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: run test lint types clean
 
 run: $(VENV)/.ready
-	$(BIN)/thriftlab prepare
-	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light.yaml
+	$(BIN)/thriftlab prepare tokenizer=bpe:1024
+	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light.yaml --lr-grid 5e-4,2e-3,8e-3
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q

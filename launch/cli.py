@@ -4,6 +4,7 @@ One surprise: nothing heavy is imported here but inside a command, so that `thri
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(message: str, code: int = 2) -> int:
-    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    mark = "" if code > 128 else "error: "  # being stopped is no mistake
+    print("\n".join(f"{mark}{line}" for line in message.splitlines()), file=sys.stderr)
     return code
 
 
@@ -83,7 +85,9 @@ def prepare_help(argv: list[str]) -> None:
 def train(argv: list[str]) -> None:
     from thriftlab.train import config, loop, settings
 
-    loop.run(settings.load(config.RunConfig, argv))
+    entry = loop.run(settings.load(config.RunConfig, argv))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(loop.summary(entry))
 
 
 def train_help(argv: list[str]) -> None:

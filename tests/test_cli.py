@@ -222,7 +222,7 @@ def test_every_mistake_is_named(capsys):
         (
             Interrupted("runs/x", 3, 15),
             143,
-            "error: stopped after step 3 and saved in runs/x; the same command resumes\n",
+            "stopped after step 3 and saved in runs/x; the same command resumes\n",
         ),
     ],
 )

@@ -7,6 +7,7 @@ One surprise: DDP is told to add and not, as it likes to, to average.
 """
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -35,6 +36,7 @@ class Backend:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False) -> None:
         """Take the model and its optimizer; afterwards `module` is what is called."""
         self.model, self.optimizer = model, optimizer
+        warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
         self.module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
