@@ -39,7 +39,8 @@ def orders():
 
 
 signal.signal(signal.SIGTERM, lambda number, frame: (note("signal"), stop.append(number)))
-note(f"start {os.getpid()} {os.getpgid(0)} {os.environ['OMP_NUM_THREADS']} {time.time()}")
+locks = [file for fd in Path("/proc/self/fd").iterdir() if (file := os.path.realpath(fd)).endswith(".lock")]
+note(f"start {os.getpid()} {os.getpgid(0)} {os.environ['OMP_NUM_THREADS']} {time.time()} {locks}")
 if "fail" in orders():
     sys.exit("error: this run was told to fail")
 saved = out / "step.txt"

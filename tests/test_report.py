@@ -124,9 +124,12 @@ def test_the_same_study_gives_the_same_page(tmp_path):
 
 
 def test_text_from_outside_is_escaped(tmp_path):
-    make_study(tmp_path, command="thriftlab compare <script>alert(1)</script> | cat")
+    write_run(tmp_path, "adamw", 3, 2.5, machine={**make_record("adamw", 3, 2.5)["machine"], "cpu": "<script>"})
+    failures = {"<i>/seed-3": "<b>"}
+    write_plan(tmp_path, ["adamw", "<i>"], [3], command="compare <script>alert(1)</script>", failures=failures)
     page = report(tmp_path).read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.search("<script|<i>|<b>", page)
+    assert page.count("&lt;script&gt;") == 2 and "&lt;b&gt;" in page and "&lt;i&gt;" in page
 
 
 def test_answers_say_direction_interval_and_cost(tmp_path):
@@ -207,6 +210,12 @@ def test_a_flipped_bit_is_a_line_and_not_a_number(tmp_path, file):
     assert len(study.rows[1].done) == 2
     assert any(line.startswith("frugal seed 1: ") and file in line for line in warnings(study))
     report(tmp_path)
+
+
+def test_a_curve_that_is_gone_is_a_line(tmp_path):
+    (make_study(tmp_path) / "frugal/seed-1/metrics.jsonl").unlink()
+    report(tmp_path)
+    assert any("metrics.jsonl is missing" in line for line in warnings(read_study(tmp_path)))
 
 
 def test_a_damaged_plan_and_no_plan_are_errors(tmp_path):

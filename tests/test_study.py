@@ -35,9 +35,9 @@ def run(tmp_path, tiny_data, monkeypatch):
     monkeypatch.setattr(study, "fingerprint", stand_in_fingerprint)
 
     def run(methods=("adamw", "frugal"), **changes):
+        base = tiny_config(tiny_data, tmp_path, train={"threads": None}).model_dump(mode="json")
         asked = {
-            "base": tiny_config(tiny_data, tmp_path).model_dump(mode="json"), "budget": {"tokens": 200 * STEP},
-            "seeds": 2, "lr_grid": None, "jobs": 2, "out": tmp_path, "method_overrides": {},
+            "base": base, "budget": {"tokens": 200 * STEP}, "seeds": 2, "lr_grid": None, "jobs": 2, "out": tmp_path, "method_overrides": {},
         }  # fmt: skip
         return compare(list(methods), **{**asked, **changes})
 
@@ -73,6 +73,7 @@ def test_methods_take_turns_and_share_their_seeds(run, tmp_path, capsys):
     assert [c["optim"]["name"] for c in configs] == ["adamw", "frugal"] * 2
     assert all(c["train"]["threads"] == 1 and c["budget"]["tokens"] == 200 * STEP for c in configs)
     assert all(events(tmp_path / name, "start")[0][3] == "1" for name in order)  # OMP_NUM_THREADS
+    assert all(str(tmp_path / ".lock") in events(tmp_path / name, "start")[0][5] for name in order)  # inherited
     out = capsys.readouterr().out
     assert "difference, 95 % CI" in out and "0.01" in out and str(page) in out
 
