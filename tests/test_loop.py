@@ -8,7 +8,7 @@ from thriftlab.train.loop import run
 from thriftlab.train.record import read_metrics
 
 
-def losses(path, out, **sections):
+def losses(path, out, /, **sections):
     run(tiny_config(path, out, **sections))
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
 

@@ -34,7 +34,7 @@ def prepare_tiny(folder: Path) -> Path:
     return folder
 
 
-def tiny_config(data: Path, out: Path, **sections) -> RunConfig:
+def tiny_config(data: Path, out: Path, /, **sections) -> RunConfig:
     """Eight steps of a two-layer model; sections are merged one level deep."""
     base = {
         "out": str(out),
