@@ -37,7 +37,8 @@ def run(tmp_path, tiny_data, monkeypatch):
     def run(methods=("adamw", "frugal"), **changes):
         base = tiny_config(tiny_data, tmp_path, train={"threads": None}).model_dump(mode="json")
         asked = {
-            "base": base, "budget": {"tokens": 200 * STEP}, "seeds": 2, "lr_grid": None, "jobs": 2, "out": tmp_path, "method_overrides": {},
+            "base": base, "budget": {"tokens": 200 * STEP}, "seeds": 2, "lr_grid": None, "jobs": 2, "out": tmp_path,
+            "method_overrides": {},
         }  # fmt: skip
         return compare(list(methods), **{**asked, **changes})
 
