@@ -15,6 +15,7 @@ from torch import Tensor
 from thriftlab.optim.base import Method, Spec, State
 from thriftlab.optim.hyper import Betas, Search
 from thriftlab.optim.moments import adamw, adamw_spec
+from thriftlab.optim.storage import StateDtype, key_rounding
 
 
 class AdamW(Method, name="adamw"):
@@ -25,6 +26,7 @@ class AdamW(Method, name="adamw"):
         betas: decay of the first and of the second moment.
         eps: added to the denominator, after bias correction.
         weight_decay: decoupled decay per step, times lr.
+        state_dtype: how the moments are kept, whatever the dtype of the parameters.
     """
 
     def __init__(
@@ -34,15 +36,21 @@ class AdamW(Method, name="adamw"):
         betas: Annotated[Betas, Search(choices=[(0.9, 0.999), (0.9, 0.95)])] = (0.9, 0.999),
         eps: Annotated[float, Field(ge=0)] = 1e-8,
         weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
+        state_dtype: Annotated[StateDtype, Field()] = "fp32",
+        seed: int = 0,
         *,
         maximize: bool = False,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, state_dtype=state_dtype, seed=seed,
+            maximize=maximize,
+        )  # fmt: skip
 
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
+        key_rounding(names, states, group)
         adamw(weights, grads, states, **group)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
-        return adamw_spec(shape, dtype)
+        return adamw_spec(shape, dtype, **{**self.defaults, **overrides})

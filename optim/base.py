@@ -41,7 +41,7 @@ class Method(torch.optim.Optimizer):
             METHODS[name] = cls
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
-        super().__init__(params, defaults)
+        super().__init__(params, {"maximize": False, **defaults})
 
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -33,6 +33,7 @@ from thriftlab.optim.split import (
     subspace_of,
     zero_moments,
 )
+from thriftlab.optim.storage import StateDtype, drop, rounding_spec
 from thriftlab.optim.subspace import CoordinateSubspace, Subspace, active_blocks
 
 
@@ -53,6 +54,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         split_lr_scale: factor of lr for the matrices, both parts.
         free_lr_scale: further factor of lr for the state-free part.
         on_refresh: the moments start from zero, stay as they are, or follow the entries that stay in the subspace.
+        state_dtype: how the moments are kept, whatever the dtype of the parameters.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         split_lr_scale: Annotated[float, Field(ge=0)] = 1.0,
         free_lr_scale: Annotated[float, Field(ge=0), Search(0.1, 1.0)] = 1.0,
         on_refresh: Annotated[OnRefresh, Search(choices=["reset", "keep", "project"])] = "reset",
+        state_dtype: Annotated[StateDtype, Field()] = "fp32",
         seed: int = 0,
         *,
         maximize: bool = False,
@@ -83,7 +86,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, subspace=subspace, density=density, gap=gap,
             order=order, rule=rule, free=free, split_lr_scale=split_lr_scale, free_lr_scale=free_lr_scale,
-            on_refresh=on_refresh, seed=seed, maximize=maximize,
+            on_refresh=on_refresh, state_dtype=state_dtype, seed=seed, maximize=maximize,
         )  # fmt: skip
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
@@ -115,8 +118,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         if group["subspace"] != "blocks":
             super().refresh(name, grad, state, group, count)
         elif name not in blocks(group, count):
-            for buffer in RULES[group["rule"]].buffers:
-                state.pop(buffer, None)
+            drop(RULES[group["rule"]].buffers, state)
         elif group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(grad, state, group)
 
@@ -136,7 +138,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         if group["subspace"] == "blocks" and is_split(weight, group):
             steps = int(self.state[weight]["step"]) if self.state.get(weight) else 0
             if name not in blocks(group, max(steps - 1, 0) // group["gap"]):
-                return COUNTERS
+                return {**COUNTERS, **rounding_spec(group)}
         return super().expected_spec(name, weight, group)
 
 

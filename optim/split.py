@@ -18,6 +18,7 @@ from torch import Tensor
 
 from thriftlab.optim.base import Method, Spec, State, keyed_generator
 from thriftlab.optim.moments import RULES, adamw, adamw_spec
+from thriftlab.optim.storage import kept_spec, key_rounding, load, make_zero, rounding_spec, store
 from thriftlab.optim.subspace import SUBSPACES, CoordinateSubspace, Subspace
 
 OnRefresh = Literal["reset", "keep", "project"]
@@ -33,6 +34,7 @@ class SplitOptimizer(Method):
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
+        key_rounding(names, states, group)
         plain = [i for i, weight in enumerate(weights) if not is_split(weight, group)]
         self.update_plain([weights[i] for i in plain], [grads[i] for i in plain], [states[i] for i in plain], group)
         for name, weight, grad, state in zip(names, weights, grads, states, strict=True):
@@ -72,7 +74,9 @@ class SplitOptimizer(Method):
             zero_moments(small, state, group)
         elif group["on_refresh"] == "project":
             for buffer in RULES[group["rule"]].buffers:
-                state[buffer] = project(state[buffer], subspace, old, new, like=grad)  # type: ignore[arg-type]
+                moment = load(state, buffer)
+                moment.copy_(project(moment, subspace, old, new, like=grad))  # type: ignore[arg-type]
+                store(state, buffer, moment)
 
     def check_group(self, group: dict[str, Any]) -> None:
         if group["on_refresh"] == "project" and not isinstance(group["subspace"], str | CoordinateSubspace):
@@ -81,10 +85,10 @@ class SplitOptimizer(Method):
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
         if not (group["split"] and len(shape) == 2):
-            return adamw_spec(shape, dtype)
+            return adamw_spec(shape, dtype, **group)
         small, basis = self.small_spec(shape, dtype, group)
-        moments = {buffer: (small, dtype) for buffer in RULES[group["rule"]].buffers}
-        return {**COUNTERS, **{f"basis.{key}": entry for key, entry in basis.items()}, **moments}
+        moments = kept_spec(RULES[group["rule"]].buffers, small, dtype, group)
+        return {**COUNTERS, **rounding_spec(group), **{f"basis.{key}": t for key, t in basis.items()}, **moments}
 
     def small_spec(
         self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]
@@ -121,12 +125,12 @@ def has_moments(state: State, group: dict[str, Any]) -> bool:
 def zero_moments(small: Tensor, state: State, group: dict[str, Any]) -> None:
     """Moments like `small`, all zero, and the bias correction starts anew."""
     state["start"] = state["step"].clone()
-    state.update({buffer: torch.zeros_like(small) for buffer in RULES[group["rule"]].buffers})
+    make_zero(RULES[group["rule"]].buffers, small, state, group)
 
 
 def project(moment: Tensor, subspace: CoordinateSubspace, old: State, new: State, like: Tensor) -> Tensor:
     """down_new(up_old(moment)): entries that stay in the subspace keep their moments, others start at zero."""
-    whole = torch.zeros_like(like)
+    whole = torch.zeros_like(like, dtype=moment.dtype)
     subspace.put(whole, subspace.where(whole, old), moment)
     return subspace.down(whole, new)
 

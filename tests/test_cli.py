@@ -105,7 +105,7 @@ def test_files_and_flags_meet_in_one_section():
 
 MISTAKES = {
     "optim.lrr=1": "command line: unknown key 'optim.lrr' with optim.name=adamw, which takes name, include, exclude, lr, "
-    "betas, eps, weight_decay; did you mean 'optim.lr'?",
+    "betas, eps, weight_decay, state_dtype; did you mean 'optim.lr'?",
     "--config dimm.yaml": "dimm.yaml: unknown key 'model.dimm'; did you mean 'model.dim'?",
     "optm.lr=1": "command line: unknown key 'optm.lr'; did you mean 'optim.lr'?",
     "batch_size=3": "command line: unknown key 'batch_size'; did you mean 'train.batch_size' or 'eval.batch_size'?",
