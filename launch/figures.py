@@ -104,7 +104,7 @@ def curves(rows: list[tuple[int, Row]], read: Callable[[Result, str], Curve], wh
         f"Line: mean over seeds; band: smallest to largest seed. The first tenth may lie above the frame."
     )
     if axis == "seconds":
-        caption += " Time without evaluation and saving, as the runs had it side by side on the machine below."
+        caption += " Time without evaluation and saving, runs side by side; a line ends where its fastest run does."
     return Picture(f"{what.capitalize()} loss against {axis}", render(draw, f"{what}-{axis}".replace("-", "")), caption)
 
 

@@ -131,7 +131,7 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
         "command": plan["command"],
         "budget of a run": ", ".join(f"{amount:,.12g} {kind}" for kind, amount in plan["budget"].items()),
         "seeds": f"{', '.join(map(str, plan['seeds']))}: the same data order and initial weights for every method",
-        "side by side": f"{plan['jobs']} runs of {plan['threads'] or 'as many as torch likes'} threads each",
+        "side by side": f"{plan['jobs']} runs at a time, threads each: {plan['threads'] or 'as torch chooses'}",
         "model": model and f"{model['parameters']:,} parameters, {model['flops_per_token']:,.0f} FLOPs per token",
         "data": data and f"tokenizer {data.get('tokenizer')}, fingerprint {data['fingerprint']}",
         "code": commit and commit + (", with uncommitted changes" if first["diff_sha256"] else ""),

@@ -138,7 +138,7 @@ def test_answers_say_direction_interval_and_cost(tmp_path):
     # frugal - adamw is 0.012 + 0.001 * (seed - 1): mean 0.012, sd 0.001, half-width 4.3027 * 0.001 / sqrt(3) = 0.0025
     assert frugal == (
         "frugal ends 0.0120 nats/token above adamw (95 % CI +0.0095 to +0.0145, 3 seeds). "
-        "Its optimizer state is 1.81 MiB, 48 % of adamw's, its speed 100 %."
+        "Its optimizer state is 1.81 MiB, 48 % of adamw's."
     )
     assert signsgd.startswith("signsgd ends 0.1500 nats/token above adamw") and "0.00 MiB, 0 % of" in signsgd
 
