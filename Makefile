@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 run: $(VENV)/.ready
 	$(BIN)/thriftlab prepare tokenizer=bpe:1024
-	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light.yaml --lr-grid 5e-4,2e-3,8e-3
+	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light.yaml
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
