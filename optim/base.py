@@ -93,8 +93,11 @@ class Method(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores every bit that `state_dict()` saved, by name where both sides have names."""
-        objects = [{k: v for k, v in group.items() if not _is_data(v)} for group in self.param_groups]
         groups = match_groups(self.param_groups, state_dict["param_groups"])
+        objects = [  # and hyper-parameters that are younger than the file
+            {key: value for key, value in group.items() if not _is_data(value) or key not in saved}
+            for group, saved in zip(self.param_groups, groups, strict=True)
+        ]
         for saved, own in zip(groups, objects, strict=True):
             hyper.check(type(self), {**saved, **own})
         super().load_state_dict({**state_dict, "param_groups": groups})

@@ -13,7 +13,6 @@ One surprise: for coordinates the residual is zero inside the subspace and G out
 the chosen entries take their step apart, and are written back over what the free step did to the whole matrix.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.base import Spec, State
+from thriftlab.optim.blocks import Balance, BlockOrder, Unit, active_blocks
 from thriftlab.optim.hyper import Betas, Search
 from thriftlab.optim.moments import RULES, add_scaled
 from thriftlab.optim.split import (
@@ -34,7 +34,7 @@ from thriftlab.optim.split import (
     zero_moments,
 )
 from thriftlab.optim.storage import StateDtype, drop, rounding_spec
-from thriftlab.optim.subspace import CoordinateSubspace, Subspace, active_blocks
+from thriftlab.optim.subspace import CoordinateSubspace, Subspace
 
 
 class Frugal(SplitOptimizer, name="frugal"):
@@ -49,6 +49,8 @@ class Frugal(SplitOptimizer, name="frugal"):
         density: the state-full fraction.
         gap: steps between refreshes of the subspace.
         order: which blocks come next.
+        unit: a block is one matrix, as in the published code, or all matrices of a layer, as in the paper.
+        balance: what the density of blocks is a fraction of: their number, or the bytes of their state.
         rule: the state-full rule.
         free: the state-free rule.
         split_lr_scale: factor of lr for the matrices, both parts.
@@ -70,9 +72,9 @@ class Frugal(SplitOptimizer, name="frugal"):
         ] = "blocks",
         density: Annotated[float, Field(ge=0, le=1), Search(choices=[0.0, 0.125, 0.25, 0.5])] = 0.25,
         gap: Annotated[int, Field(ge=1), Search(choices=[50, 200, 500])] = 200,
-        order: Annotated[
-            Literal["random", "ascending", "descending", "mirror"] | Callable[[list[str], int], list[str]], Field()
-        ] = "descending",
+        order: Annotated[BlockOrder, Field()] = "descending",
+        unit: Annotated[Unit, Field()] = "tensor",
+        balance: Annotated[Balance, Field()] = "count",
         rule: Annotated[Literal["adam", "lion", "sgdm"], Field()] = "adam",
         free: Annotated[Literal["sign", "sgd", "none"], Field()] = "sign",
         split_lr_scale: Annotated[float, Field(ge=0)] = 1.0,
@@ -85,8 +87,8 @@ class Frugal(SplitOptimizer, name="frugal"):
     ):
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, subspace=subspace, density=density, gap=gap,
-            order=order, rule=rule, free=free, split_lr_scale=split_lr_scale, free_lr_scale=free_lr_scale,
-            on_refresh=on_refresh, state_dtype=state_dtype, seed=seed, maximize=maximize,
+            order=order, unit=unit, balance=balance, rule=rule, free=free, split_lr_scale=split_lr_scale,
+            free_lr_scale=free_lr_scale, on_refresh=on_refresh, state_dtype=state_dtype, seed=seed, maximize=maximize,
         )  # fmt: skip
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
@@ -151,5 +153,8 @@ def free_step(weight: Tensor, grad: Tensor, group: dict[str, Any], lr) -> None:
 
 def blocks(group: dict[str, Any], count: int) -> set[str]:
     """The state-full matrices of a group after refresh `count`."""
-    names = [name for name, p in zip(group["names"], group["params"], strict=True) if is_split(p, group)]
-    return active_blocks(names, group["density"], group["order"], group["seed"], count)
+    sizes = {name: p.numel() for name, p in zip(group["names"], group["params"], strict=True) if is_split(p, group)}
+    return active_blocks(
+        list(sizes), group["density"], group["order"], group["seed"], count,
+        group["unit"], group["balance"], list(sizes.values()),
+    )  # fmt: skip

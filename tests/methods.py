@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import AdamW, Frugal, SignSGD
+from thriftlab.optim import AdamW, BAdam, Frugal, Muon, SignSGD
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -42,6 +42,10 @@ MAKERS = {
     "rows, keep": lambda params, **k: frugal(params, subspace="rows", on_refresh="keep", density=0.5, **k),
     "coordinates, project": lambda params, **k: frugal(params, subspace="coordinates", on_refresh="project", **k),
     "lion": lambda params, **k: frugal(params, subspace="columns", rule="lion", free="sgd", density=0.5, **k),
+    "badam": lambda params, **k: BAdam(
+        params, **{"lr": 0.01, "gap": GAP, "order": "random", "unit": "tensor", "density": 0.6, **k}
+    ),
+    "muon": lambda params, **k: Muon(params, **{"lr": 0.01, **k}),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
 }
 every_method = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())

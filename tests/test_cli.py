@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from thriftlab.data.tokens import DataError
 from thriftlab.launch import arguments, cli
 from thriftlab.optim import METHODS
+from thriftlab.optim.hyper import hyperparameters
 from thriftlab.train import surface
 from thriftlab.train.config import RunConfig
 from thriftlab.train.errors import ConfigError
@@ -122,7 +123,8 @@ MISTAKES = {
     "schedule.name=cosin": "command line: schedule.name = 'cosin' is unknown; there are constant, linear, cosine, wsd; did "
     "you mean 'cosine'?",
     "--config adamw.yaml optim.name=signsgd": "adamw.yaml: unknown key 'optim.betas' with optim.name=signsgd, which takes "
-    "name, include, exclude, lr, weight_decay; it belongs to optim.name=adamw or optim.name=frugal",
+    "name, include, exclude, lr, weight_decay; it belongs to "
+    + " or ".join(f"optim.name={name}" for name in METHODS if "betas" in hyperparameters(METHODS[name])),
     "model.heads=3": "command line: model: dim 128 is not an even multiple of heads 3",
     "--config signsgd.yaml budget.flops=1e9": "signsgd.yaml, command line: budget: takes one of tokens, flops, seconds, "
     "there is tokens=5 and flops=1e+09; budget=KIND=AMOUNT sets just one",
@@ -324,7 +326,7 @@ def test_compare_gives_every_method_what_is_meant_for_it():
 
 COMPARE_MISTAKES = {
     "": f"command line: name the methods to compare, the baseline first: {', '.join(METHODS)}",
-    "adamm": f"command line: method 'adamm' is unknown; there are {', '.join(METHODS)}; did you mean 'adamw'?",
+    "adamww": f"command line: method 'adamww' is unknown; there are {', '.join(METHODS)}; did you mean 'adamw'?",
     "adamw adamw": "command line: a method is named twice: adamw adamw",
     "adamw signsgd.lr=1": "command line: signsgd.lr is for a method that is not compared; compared: adamw",
     "adamw --config signsgd.yaml": "signsgd.yaml: optim.name is for 'signsgd', which is not compared; compared: adamw",

@@ -10,7 +10,8 @@ from equations import ReferenceEntries, ReferenceOrder
 
 from thriftlab.optim import AdamW, Frugal, SignSGD
 from thriftlab.optim.base import keyed_seed
-from thriftlab.optim.subspace import SUBSPACES, active_blocks
+from thriftlab.optim.blocks import active_blocks
+from thriftlab.optim.subspace import SUBSPACES
 
 STEPS, GAP = 27, 8  # refreshes before steps 0, 8, 16 and 24
 SHAPES = {"a": (6, 8), "b": (8, 5), "bias": (7,), "c": (4, 4), "d": (5, 3), "e": (3, 6), "f": (4, 7)}

@@ -1,0 +1,121 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, orthogonalised; for matrices.
+
+    B <- mu B + (1 - mu) G
+    O <- orthogonalise((1 - mu) G + mu B)                       Nesterov; without it orthogonalise(B)
+    W <- (1 - lr wd) W - lr ratio O                             ratio: a function of the matrix's shape
+
+Embeddings, head and norms are trained by AdamW with the same lr; `split_lr_scale` is a factor for the matrices alone.
+With `iteration="bf16"` equal to `torch.optim.Muon`, whose names and defaults these are.
+
+One surprise: `orthogonalise` does not converge and is not meant to. Five steps with coefficients chosen for a steep
+slope at zero send every singular value to somewhere between 0.7 and 1.2, which trains as well as 1 (so `iteration` in
+bf16 does no harm either).
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thriftlab.optim.base import Spec, State
+from thriftlab.optim.hyper import Betas, Search, Unit
+from thriftlab.optim.moments import adamw_spec, add_scaled
+from thriftlab.optim.split import SplitOptimizer
+from thriftlab.optim.storage import StateDtype, kept_spec, load, make_zero, store, wide
+
+AdjustLr = Literal["original", "match_rms_adamw"]
+BUFFERS = ("momentum_buffer",)
+
+
+class Muon(SplitOptimizer, name="muon"):
+    """Muon for the matrices, AdamW for the rest.
+
+    Args:
+        lr: the learning rate.
+        weight_decay: decoupled decay per step, times lr.
+        momentum: decay of the momentum.
+        nesterov: look one step ahead of the momentum.
+        ns_coefficients: of the Newton-Schulz iteration, a X + b (X X^T) X + c (X X^T)^2 X.
+        eps: least norm that a matrix is divided by.
+        ns_steps: steps of the iteration.
+        adjust_lr_fn: factor of lr for an m x n matrix: sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n)), for an AdamW's lr.
+        iteration: precision of the iteration.
+        split_lr_scale: factor of lr for the matrices.
+        betas: decay of AdamW's moments.
+        adam_eps: added to AdamW's denominator, after bias correction.
+        state_dtype: how momentum and moments are kept, whatever the dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: Annotated[float | Tensor, Field(ge=0), Search(1e-4, 1e-1)] = 1e-3,
+        weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.1,
+        momentum: Annotated[Unit, Search(choices=[0.9, 0.95])] = 0.95,
+        nesterov: Annotated[bool, Field()] = True,
+        ns_coefficients: Annotated[tuple[float, float, float], Field()] = (3.4445, -4.7750, 2.0315),
+        eps: Annotated[float, Field(gt=0)] = 1e-7,
+        ns_steps: Annotated[int, Field(ge=0, lt=100)] = 5,
+        adjust_lr_fn: Annotated[AdjustLr | None, Field()] = None,
+        iteration: Annotated[Literal["bf16", "fp32"], Field()] = "bf16",
+        split_lr_scale: Annotated[float, Field(ge=0), Search(1.0, 100.0)] = 1.0,
+        betas: Annotated[Betas, Field()] = (0.9, 0.999),
+        adam_eps: Annotated[float, Field(ge=0)] = 1e-8,
+        state_dtype: Annotated[StateDtype, Field()] = "fp32",
+        seed: int = 0,
+        *,
+        maximize: bool = False,
+    ):
+        super().__init__(
+            params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, eps=eps, ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients, adjust_lr_fn=adjust_lr_fn, iteration=iteration, betas=betas,
+            split_lr_scale=split_lr_scale, adam_eps=adam_eps, state_dtype=state_dtype, seed=seed, maximize=maximize,
+        )  # fmt: skip
+
+    def update_plain(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        super().update_plain(weights, grads, states, {**group, "eps": group["adam_eps"]})
+
+    def update_matrix(self, name: str, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+        if BUFFERS[0] not in state:
+            make_zero(BUFFERS, weight, state, group)
+        momentum = load(state, BUFFERS[0])
+        grad = grad.to(momentum.dtype)
+        momentum.lerp_(grad, 1 - group["momentum"])
+        ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        dtype = torch.bfloat16 if group["iteration"] == "bf16" else wide(ahead.dtype)
+        update = orthogonalise(ahead.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        lr = group["lr"] * group["split_lr_scale"] * ratio(group["adjust_lr_fn"], *weight.shape)
+        add_scaled(weight, update.to(weight.dtype), -lr)
+        store(state, BUFFERS[0], momentum)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        pass  # no subspace
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        group = {**self.defaults, **overrides}
+        if not (group["split"] and len(shape) == 2):
+            return adamw_spec(shape, dtype, **group)
+        return kept_spec(BUFFERS, shape, dtype, group)
+
+
+def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Newton-Schulz: the matrix [m, n] with its singular values sent near 1, in its own dtype."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller Gram matrix
+    x = x / x.norm().clamp(min=eps)  # no singular value is above 1
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def ratio(adjust_lr_fn: AdjustLr | None, rows: int, columns: int) -> float:
+    """Factor of lr: updates of all shapes have like norms ("original"), or the size of AdamW's (2502.16982)."""
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / max(columns, 1)))
