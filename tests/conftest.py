@@ -14,3 +14,19 @@ from tiny import prepare_tiny  # noqa: E402
 def tiny_data(tmp_path_factory):
     """A small prepared data set: read it, do not touch it."""
     return prepare_tiny(tmp_path_factory.mktemp("data") / "tiny")
+
+
+SLOW = (
+    "test_checkpoint",
+    "test_data_prepare",
+    "test_record",
+    "test_resume",
+    "test_study",
+    "test_torchrun",
+    "test_tracking",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first."""
+    items.sort(key=lambda item: item.path.stem in SLOW)

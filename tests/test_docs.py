@@ -9,6 +9,7 @@ from tiny import tiny_config
 
 from thriftlab.data.prepare import PrepareConfig
 from thriftlab.launch import arguments
+from thriftlab.optim import METHODS
 from thriftlab.train import settings
 from thriftlab.train.config import RunConfig
 from thriftlab.train.loop import run
@@ -45,7 +46,9 @@ def test_the_settings_of_make_run_are_understood():
     assert asked.options.seeds == 3 and len(asked.methods) == 3
 
 
-def test_the_method_of_the_docs_trains_as_a_plugin(tiny_data, tmp_path):
+def test_the_method_of_the_docs_trains_as_a_plugin(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "signum", None)  # so that it is taken out again afterwards
+    del METHODS["signum"]
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)[1]
     (tmp_path / "signum.py").write_text(code)
     config = tiny_config(tiny_data, tmp_path / "out", plugins=(str(tmp_path / "signum.py"),), optim={"name": "signum"})
