@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from thriftlab.optim.base import METHODS, Method, predicted_state_bytes, state_bytes
+from thriftlab.optim.listing import left_to_adamw
 from thriftlab.optim.split import SplitOptimizer, split_groups
 from thriftlab.optim.subspace import Subspace
 
@@ -20,5 +21,5 @@ def __getattr__(name: str) -> type[Method]:
 
 
 __all__ = [  # noqa: PLE0604
-    "METHODS", "Method", "SplitOptimizer", "Subspace", "predicted_state_bytes", "split_groups", "state_bytes", *_classes
+    "METHODS", "Method", "SplitOptimizer", "Subspace", "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes", *_classes
 ]  # fmt: skip

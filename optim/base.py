@@ -187,7 +187,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _restored(value: Tensor, p: Tensor) -> Tensor:
-    """A copy of a saved tensor with its own dtype, on the device and in the layout of `p`; counters on the CPU."""
-    if value.shape == p.shape and value.ndim:
-        return torch.empty_like(p, dtype=value.dtype).copy_(value)
+    """A copy of a saved tensor on the device of `p`, fp32 beside fp32 in its layout; counters on the CPU."""
+    if value.shape == p.shape and value.ndim and value.dtype == p.dtype in (torch.float32, torch.float64):
+        return torch.empty_like(p).copy_(value)
     return value.to(p.device if value.ndim else "cpu", copy=True)

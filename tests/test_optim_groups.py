@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from thriftlab.optim import Frugal, Subspace, split_groups
+from thriftlab.optim import AdamW, Frugal, Subspace, left_to_adamw, split_groups
 from thriftlab.optim.base import keyed_generator, keyed_seed
+from thriftlab.optim.listing import listing
 from thriftlab.optim.subspace import SUBSPACES, hash63
 
 
@@ -56,6 +57,22 @@ def test_a_tied_parameter_is_there_once_and_answers_to_all_its_names():
     model = Tied()
     assert "embed.weight" in names(split_groups(model, include=["lm_head"]), True)
     assert names(split_groups(model, include=["embed"], exclude=["lm_head"]), True) == []
+
+
+def test_what_is_left_to_full_adamw_is_listed_with_the_reason():
+    model = Tied()
+    optimizer = Frugal(split_groups(model, include=[r"\.(attn|mlp)\."]))
+    left = left_to_adamw(optimizer)
+    assert set(left) == set(names(optimizer.param_groups, False))
+    assert left["embed.weight"] == "not chosen by name" and left["layers.0.norm.bias"] == "1-D"
+    share = 100 * sum(model.get_parameter(name).numel() for name in left) / sum(p.numel() for p in model.parameters())
+    assert listing(optimizer) == (
+        f"full AdamW for 7 of 13 tensors ({share:.0f}% of the parameters): not chosen by name: embed.weight; "
+        "1-D: layers.0.attn.bias, layers.0.norm.weight, layers.0.norm.bias and 3 more"
+    )
+    plain = Frugal([nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2, 2))])
+    assert left_to_adamw(plain) == {"1": "3-D"}
+    assert listing(AdamW(model.parameters())) == listing(Frugal([nn.Parameter(torch.zeros(2, 2))])) == ""
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_names():

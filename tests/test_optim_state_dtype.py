@@ -66,6 +66,23 @@ def test_a_tensor_steps_in_pieces_as_it_does_whole(monkeypatch, kept):
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_transposed_weight_resumes_to_the_bit(kept):
+    weights, saved = [], None
+    for stop in (6, 3):
+        p = torch.nn.Parameter(torch.ones(40, 24, dtype=torch.bfloat16).t())
+        optimizer = AdamW([p], state_dtype=kept)
+        for t in range(6):
+            if t == stop:
+                optimizer = AdamW([p], state_dtype=kept)
+                optimizer.load_state_dict(saved)
+            p.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(t)).bfloat16()
+            optimizer.step()
+            saved = through_a_file(optimizer.state_dict())
+        weights.append(p.detach())
+    assert torch.equal(*weights)
+
+
 def test_random_rounding_is_right_in_the_mean_and_goes_to_a_neighbour():
     draws = 4096
     for x in (1 + 1 / 512, 1 + 1 / 4096, 3.14159e-9, 0.1, 5e-37):

@@ -172,8 +172,8 @@ def test_a_step_runs_on_fake_and_meta_tensors(make):
 
 def test_a_method_is_twenty_lines_in_a_file_of_ones_own():
     class Momentum(Method, name="test-momentum"):
-        def __init__(self, params, lr=0.1, maximize=False):
-            super().__init__(params, lr=lr, maximize=maximize)
+        def __init__(self, params, lr=0.1):
+            super().__init__(params, lr=lr)
 
         def update(self, names, weights, grads, states, group):
             for weight, grad, state in zip(weights, grads, states, strict=True):
@@ -189,6 +189,11 @@ def test_a_method_is_twenty_lines_in_a_file_of_ones_own():
         optimizer = METHODS["test-momentum"](ours.items())
         assert same(train(ours, optimizer, range(5)), train(theirs, peer, range(5)))
         assert state_bytes(optimizer) == predicted_state_bytes(optimizer)
+        climb = parameters()
+        train(climb, METHODS["test-momentum"]([{"params": list(climb.values()), "maximize": True}]), [0])
+        down = parameters()
+        train(down, METHODS["test-momentum"](down.values()), [0])
+        assert torch.allclose(climb["a"] + down["a"], 2 * parameters()["a"]), "maximize needs no word of the author"
         with pytest.raises(ValueError, match="already a method 'test-momentum'"):
             type("Other", (Method,), {}, name="test-momentum")
     finally:

@@ -19,6 +19,7 @@ import torch
 from thriftlab.data.loader import Batch, prefetch
 from thriftlab.optim import predicted_state_bytes, state_bytes
 from thriftlab.optim.base import keyed_generator
+from thriftlab.optim.listing import listing
 from thriftlab.train import checkpoint, record
 from thriftlab.train.backend import Backend, make_backend
 from thriftlab.train.build import Run, build
@@ -43,7 +44,7 @@ class Interrupted(Exception):
 def run(config: RunConfig) -> dict[str, Any]:
     """Train as configured, or go on where an interrupted run stopped; returns the record.
 
-    Raises UserError for what the user can mend, and Interrupted after SIGINT, SIGTERM or a file OUT/STOP.
+    Raises UserError for what the user can mend, and Interrupted after SIGINT, SIGTERM, SIGHUP or a file OUT/STOP.
     """
     backend = make_backend(config.backend.name)
     try:
@@ -63,6 +64,7 @@ def train(run: Run, received: list[int]) -> dict[str, Any]:
     first = counters.step
     batches = prefetch(run.plan, backend.rank, backend.world)
     saver, log = Saver(run), Log(run, counters, history)
+    announce(run, counters)
 
     while True:
         halt, counters.seconds = agree(backend, bool(received) or stop_file(run), counters.seconds)
@@ -97,6 +99,13 @@ def train(run: Run, received: list[int]) -> dict[str, Any]:
     saver.wait()
     log.close()
     return finish(run, counters, results, birth)
+
+
+def announce(run: Run, counters: Counters) -> None:
+    """Says once what the method leaves to full AdamW."""
+    line = listing(run.optimizer)
+    if line and run.chief and counters.step == 0 and run.config.log.progress:
+        print(line, file=sys.stderr, flush=True)
 
 
 def due(step: int, every: int) -> bool:
@@ -244,7 +253,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The numbers of the SIGINTs and SIGTERMs that come; a second SIGINT stops at once."""
+    """The numbers of the SIGINTs, SIGTERMs and SIGHUPs that come; a second SIGINT stops at once."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -253,7 +262,7 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield received
     finally:
