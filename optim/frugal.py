@@ -27,6 +27,7 @@ from thriftlab.optim.split import (
     COUNTERS,
     OnRefresh,
     SplitOptimizer,
+    add_up,
     basis_of,
     has_moments,
     is_split,
@@ -45,7 +46,8 @@ class Frugal(SplitOptimizer, name="frugal"):
         betas: decay of the moments; the first is the momentum of lion and sgdm.
         eps: added to Adam's denominator, after bias correction.
         weight_decay: decoupled decay per step, times lr.
-        subspace: what is state-full: whole matrices by turns (blocks), or columns, rows or single entries of each.
+        subspace: what is state-full: whole matrices by turns (blocks); columns, rows or single entries of each; or the
+            span of its gradient's leading singular vectors (svd) or of random directions (gauss, orthogonal).
         density: the state-full fraction.
         gap: steps between refreshes of the subspace.
         order: which blocks come next.
@@ -55,7 +57,8 @@ class Frugal(SplitOptimizer, name="frugal"):
         free: the state-free rule.
         split_lr_scale: factor of lr for the matrices, both parts.
         free_lr_scale: further factor of lr for the state-free part.
-        on_refresh: the moments start from zero, stay as they are, or follow the entries that stay in the subspace.
+        on_refresh: the moments start from zero, keep their numbers, or are expressed in the new subspace.
+        stagger: matrices refresh by turns within a gap, not all in one step; never blocks.
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
     """
 
@@ -67,7 +70,9 @@ class Frugal(SplitOptimizer, name="frugal"):
         eps: Annotated[float, Field(ge=0)] = 1e-8,
         weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
         subspace: Annotated[
-            Literal["blocks", "columns", "rows", "coordinates"] | CoordinateSubspace | Subspace,
+            Literal["blocks", "columns", "rows", "coordinates", "svd", "gauss", "orthogonal"]
+            | CoordinateSubspace
+            | Subspace,
             Search(choices=["blocks", "columns", "rows", "coordinates"]),
         ] = "blocks",
         density: Annotated[float, Field(ge=0, le=1), Search(choices=[0.0, 0.125, 0.25, 0.5])] = 0.25,
@@ -80,6 +85,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         split_lr_scale: Annotated[float, Field(ge=0)] = 1.0,
         free_lr_scale: Annotated[float, Field(ge=0), Search(0.1, 1.0)] = 1.0,
         on_refresh: Annotated[OnRefresh, Search(choices=["reset", "keep", "project"])] = "reset",
+        stagger: Annotated[bool, Field()] = False,
         state_dtype: Annotated[StateDtype, Field()] = "fp32",
         seed: int = 0,
         *,
@@ -88,7 +94,8 @@ class Frugal(SplitOptimizer, name="frugal"):
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, subspace=subspace, density=density, gap=gap,
             order=order, unit=unit, balance=balance, rule=rule, free=free, split_lr_scale=split_lr_scale,
-            free_lr_scale=free_lr_scale, on_refresh=on_refresh, state_dtype=state_dtype, seed=seed, maximize=maximize,
+            free_lr_scale=free_lr_scale, on_refresh=on_refresh, stagger=stagger, state_dtype=state_dtype, seed=seed,
+            maximize=maximize,
         )  # fmt: skip
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
@@ -112,8 +119,10 @@ class Frugal(SplitOptimizer, name="frugal"):
             subspace.put(weight, where, chosen)
         else:
             small = subspace.down(grad, basis)
-            residual = grad - subspace.up(small, basis)
-            add_scaled(weight, subspace.up(rule.direction(small, state, age, group), basis), -lr)
+            direction = rule.direction(small, state, age, group)
+            add_up(weight, direction.mul_(-lr), subspace, basis)
+            residual = grad.clone()
+            add_up(residual, -small, subspace, basis)
             free_step(weight, residual, group, lr)
 
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
@@ -128,6 +137,8 @@ class Frugal(SplitOptimizer, name="frugal"):
         super().check_group(group)
         if group["subspace"] == "blocks":
             blocks(group, count=0)
+            if group["stagger"]:
+                raise ValueError("stagger=True: blocks take turns already; it is for the other subspaces")
 
     def small_spec(
         self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from thriftlab.optim.base import Method, Spec, State, keyed_generator
-from thriftlab.optim.moments import RULES, adamw, adamw_spec
-from thriftlab.optim.storage import kept_spec, key_rounding, load, make_zero, rounding_spec, store
+from thriftlab.optim.base import Method, Spec, State, keyed_generator, keyed_seed
+from thriftlab.optim.bases import BASES, DenseSubspace, is_tall
+from thriftlab.optim.moments import RULES, Rule, adamw, adamw_spec
+from thriftlab.optim.storage import SECOND_MOMENTS, kept_spec, key_rounding, load, make_zero, rounding_spec, store
 from thriftlab.optim.subspace import SUBSPACES, CoordinateSubspace, Subspace
 
 OnRefresh = Literal["reset", "keep", "project"]
@@ -48,12 +50,19 @@ class SplitOptimizer(Method):
         adamw(weights, grads, states, **group)
 
     def update_matrix(self, name: str, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
-        """Steps one matrix: refreshes its subspace if that is due, then `descend`."""
+        """Steps one matrix: refreshes its subspace if that is due, then `descend`.
+
+        A gradient that is not finite spans no subspace: the old one stays, and without one the matrix is left alone.
+        """
         for counter in COUNTERS:
             state.setdefault(counter, torch.tensor(0, device="cpu"))
         step = int(state["step"])
-        if step % group["gap"] == 0:
-            self.refresh(name, grad, state, group, step // group["gap"])
+        count = due_refresh(name, step, group)
+        if count is not None:
+            if not uses_gradient(group) or is_finite(grad):
+                self.refresh(name, grad, state, group, count)
+            elif not basis_of(state):
+                return
         state["step"] += 1
         self.descend(weight, grad, state, group, age=step + 1 - int(state["start"]))
 
@@ -63,31 +72,26 @@ class SplitOptimizer(Method):
 
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
         """Draws the matrix's new subspace and carries the moments over to it."""
-        subspace = subspace_of(group)
-        old = basis_of(state)
-        new = subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
+        subspace, old = subspace_of(group), basis_of(state)
+        if old and hasattr(subspace, "refine"):
+            new = subspace.refine(grad, old)
+        else:
+            new = subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
         for key in old:
             del state[f"basis.{key}"]
         state.update({f"basis.{key}": tensor for key, tensor in new.items()})
         small = subspace.down(grad, new)
         if group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(small, state, group)
-        elif group["on_refresh"] == "project":
-            for buffer in RULES[group["rule"]].buffers:
-                moment = load(state, buffer)
-                moment.copy_(project(moment, subspace, old, new, like=grad))  # type: ignore[arg-type]
-                store(state, buffer, moment)
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        if group["on_refresh"] == "project" and not isinstance(group["subspace"], str | CoordinateSubspace):
-            raise ValueError("on_refresh='project' takes columns, rows, coordinates or blocks, not an own subspace")
+        else:
+            carry(subspace, old, new, grad, state, group)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
         if not (group["split"] and len(shape) == 2):
             return adamw_spec(shape, dtype, **group)
         small, basis = self.small_spec(shape, dtype, group)
-        moments = kept_spec(RULES[group["rule"]].buffers, small, dtype, group)
+        moments = kept_spec(rule_of(group).buffers, small, dtype, group)
         return {**COUNTERS, **rounding_spec(group), **{f"basis.{key}": t for key, t in basis.items()}, **moments}
 
     def small_spec(
@@ -96,7 +100,7 @@ class SplitOptimizer(Method):
         """Shape of a matrix's coordinates in the subspace, and the basis; by a trial where the subspace cannot say."""
         subspace = subspace_of(group)
         if hasattr(subspace, "spec"):
-            return subspace.spec(shape)
+            return subspace.spec(shape, dtype)
         trial = torch.zeros(shape, dtype=dtype)
         basis = subspace.refresh(trial, "trial", 0, torch.Generator())
         return tuple(subspace.down(trial, basis).shape), {key: (tuple(t.shape), t.dtype) for key, t in basis.items()}
@@ -107,10 +111,42 @@ def is_split(weight: Tensor, group: dict[str, Any]) -> bool:
     return group["split"] and weight.ndim == 2
 
 
-def subspace_of(group: dict[str, Any]) -> CoordinateSubspace | Subspace:
+def subspace_of(group: dict[str, Any]) -> CoordinateSubspace | DenseSubspace | Subspace:
     """The group's own subspace object, or the one that it names."""
     subspace = group["subspace"]
-    return SUBSPACES[subspace](group["density"]) if isinstance(subspace, str) else subspace
+    if not isinstance(subspace, str):
+        return subspace
+    if subspace in BASES:
+        return BASES[subspace](group.get("rank"), group.get("density"))
+    return SUBSPACES[subspace](group["density"])
+
+
+def rule_of(group: dict[str, Any]) -> Rule:
+    """The state-full rule of a group: Adam, unless the method offers others."""
+    return RULES[group.get("rule", "adam")]
+
+
+def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
+    """The number of the refresh that is due at this step, or None.
+
+    With `stagger` all matrices refresh at step 0, then each at an offset of its own within the gap.
+    """
+    if step == 0:
+        return 0
+    early = keyed_seed(group["seed"], name, 0) % group["gap"] if group.get("stagger") else 0
+    count, since = divmod(step + early, group["gap"])
+    return count if since == 0 else None
+
+
+def uses_gradient(group: dict[str, Any]) -> bool:
+    """Whether a subspace is made of the gradient; one's own is thought to be, unless its `uses_gradient` is False."""
+    subspace = group["subspace"]
+    return subspace != "blocks" and getattr(subspace_of(group), "uses_gradient", True)
+
+
+def is_finite(grad: Tensor) -> bool:
+    """Reads the gradient on the host; one without data (meta, fake) is finite."""
+    return grad.is_meta or isinstance(grad, FakeTensor) or bool(grad.isfinite().all())
 
 
 def basis_of(state: State) -> State:
@@ -119,13 +155,41 @@ def basis_of(state: State) -> State:
 
 
 def has_moments(state: State, group: dict[str, Any]) -> bool:
-    return all(buffer in state for buffer in RULES[group["rule"]].buffers)
+    return all(buffer in state for buffer in rule_of(group).buffers)
 
 
 def zero_moments(small: Tensor, state: State, group: dict[str, Any]) -> None:
     """Moments like `small`, all zero, and the bias correction starts anew."""
     state["start"] = state["step"].clone()
-    make_zero(RULES[group["rule"]].buffers, small, state, group)
+    make_zero(rule_of(group).buffers, small, state, group)
+
+
+def carry(
+    subspace: CoordinateSubspace | DenseSubspace | Subspace, old: State, new: State, grad: Tensor, state: State,
+    group: dict[str, Any],
+) -> None:  # fmt: skip
+    """Takes the moments over to a new basis.
+
+    `project` expresses them in it: first moments by T, second moments by the squares of T's entries. `keep` leaves the
+    numbers as they are; but a basis with arbitrary signs is no reason to turn round, so where a vector of it points
+    away from its predecessor, the first moment's sign changes with it.
+    """
+    buffers = rule_of(group).buffers
+    if isinstance(subspace, CoordinateSubspace):
+        if group["on_refresh"] == "keep":
+            return
+        moved = [project(load(state, buffer), subspace, old, new, like=grad) for buffer in buffers]
+    else:
+        if group["on_refresh"] == "keep" and not getattr(subspace, "arbitrary_signs", False):
+            return
+        change = transfer(subspace, old, new, grad)
+        if group["on_refresh"] == "keep":
+            change = torch.where(change.diagonal() < 0, -1.0, 1.0).diag()
+        rows = keeps_rows(state[buffers[0]], grad)
+        moved = [turn(load(state, b), change.square() if b in SECOND_MOMENTS else change, rows) for b in buffers]
+    make_zero(buffers, subspace.down(grad, new), state, group)
+    for buffer, moment in zip(buffers, moved, strict=True):
+        store(state, buffer, load(state, buffer).copy_(moment))
 
 
 def project(moment: Tensor, subspace: CoordinateSubspace, old: State, new: State, like: Tensor) -> Tensor:
@@ -133,6 +197,40 @@ def project(moment: Tensor, subspace: CoordinateSubspace, old: State, new: State
     whole = torch.zeros_like(like, dtype=moment.dtype)
     subspace.put(whole, subspace.where(whole, old), moment)
     return subspace.down(whole, new)
+
+
+def transfer(subspace: DenseSubspace | Subspace, old: State, new: State, matrix: Tensor) -> Tensor:
+    """T = down_new(up_old(identity))  # [r, r]: column j is where the j-th old vector lies in the new subspace."""
+    identity = torch.zeros_like(subspace.down(matrix, old))
+    identity.diagonal().fill_(1)
+    image = subspace.down(subspace.up(identity, old), new)
+    return image[: identity.shape[1]].T if keeps_rows(identity, matrix) else image[:, : identity.shape[0]]
+
+
+def add_up(matrix: Tensor, small: Tensor, subspace: DenseSubspace | Subspace, basis: State) -> None:
+    """matrix += up(small), in place."""
+    if isinstance(subspace, DenseSubspace):
+        subspace.add_up(matrix, small, basis)
+    else:
+        matrix.add_(subspace.up(small, basis))
+
+
+def turn(moment: Tensor, change: Tensor, rows: bool) -> Tensor:
+    """`change` applied to the coordinates of each row, or of each column."""
+    change = change.to(moment.dtype)
+    return moment @ change.T if rows else change @ moment
+
+
+def keeps_rows(small: Tensor, matrix: Tensor) -> bool:
+    """Whether `small` has one row for each row of the matrix, and not one column for each column."""
+    if small.shape == matrix.shape:
+        return is_tall(matrix)
+    if small.ndim != 2 or (small.shape[0] != matrix.shape[0] and small.shape[1] != matrix.shape[1]):
+        raise ValueError(
+            f"the subspace makes {tuple(small.shape)} of a matrix {tuple(matrix.shape)}; "
+            "it must keep its rows or its columns"
+        )
+    return small.shape[0] == matrix.shape[0]
 
 
 def split_groups(model: Any, include: Sequence[str], exclude: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -2,24 +2,32 @@
 
 A `Subspace` is any object with refresh, down and up; a basis is a dict of tensors, which the optimizer keeps in its
 state. A `CoordinateSubspace` picks entries of the matrix, so its complement is the entries that it leaves out: it reads
-and writes them in place and needs no `up`. Blocks choose whole tensors of a group and are no subspace of one matrix.
+and writes them in place and needs no `up`. Dense subspaces are in bases.py; blocks choose whole tensors of a group and
+are no subspace of one matrix (blocks.py).
 
 The surprise: `Coordinates` stores one integer. The chosen entries are hashed anew at every step, one in each of k equal
 strata of the flat matrix: exactly k, every entry equally likely, with neither a mask nor k int64 indices.
 """
 
-from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from thriftlab.optim.base import Spec, State, keyed_seed
+from thriftlab.optim.base import Spec, State
 
 
 @runtime_checkable
 class Subspace(Protocol):
-    """A subspace of one's own. It may also have `spec(shape) -> (small shape, {name: (shape, dtype)})`."""
+    """A subspace of one's own. It may also have
+
+    - `refine(grad, basis) -> basis`: the next basis from the last one, called instead of every refresh but the first;
+    - `spec(shape, dtype) -> (small shape, {name: (shape, dtype)})`: otherwise a trial refresh tells the sizes;
+    - `uses_gradient = False`: the basis does not depend on the gradient, which then may be NaN;
+    - `arbitrary_signs = True`: a vector and its negative mean the same, as for singular vectors. Where moments are kept
+      over a refresh the optimizer then follows the signs; without it the basis is taken as it is, so that the bases of
+      another program replay its run.
+    """
 
     def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
         """The basis for the next `gap` steps of the matrix `name`; count = 0, 1, 2 ... counts its refreshes."""
@@ -37,6 +45,8 @@ class Subspace(Protocol):
 class CoordinateSubspace:
     """Some entries of the matrix, at the positions `where`: `take` copies them out, `put` writes them back."""
 
+    uses_gradient = False
+
     def __init__(self, density: float):
         self.density = density
 
@@ -52,7 +62,7 @@ class CoordinateSubspace:
     def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
         raise NotImplementedError
 
-    def spec(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Spec]:
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
         """Shape of what `take` gives, and the basis."""
         raise NotImplementedError
 
@@ -79,7 +89,7 @@ class Slices(CoordinateSubspace):
     def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
         matrix.index_copy_(self.dim, where, small)
 
-    def spec(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Spec]:
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
         chosen = int(shape[self.dim] * self.density)
         small = (chosen, shape[1]) if self.dim == 0 else (shape[0], chosen)
         return small, {"index": ((chosen,), torch.int32)}
@@ -116,7 +126,7 @@ class Coordinates(CoordinateSubspace):
     def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
         matrix.put_(where, small)
 
-    def spec(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Spec]:
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
         return (int(shape[0] * shape[1] * self.density),), {"key": ((), torch.int64)}
 
 
@@ -128,31 +138,3 @@ def hash63(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
     return (x ^ (x >> 31 & (1 << 33) - 1)) & (1 << 63) - 1
-
-
-BlockOrder = Literal["random", "ascending", "descending", "mirror"] | Callable[[list[str], int], list[str]]
-
-
-def active_blocks(names: list[str], density: float, order: BlockOrder, seed: int, count: int) -> set[str]:
-    """Which tensors of a group are state-full between refresh `count` and the next: round(density * number) of them.
-
-    `random` is a function of the set of names, not of their order. The others walk through `names`: from the front,
-    from the back, or from both ends towards the middle in pairs, on from where the last refresh stopped.
-    """
-    total = len(names)
-    active = round(density * total)  # half to even, as the reference
-    if callable(order):
-        chosen = set(order(names, count))
-        if not chosen <= set(names):
-            raise ValueError(f"order chose {sorted(chosen - set(names))[:3]}, which are not names of the group")
-        return chosen
-    if order == "random":
-        return set(sorted(names, key=lambda name: keyed_seed(seed, name, count))[:active])
-    if order == "mirror":
-        if active % 2:
-            raise ValueError(f"order='mirror' takes blocks in pairs; density={density} of {total} blocks is {active}")
-        half = total // 2
-        front = [(count * active // 2 + i) % half for i in range(active // 2)]
-        return {names[j] for i in front for j in (i, total - 1 - i)}
-    forward = [(count * active + i) % total for i in range(active)]
-    return {names[i if order == "ascending" else total - 1 - i] for i in forward}

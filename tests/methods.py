@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import AdamW, BAdam, Frugal, Muon, SignSGD
+from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -47,6 +47,16 @@ MAKERS = {
     ),
     "muon": lambda params, **k: Muon(params, **{"lr": 0.01, **k}),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
+    "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
+    "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),
+    "galore": lambda params, **k: GaLore(params, **{"rank": 2, "gap": GAP, **k}),
+    "galore, project": lambda params, **k: GaLore(params, **{"rank": 2, "gap": GAP, "on_refresh": "project", **k}),
+    "fira": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, **k}),
+    "fira, exact": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, "residual": "exact", **k}),
+    "apollo": lambda params, **k: Apollo(params, **{"rank": 2, "gap": GAP, "stagger": True, **k}),
+    "mini": lambda params, **k: Apollo(
+        params, **{"rank": 1, "gap": GAP, "granularity": "tensor", "scale": 128.0, "subspace": "orthogonal", **k}
+    ),
 }
 every_method = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 

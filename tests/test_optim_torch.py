@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from methods import GAP, MAKERS, SHAPES, Halves, every_method, gradient, parameters, same, train
+from methods import GAP, MAKERS, SHAPES, every_method, gradient, parameters, same, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from thriftlab.optim import METHODS, AdamW, Frugal, Method, predicted_state_bytes, state_bytes
@@ -138,8 +138,8 @@ def test_what_is_not_a_list_of_parameters_is_refused():
         AdamW(embedding.parameters()).step()
     with pytest.raises(ValueError, match="takes blocks in pairs"):
         Frugal([torch.nn.Parameter(torch.zeros(2, 2))], density=1.0, order="mirror")
-    with pytest.raises(ValueError, match="project"):
-        Frugal([torch.nn.Parameter(torch.zeros(2, 2))], subspace=Halves(), on_refresh="project")
+    with pytest.raises(ValueError, match="stagger"):
+        Frugal([torch.nn.Parameter(torch.zeros(2, 2))], stagger=True)
 
 
 def test_the_callers_group_is_not_changed():

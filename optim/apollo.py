@@ -1,0 +1,86 @@
+"""APOLLO (2412.05270): SGD whose learning rate, per channel or per tensor, is what Adam makes of a random projection.
+
+Every `gap` steps P is drawn from N(0, 1/r). In each step:
+
+    R = down(G)                                  the gradient in r dimensions
+    phi = |N(R)| / |R|                           N: Adam; one norm per channel (of the longer side), or one of all
+    W <- W - lr sqrt(scale) phi G / L            L: the limiter; the update grows by at most gamma per step
+    W <- (1 - lr wd) W
+
+Nothing is projected back. APOLLO-Mini is rank=1, granularity="tensor", scale=128. Plain tensors are trained by Adam.
+
+One surprise: scale enters by its square root; Mini's 128 is a factor of 11.3.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thriftlab.optim.base import Spec, State
+from thriftlab.optim.hyper import Betas, Search
+from thriftlab.optim.lowrank import LowRank, correction, direction, growth_limit, norms, scaling
+from thriftlab.optim.split import OnRefresh, basis_of, keeps_rows, subspace_of
+from thriftlab.optim.storage import StateDtype
+from thriftlab.optim.subspace import Subspace
+
+
+class Apollo(LowRank, name="apollo"):
+    """APOLLO: SGD with Adam's learning rate for each channel, told from a random projection.
+
+    Args:
+        lr: the learning rate.
+        betas: decay of the first and of the second moment.
+        eps: added to Adam's denominator, before bias correction.
+        weight_decay: decoupled decay per step, times lr, after the update.
+        rank: dimensions of the projection, at most the shorter side of the matrix.
+        gap: steps between refreshes of the projection.
+        scale: the square of a factor of lr for the matrices.
+        granularity: one learning rate per channel, or one per tensor.
+        gamma: how much the norm of the update may grow in a step.
+        subspace: random directions (gauss, or orthonormal ones), or leading singular vectors (svd).
+        on_refresh: the moments start from zero, keep their numbers, or are expressed in the new basis.
+        stagger: matrices refresh by turns within a gap, not all in one step.
+        state_dtype: how the moments are kept, whatever the dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: Annotated[float | Tensor, Field(ge=0), Search(1e-3, 3e-2)] = 1e-2,
+        betas: Annotated[Betas, Search(choices=[(0.9, 0.999), (0.9, 0.95)])] = (0.9, 0.999),
+        eps: Annotated[float, Field(ge=0)] = 1e-6,
+        weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
+        rank: Annotated[int, Field(ge=1), Search(choices=[64, 128, 256])] = 256,
+        gap: Annotated[int, Field(ge=1), Search(choices=[50, 200, 500])] = 200,
+        scale: Annotated[float, Field(ge=0)] = 1.0,
+        granularity: Annotated[Literal["channel", "tensor"], Field()] = "channel",
+        gamma: Annotated[float, Field(ge=1)] = 1.01,
+        subspace: Annotated[
+            Literal["gauss", "orthogonal", "svd"] | Subspace, Search(choices=["gauss", "svd"])
+        ] = "gauss",
+        on_refresh: Annotated[OnRefresh, Field()] = "keep",
+        stagger: Annotated[bool, Field()] = False,
+        state_dtype: Annotated[StateDtype, Field()] = "fp32",
+        seed: int = 0,
+        *,
+        maximize: bool = False,
+    ):
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, gap=gap, scale=scale,
+            granularity=granularity, gamma=gamma, subspace=subspace, on_refresh=on_refresh, stagger=stagger,
+            state_dtype=state_dtype, seed=seed, maximize=maximize,
+        )  # fmt: skip
+
+    def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+        small = subspace_of(group).down(grad, basis_of(state))
+        dim = int(keeps_rows(small, grad)) if group["granularity"] == "channel" else None
+        phi = scaling(direction(small, state, age, group), small, dim)
+        norm = (phi * norms(grad, dim)).norm()
+        limit = growth_limit(norm / correction(age, group), state, group["gamma"])
+        weight.addcmul_(grad, phi * (-group["lr"] * math.sqrt(group["scale"])) / limit)
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}

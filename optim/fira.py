@@ -1,0 +1,105 @@
+"""Fira (2410.01623): GaLore, and the rest of the gradient too, scaled by what Adam does to its projected part.
+
+Every `gap` steps P becomes the `rank` leading singular vectors of the gradient's shorter side. In each step:
+
+    R = down(G)                                  the gradient in r dimensions
+    phi = |N(R)| / |R|                           N: Adam; one norm per channel, that is per index of the longer side
+    S = phi (G - up(R)) / L                      L: the limiter; |S| grows by at most gamma per step
+    W <- W - lr alpha (up(N(R)) + S)
+    W <- (1 - lr wd) W
+
+That is the paper, residual="exact". The published code, and the published results if they were made with it, are
+residual="reference": S = phi (G - alpha up(R)) / L and W <- W - lr (alpha up(N(R)) + S), with steps 1 / alpha as long
+outside of the subspace, and L told from norms without bias correction. With alpha=0 that is APOLLO.
+
+One surprise: S is never computed. Its channels' norms follow from those of G and R, for orthonormal P:
+|G - beta up(R)|^2 = |G|^2 - (2 beta - beta^2) |R|^2; and phi scales what up() leaves alone, so that one product,
+up(alpha N - beta phi R / L), serves both terms.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from thriftlab.optim.base import Spec, State
+from thriftlab.optim.hyper import Betas, Search
+from thriftlab.optim.lowrank import LowRank, correction, direction, growth_limit, norms, scaling
+from thriftlab.optim.split import OnRefresh, add_up, basis_of, keeps_rows, subspace_of
+from thriftlab.optim.storage import StateDtype
+from thriftlab.optim.subspace import Subspace
+
+
+class Fira(LowRank, name="fira"):
+    """Fira: full-rank training under a low-rank constraint of the state.
+
+    Args:
+        lr: the learning rate.
+        betas: decay of the first and of the second moment.
+        eps: added to Adam's denominator, before bias correction.
+        weight_decay: decoupled decay per step, times lr, after the update.
+        rank: dimensions of the subspace, at most the shorter side of the matrix.
+        gap: steps between refreshes of the subspace.
+        alpha: factor of lr for the matrices (exact); of the projected part and in the residual (reference).
+        gamma: how much the norm of the residual may grow in a step.
+        residual: as in the published code (reference) or as in the paper (exact).
+        subspace: leading singular vectors (svd), or random directions, orthonormal or not.
+        on_refresh: the moments start from zero, keep their numbers, or are expressed in the new basis.
+        stagger: matrices refresh by turns within a gap, not all in one step.
+        state_dtype: how the moments are kept, whatever the dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: Annotated[float | Tensor, Field(ge=0), Search(1e-3, 3e-2)] = 1e-2,
+        betas: Annotated[Betas, Search(choices=[(0.9, 0.999), (0.9, 0.95)])] = (0.9, 0.999),
+        eps: Annotated[float, Field(ge=0)] = 1e-6,
+        weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
+        rank: Annotated[int, Field(ge=1), Search(choices=[32, 64, 128, 256])] = 128,
+        gap: Annotated[int, Field(ge=1), Search(choices=[50, 200, 500])] = 200,
+        alpha: Annotated[float, Field(ge=0), Search(choices=[0.0625, 0.25, 1.0])] = 0.25,
+        gamma: Annotated[float, Field(ge=1)] = 1.01,
+        residual: Annotated[Literal["reference", "exact"], Field()] = "reference",
+        subspace: Annotated[Literal["svd", "gauss", "orthogonal"] | Subspace, Field()] = "svd",
+        on_refresh: Annotated[OnRefresh, Search(choices=["reset", "keep", "project"])] = "keep",
+        stagger: Annotated[bool, Field()] = False,
+        state_dtype: Annotated[StateDtype, Field()] = "fp32",
+        seed: int = 0,
+        *,
+        maximize: bool = False,
+    ):
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, gap=gap, alpha=alpha,
+            gamma=gamma, residual=residual, subspace=subspace, on_refresh=on_refresh, stagger=stagger,
+            state_dtype=state_dtype, seed=seed, maximize=maximize,
+        )  # fmt: skip
+
+    def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+        subspace, basis, exact = subspace_of(group), basis_of(state), group["residual"] == "exact"
+        beta = 1.0 if exact else group["alpha"]
+        small = subspace.down(grad, basis)
+        normalized = direction(small, state, age, group)
+        dim = int(keeps_rows(small, grad))
+        phi = scaling(normalized, small, dim)
+        norm = (phi * residual_norms(grad, small, beta, subspace, basis, dim)).norm()
+        limit = growth_limit(norm if exact else norm / correction(age, group), state, group["gamma"])
+
+        free = phi / limit * (group["alpha"] if exact else 1.0)
+        weight.addcmul_(grad, -group["lr"] * free)
+        inside = group["alpha"] * normalized - beta * free * small
+        add_up(weight, -group["lr"] * inside, subspace, basis)
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}
+
+
+def residual_norms(grad: Tensor, small: Tensor, beta: float, subspace: Any, basis: State, dim: int) -> Tensor:
+    """|G - beta up(R)| of each channel, from |G| and |R| alone where the basis is orthonormal to rounding."""
+    if getattr(subspace, "orthonormal", False) and grad.dtype == torch.promote_types(grad.dtype, torch.float32):
+        squared = norms(grad, dim).square() - (2 * beta - beta**2) * norms(small, dim).square()
+        return squared.clamp_(min=0).sqrt_()
+    residual = grad.clone()
+    add_up(residual, -beta * small, subspace, basis)
+    return norms(residual, dim)
