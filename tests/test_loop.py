@@ -4,8 +4,10 @@ import pytest
 from tiny import tiny_config
 
 from thriftlab.train.errors import UserError
+from thriftlab.train.log import Counters
 from thriftlab.train.loop import run
 from thriftlab.train.record import read_metrics
+from thriftlab.train.step import StepResult
 
 
 def losses(path, out, /, **sections):
@@ -68,3 +70,20 @@ def test_a_vocabulary_that_is_too_small_is_refused(tiny_data, tmp_path):
 def test_a_pattern_that_matches_nothing_is_refused(tiny_data, tmp_path):
     with pytest.raises(UserError, match="matches no parameter"):
         run(tiny_config(tiny_data, tmp_path / "out", optim={"include": ["zzz"]}))
+
+
+def test_counters_count():
+    counters = Counters()
+    for applied, seconds, timed in ((False, 9.0, False), (True, 1.0, True), (False, 3.0, True)):
+        counters.add(StepResult(loss=1.5, grad_norm=1.0, tokens=100, applied=applied), seconds, timed)
+    assert (counters.step, counters.tokens, counters.seconds) == (3, 300, 13.0)
+    assert (counters.skipped, counters.skipped_in_a_row) == (2, 1)
+    assert counters.tokens_per_second() == 200 / 4.0
+
+
+def test_the_first_steps_of_a_process_are_not_timed(tiny_data, tmp_path, monkeypatch):
+    seen = []
+    add = Counters.add
+    monkeypatch.setattr(Counters, "add", lambda *a, **k: (seen.append(k["timed"]), add(*a, **k))[1])
+    run(tiny_config(tiny_data, tmp_path / "out"))
+    assert seen == [False, False] + [True] * 6

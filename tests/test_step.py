@@ -64,7 +64,7 @@ def expected(dtype, max_norm):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_one_gradient_for_every_split(world, dtype, tolerance):
     sizes = [1, 2, 4, 8]
-    for max_norm in (None, 0.1):
+    for max_norm in (None, 0.1, 100.0):
         loss, norm, exact = expected(dtype, max_norm)
         split = gradients(dtype, sizes, max_norm) if world == 1 else gang.ranks(2, gradients, dtype, sizes, max_norm)
         for rank_results in [split] if world == 1 else split:
@@ -75,8 +75,11 @@ def test_one_gradient_for_every_split(world, dtype, tolerance):
                     torch.testing.assert_close(torch.from_numpy(a), b, rtol=0, atol=tolerance)
 
 
-def bad_step(kind):
-    """Steps of two ranks of which the second goes wrong; returns which were applied and whether weights moved."""
+def bad_step(kind, where="norm"):
+    """Three steps, of which the second goes wrong on the last rank; which were applied and whether weights moved.
+
+    In the last norm a bad number spoils loss and gradient, added to the output ("") the loss alone.
+    """
     backend = make_backend("auto")
     model = GPT(CONFIG)
     model.init_weights(0)
@@ -84,7 +87,8 @@ def bad_step(kind):
     history = []
     for step in range(3):
         spoil = step == 1 and backend.rank == backend.world - 1
-        handle = model.norm.register_forward_hook(lambda *_: _[2] * kind) if spoil else None
+        place = model.get_submodule(where)
+        handle = place.register_forward_hook(lambda *_: _[2] + kind) if spoil else None
         before = [p.detach().clone() for p in model.parameters()]
         result = train_step(backend, batch_of(backend.rank, backend.world), None, 2, "fp32", 1.0)
         moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -96,9 +100,10 @@ def bad_step(kind):
     return history, weights
 
 
+@pytest.mark.parametrize("where", ["norm", ""])
 @pytest.mark.parametrize("kind", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_skipped(kind):
-    history, _ = bad_step(kind)
+def test_a_step_that_is_not_finite_is_skipped(kind, where):
+    history, _ = bad_step(kind, where)
     assert history == [(True, True), (False, False), (True, True)]
 
 

@@ -60,7 +60,7 @@ class Log:
                 f"{run.out}/metrics.jsonl is not the history of the checkpoint at step {counters.step}: a line before "
                 f"it was changed or is missing; restore it from a copy, or move {run.out} away and start anew"
             )
-        self.mirrors = tracker(log, run.out, run.out.name, config, run.fingerprint[:16])
+        self.mirrors = tracker(log, run.out, "/".join(run.out.parts[-2:]), config, run.fingerprint[:16])
         total = run.horizon.steps and run.horizon.steps * run.config.train.batch_size * run.config.data.sequence_length
         self.bar = Progress(total, counters.tokens, run.out.name, log.progress)
 

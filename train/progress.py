@@ -1,6 +1,7 @@
 """How far a run is: a bar on a terminal, a line every ten seconds in a log file."""
 
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -8,10 +9,11 @@ LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Counts tokens towards `total` (None: unknown), shows tokens/s, loss and the time left."""
+    """Counts tokens towards `total` (None: unknown); shows tokens/s, the latest loss and the time left."""
 
     def __init__(self, total: int | None, done: int, label: str, shown: bool = True):
-        terminal = sys.stderr.isatty()
+        self.lines = shown and not sys.stderr.isatty()
+        self.next_line = 0.0
         self.bar = tqdm(
             total=total,
             initial=done,
@@ -19,16 +21,30 @@ class Progress:
             unit="tok",
             unit_scale=True,
             disable=not shown,
-            dynamic_ncols=terminal,
-            ascii=None if terminal else True,
-            mininterval=0.2 if terminal else LOG_SECONDS,
-            file=sys.stderr,
+            dynamic_ncols=True,
+            file=Silence() if self.lines else sys.stderr,
         )
 
     def update(self, done: int, loss: float | None) -> None:
         if loss is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self.bar.update(done - self.bar.n)
+        if self.lines and time.monotonic() >= self.next_line:
+            self.line()
+
+    def line(self) -> None:
+        print(str(self.bar), file=sys.stderr, flush=True)
+        self.next_line = time.monotonic() + LOG_SECONDS
 
     def close(self) -> None:
+        if self.lines:
+            self.line()
         self.bar.close()
+
+
+class Silence:
+    """Where a bar is drawn that is printed line by line."""
+
+    def write(self, _: str) -> None: ...
+
+    def flush(self) -> None: ...
