@@ -83,7 +83,7 @@ class Orthogonal(DenseSubspace):
     """Orthonormal directions, every subspace equally likely."""
 
     def draw(self, grad: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-        return torch.linalg.qr(gaussian(grad, rank, generator)).Q
+        return torch.linalg.qr(gaussian(grad, rank, generator).double()).Q
 
 
 BASES: dict[str, type[DenseSubspace]] = {"svd": Svd, "gauss": Gauss, "orthogonal": Orthogonal}
