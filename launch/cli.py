@@ -1,4 +1,4 @@
-"""thriftlab prepare | train | compare | report.
+"""thriftlab prepare | train | compare | report | bench.
 
 One surprise: nothing heavy is imported here but inside a command, so that `thriftlab --help` is quick.
 """
@@ -18,6 +18,8 @@ USAGE = {
     Many runs under one budget, paired by seed with those of the first method, and a report.""",
     "report": """thriftlab report FOLDER
     Writes FOLDER/report.html and FOLDER/report.md of a study anew.""",
+    "bench": """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
+    What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
 }
 SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
@@ -136,5 +138,26 @@ def report(argv: list[str]) -> None:
     print(report.report(Path(argv[0])))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = dict(prepare=prepare, train=train, compare=compare, report=report)
-HELP = dict(prepare=prepare_help, train=train_help, compare=compare_help, report=lambda _: None)
+def bench(argv: list[str]) -> None:
+    from thriftlab.train.errors import ConfigError
+
+    if argv[:1] != ["optim"]:
+        raise ConfigError("thriftlab bench measures one thing so far: thriftlab bench optim")
+
+    from thriftlab.launch import bench
+    from thriftlab.train import settings
+
+    bench.bench(settings.load(bench.OptimBench, argv[1:]))
+
+
+def bench_help(argv: list[str]) -> None:
+    from thriftlab.launch.bench import OptimBench
+    from thriftlab.train.surface import describe
+
+    print(SYNTAX, describe(OptimBench), sep="\n")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = dict(
+    prepare=prepare, train=train, compare=compare, report=report, bench=bench
+)
+HELP = dict(prepare=prepare_help, train=train_help, compare=compare_help, report=lambda _: None, bench=bench_help)

@@ -21,5 +21,6 @@ def __getattr__(name: str) -> type[Method]:
 
 
 __all__ = [  # noqa: PLE0604
-    "METHODS", "Method", "SplitOptimizer", "Subspace", "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes", *_classes
+    "METHODS", "Method", "SplitOptimizer", "Subspace", "left_to_adamw", "predicted_state_bytes", "split_groups",
+    "state_bytes", *_classes
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from thriftlab.optim.base import Spec, State
 from thriftlab.optim.storage import kept_spec, load, load_piece, make_zero, rounding_spec, store, store_piece, wide
 
-PIECE = 2**18  # entries that are stepped at once where dtypes are mixed; a multiple of storage.BLOCK
+PIECE = 2**17  # entries that are stepped at once where dtypes are mixed; a multiple of storage.BLOCK
 
 
 def adamw(

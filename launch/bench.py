@@ -1,0 +1,178 @@
+"""thriftlab bench optim: what a step of each method costs in CPU seconds, beside torch's own over lists of tensors.
+
+One thread, one process, one set of weights and random gradients for all. The optimizers take turns in every round, so a
+noise that lasts is everybody's; ratios are taken within a round. The surprise: a refresh is forced by setting the
+group's `gap` to 1 for one step; a peer's refresh is its first step, which allocates its state as well.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from thriftlab.launch.arguments import split_commas
+from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
+from thriftlab.optim.peers import NEVER, PEERS, RULER, held_bytes, ruler, variants
+from thriftlab.train.choice import Section
+from thriftlab.train.errors import ConfigError
+from thriftlab.train.model import GPT, PRESETS, ModelConfig
+from thriftlab.train.record import birth_certificate
+
+REFRESHES = 3  # rounds with a refresh: an SVD of every matrix costs as much as ten steps
+MATRICES = (r"\.(attn|mlp)\.",)
+
+
+class OptimBench(Section):
+    """How the methods are timed."""
+
+    methods: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+        (), description="names with commas between them; empty: all, and other packages' methods where installed"
+    )
+    rounds: int = Field(7, ge=1, description="turns of every method; 7 or more for figures to be quoted")
+    preset: Literal[tuple(PRESETS)] = Field(  # type: ignore[valid-type]
+        "llama-60m", description="whose shapes (model.preset)"
+    )
+    out: str | None = Field(None, description="JSON file for every number; null: none")
+
+
+class Row:
+    """One optimizer and what was measured of it."""
+
+    def __init__(self, label: str, optimizer: torch.optim.Optimizer):
+        self.label, self.optimizer = label, optimizer
+        self.ours = type(optimizer) in METHODS.values()
+        self.refreshes = self.ours and "gap" in optimizer.param_groups[0]
+        self.spec_bytes = predicted_state_bytes(optimizer) if self.ours else None  # type: ignore[arg-type]
+        self.plain: list[float] = []
+        first = cpu_seconds(optimizer.step)
+        self.refresh = [] if self.ours else [first]
+        self.state_bytes = held_bytes(optimizer)
+        self.transient_bytes = peak_allocation(optimizer.step)
+
+    def take_turn(self, refresh: bool) -> None:
+        if refresh and self.refreshes:
+            self.set_gap(1)
+            self.refresh.append(cpu_seconds(self.optimizer.step))
+            self.set_gap(NEVER)
+        self.plain.append(cpu_seconds(self.optimizer.step))
+
+    def set_gap(self, gap: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["gap"] = gap
+
+    def numbers(self, base: list[float]) -> dict[str, Any]:
+        ratios = [own / other for own, other in zip(self.plain, base, strict=True)]
+        return {
+            "label": self.label, "plain_seconds": self.plain, "ratios": ratios, "refresh_seconds": self.refresh,
+            "state_bytes": self.state_bytes, "spec_bytes": self.spec_bytes, "transient_bytes": self.transient_bytes,
+        }  # fmt: skip
+
+
+def bench(options: OptimBench, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures, says a table and returns its numbers."""
+    unknown = set(options.methods) - set(METHODS)
+    if unknown:
+        raise ConfigError(f"methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = make_rows(options, say)
+        for number in range(options.rounds):
+            for row in rows:
+                row.take_turn(refresh=number < REFRESHES)
+    finally:
+        torch.set_num_threads(threads)
+    result = {
+        "preset": options.preset, "rounds": options.rounds, **birth_certificate(),
+        "rows": [row.numbers(rows[0].plain) for row in rows],
+    }  # fmt: skip
+    say(table(result))
+    if options.out:
+        Path(options.out).write_text(json.dumps(result, indent=1))
+    return result
+
+
+def make_rows(options: OptimBench, say: Callable[[str], None]) -> list[Row]:
+    """The ruler first, then the methods, then the peers that are installed."""
+    groups = tensors(options.preset)
+    split = [p for group in groups if group["split"] for p in group["params"]]
+    plain = [p for group in groups if not group["split"] for p in group["params"]]
+    rows = [Row(RULER, ruler(split, plain))]
+    for label, (name, hyper) in variants().items():
+        if not options.methods or name in options.methods:
+            optimizer = METHODS[name](groups, lr=1e-6, **hyper)  # type: ignore[call-arg]
+            if "gap" in optimizer.defaults:
+                for group in optimizer.param_groups:
+                    group["gap"] = NEVER
+            rows.append(Row(label, optimizer))
+    for label, make in PEERS.items() if not options.methods else ():
+        try:
+            rows.append(Row(label, make(split, plain)))
+        except ImportError as error:
+            say(f"{label}: left out ({error})")
+    return rows
+
+
+def tensors(preset: str) -> list[dict[str, Any]]:
+    """Parameter groups of the preset's shapes, with fixed random weights and gradients of 0.02."""
+    with torch.device("meta"):
+        model = GPT(ModelConfig(preset=preset, vocab_size=ModelConfig(preset=preset).vocab_size or 32000))
+    draw = torch.Generator().manual_seed(0)
+    groups = split_groups(model, include=MATRICES)
+    for group in groups:
+        group["params"] = [torch.nn.Parameter(torch.randn(p.shape, generator=draw) * 0.02) for p in group["params"]]
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=draw) * 0.02
+    return groups
+
+
+def cpu_seconds(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def peak_allocation(call: Callable[[], Any]) -> int:
+    """Bytes that a call holds at most beyond what it found, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown, one row an optimizer: median (range)."""
+    lines = [
+        f"{result['preset']}, one thread of {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+        f"median (range) of {result['rounds']} interleaved rounds, commit {(result['commit'] or 'none')[:10]}",
+        "",
+        "| optimizer | plain step, CPU s | ratio to foreach | refresh, CPU s | state MB | declared | transient MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        declared = row["spec_bytes"]
+        said = "-" if declared is None else "equal" if declared == row["state_bytes"] else f"{declared / 1e6:.1f}"
+        lines.append(
+            f"| {row['label']} | {spread(row['plain_seconds'])} | {spread(row['ratios'])} "
+            f"| {spread(row['refresh_seconds'])} | {row['state_bytes'] / 1e6:.1f} | {said} "
+            f"| {row['transient_bytes'] / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"

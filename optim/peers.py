@@ -1,0 +1,91 @@
+"""What the methods are timed beside: torch's AdamW, and other packages' versions of the same methods, if installed.
+
+The surprise: the packages keep Python objects with tensors in their state, so `held_bytes` looks into those, too.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thriftlab.optim.base import METHODS
+
+NEVER = 10**9  # a gap between refreshes that is not reached
+RANK = 128
+Tensors = list[Tensor]
+
+# What a table shows of a method besides its defaults.
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "frugal": tuple({"subspace": name} for name in ("blocks", "columns", "rows", "coordinates")),
+    "apollo": ({"rank": RANK}, {"rank": 1, "granularity": "tensor", "scale": 128.0}),
+    "adamw": ({}, {"state_dtype": "bf16"}),
+}
+
+
+def variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Label -> (method, hyper-parameters), for every method."""
+    found = {}
+    for name in METHODS:
+        for hyper in VARIANTS.get(name, ({},)):
+            found[" ".join([name, *(f"{key}={value}" for key, value in hyper.items())])] = (name, hyper)
+    return found
+
+
+def galore_torch(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
+    from galore_torch import GaLoreAdamW
+
+    matrices = {"params": split, "rank": RANK, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}
+    return GaLoreAdamW([{"params": plain}, matrices], lr=1e-6, no_deprecation_warning=True)
+
+
+def pytorch_optimizer(name: str, **hyper: Any) -> Callable[[Tensors, Tensors], torch.optim.Optimizer]:
+    def make(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
+        import pytorch_optimizer
+
+        matrices = {"params": split, "rank": RANK, "update_proj_gap": NEVER, "scale": 0.25, "projection_type": "std"}
+        return getattr(pytorch_optimizer, name)([{"params": plain}, matrices], lr=1e-6, **hyper)
+
+    return make
+
+
+# Label -> its maker from (matrices, other tensors), which raises ImportError where the package is missing.
+PEERS: dict[str, Callable[[Tensors, Tensors], torch.optim.Optimizer]] = {
+    "torch AdamW fused": lambda split, plain: torch.optim.AdamW(split + plain, lr=1e-6, fused=True),
+    "galore-torch GaLoreAdamW": galore_torch,
+    "pytorch-optimizer GaLore": pytorch_optimizer("GaLore"),
+    "pytorch-optimizer Fira": pytorch_optimizer("Fira"),
+    "pytorch-optimizer APOLLO": pytorch_optimizer("APOLLO", scale_type="channel"),
+}
+
+
+RULER = "torch AdamW foreach"
+
+
+def ruler(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
+    """torch's AdamW over lists of tensors, what torch takes by default on a GPU."""
+    return torch.optim.AdamW(split + plain, lr=1e-6, foreach=True)
+
+
+def held_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the storages that the state keeps alive, 0-dim counters apart."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for t in tensors_in(state)
+        if t.ndim
+    }
+    return sum(storages.values())
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))
