@@ -40,7 +40,8 @@ class Apollo(LowRank, name="apollo"):
         scale: the square of a factor of lr for the matrices.
         granularity: one learning rate per channel, or one per tensor.
         gamma: how much the norm of the update may grow in a step.
-        subspace: random directions (gauss, or orthonormal ones), or leading singular vectors (svd).
+        subspace: random directions (gauss, or orthonormal ones), or leading singular vectors (svd; warm_svd: from
+            the last ones).
         on_refresh: the moments start from zero, keep their numbers, or are expressed in the new basis.
         stagger: matrices refresh by turns within a gap, not all in one step.
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
@@ -59,7 +60,7 @@ class Apollo(LowRank, name="apollo"):
         granularity: Annotated[Literal["channel", "tensor"], Field()] = "channel",
         gamma: Annotated[float, Field(ge=1)] = 1.01,
         subspace: Annotated[
-            Literal["gauss", "orthogonal", "svd"] | Subspace, Search(choices=["gauss", "svd"])
+            Literal["gauss", "orthogonal", "svd", "warm_svd"] | Subspace, Search(choices=["gauss", "svd"])
         ] = "gauss",
         on_refresh: Annotated[OnRefresh, Field()] = "keep",
         stagger: Annotated[bool, Field()] = False,

@@ -44,7 +44,7 @@ class Fira(LowRank, name="fira"):
         alpha: factor of lr for the matrices (exact); of the projected part and in the residual (reference).
         gamma: how much the norm of the residual may grow in a step.
         residual: as in the published code (reference) or as in the paper (exact).
-        subspace: leading singular vectors (svd), or random directions, orthonormal or not.
+        subspace: leading singular vectors (svd; warm_svd from the last ones), or random directions, orthonormal or not.
         on_refresh: the moments start from zero, keep their numbers, or are expressed in the new basis.
         stagger: matrices refresh by turns within a gap, not all in one step.
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
@@ -62,7 +62,7 @@ class Fira(LowRank, name="fira"):
         alpha: Annotated[float, Field(ge=0), Search(choices=[0.0625, 0.25, 1.0])] = 0.25,
         gamma: Annotated[float, Field(ge=1)] = 1.01,
         residual: Annotated[Literal["reference", "exact"], Field()] = "reference",
-        subspace: Annotated[Literal["svd", "gauss", "orthogonal"] | Subspace, Field()] = "svd",
+        subspace: Annotated[Literal["svd", "warm_svd", "gauss", "orthogonal"] | Subspace, Field()] = "svd",
         on_refresh: Annotated[OnRefresh, Search(choices=["reset", "keep", "project"])] = "keep",
         stagger: Annotated[bool, Field()] = False,
         state_dtype: Annotated[StateDtype, Field()] = "fp32",

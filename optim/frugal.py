@@ -47,7 +47,8 @@ class Frugal(SplitOptimizer, name="frugal"):
         eps: added to Adam's denominator, after bias correction.
         weight_decay: decoupled decay per step, times lr.
         subspace: what is state-full: whole matrices by turns (blocks); columns, rows or single entries of each; or the
-            span of its gradient's leading singular vectors (svd) or of random directions (gauss, orthogonal).
+            span of its gradient's leading singular vectors (svd; warm_svd: from the last ones) or of random directions
+            (gauss, orthogonal).
         density: the state-full fraction.
         gap: steps between refreshes of the subspace.
         order: which blocks come next.
@@ -70,7 +71,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         eps: Annotated[float, Field(ge=0)] = 1e-8,
         weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
         subspace: Annotated[
-            Literal["blocks", "columns", "rows", "coordinates", "svd", "gauss", "orthogonal"]
+            Literal["blocks", "columns", "rows", "coordinates", "svd", "warm_svd", "gauss", "orthogonal"]
             | CoordinateSubspace
             | Subspace,
             Search(choices=["blocks", "columns", "rows", "coordinates"]),

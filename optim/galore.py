@@ -36,7 +36,7 @@ class GaLore(LowRank, name="galore"):
         rank: dimensions of the subspace, at most the shorter side of the matrix.
         gap: steps between refreshes of the subspace.
         scale: factor of lr for the matrices.
-        subspace: leading singular vectors (svd), or random directions, orthonormal or not.
+        subspace: leading singular vectors (svd; warm_svd from the last ones), or random directions, orthonormal or not.
         on_refresh: the moments start from zero, keep their numbers, or are expressed in the new basis.
         stagger: matrices refresh by turns within a gap, not all in one step.
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
@@ -52,7 +52,7 @@ class GaLore(LowRank, name="galore"):
         rank: Annotated[int, Field(ge=1), Search(choices=[32, 64, 128, 256])] = 128,
         gap: Annotated[int, Field(ge=1), Search(choices=[50, 200, 500])] = 200,
         scale: Annotated[float, Field(ge=0), Search(choices=[0.25, 1.0])] = 0.25,
-        subspace: Annotated[Literal["svd", "gauss", "orthogonal"] | Subspace, Field()] = "svd",
+        subspace: Annotated[Literal["svd", "warm_svd", "gauss", "orthogonal"] | Subspace, Field()] = "svd",
         on_refresh: Annotated[OnRefresh, Search(choices=["reset", "keep", "project"])] = "keep",
         stagger: Annotated[bool, Field()] = False,
         state_dtype: Annotated[StateDtype, Field()] = "fp32",

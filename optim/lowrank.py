@@ -35,7 +35,7 @@ class LowRank(SplitOptimizer):
     def limiter_spec(self, shape: tuple[int, ...], dtype: torch.dtype, overrides: dict[str, Any]) -> Spec:
         """The state of `growth_limit`, which split matrices have."""
         split = {**self.defaults, **overrides}["split"] and len(shape) == 2
-        return {"limiter": ((), wide(dtype))} if split else {}
+        return dict.fromkeys(("limiter", "diagnostic.limiter"), ((), wide(dtype))) if split else {}
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
@@ -87,6 +87,6 @@ def growth_limit(norm: Tensor, state: State, gamma: float) -> Tensor:
     A norm of zero leaves no trace: the next one is held against the last that was not zero.
     """
     last = state["limiter"].to(norm.device) if "limiter" in state else torch.full_like(norm, torch.inf)
-    factor = (norm / (last + TINY)).clamp_(min=gamma) / gamma
+    state["diagnostic.limiter"] = factor = (norm / (last + TINY)).clamp_(min=gamma) / gamma
     state["limiter"] = torch.where(norm > 0, norm / factor, last)
     return factor

@@ -25,6 +25,7 @@ from thriftlab.optim.subspace import SUBSPACES, CoordinateSubspace, Subspace
 
 OnRefresh = Literal["reset", "keep", "project"]
 COUNTERS: Spec = {"step": ((), torch.int64), "start": ((), torch.int64)}
+DIAGNOSTICS: Spec = {"diagnostic.residual": ((), torch.float32), "diagnostic.overlap": ((), torch.float32)}
 
 
 class SplitOptimizer(Method):
@@ -77,6 +78,8 @@ class SplitOptimizer(Method):
             new = subspace.refine(grad, old)
         else:
             new = subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
+        state["diagnostic.residual"] = residual_energy(subspace, new, grad)
+        state["diagnostic.overlap"] = overlap(subspace, old, new, grad)
         for key in old:
             del state[f"basis.{key}"]
         state.update({f"basis.{key}": tensor for key, tensor in new.items()})
@@ -92,7 +95,20 @@ class SplitOptimizer(Method):
             return adamw_spec(shape, dtype, **group)
         small, basis = self.small_spec(shape, dtype, group)
         moments = kept_spec(rule_of(group).buffers, small, dtype, group)
-        return {**COUNTERS, **rounding_spec(group), **{f"basis.{key}": t for key, t in basis.items()}, **moments}
+        kept = {**{f"basis.{key}": entry for key, entry in basis.items()}, **moments, **rounding_spec(group)}
+        return {**COUNTERS, **kept, **(DIAGNOSTICS if basis else {})}
+
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """Of each matrix with a subspace, by name, 0-dim tensors: of the last refresh `residual`, the part of the
+        gradient's energy outside of the new subspace, and `overlap` of the new with the old one, 1 if it stayed; of
+        the last step `limiter`, what the update was divided by, where there is one.
+        """
+        found = {}
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                state = {k.split(".")[1]: v for k, v in self.state.get(p, {}).items() if k.startswith("diagnostic.")}
+                found.update({name: state} if state else {})
+        return found
 
     def small_spec(
         self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]
@@ -205,6 +221,25 @@ def transfer(subspace: DenseSubspace | Subspace, old: State, new: State, matrix:
     identity.diagonal().fill_(1)
     image = subspace.down(subspace.up(identity, old), new)
     return image[: identity.shape[1]].T if keeps_rows(identity, matrix) else image[:, : identity.shape[0]]
+
+
+def residual_energy(subspace: CoordinateSubspace | DenseSubspace | Subspace, basis: State, grad: Tensor) -> Tensor:
+    """|G - up(down(G))|^2 / |G|^2"""
+    small, whole = subspace.down(grad, basis), grad.float().square().sum()
+    if isinstance(subspace, CoordinateSubspace):
+        return 1 - small.float().square().sum() / whole.clamp(min=1e-30)
+    return (grad - subspace.up(small, basis)).float().square().sum() / whole.clamp(min=1e-30)
+
+
+def overlap(subspace: CoordinateSubspace | DenseSubspace | Subspace, old: State, new: State, grad: Tensor) -> Tensor:
+    """|P_new^T P_old|^2 / r; 0 at the first refresh and for subspaces of one's own."""
+    if old and isinstance(subspace, CoordinateSubspace):
+        shared = project(torch.ones_like(subspace.down(grad, old)), subspace, old, new, like=grad).float()
+        return shared.sum() / max(shared.numel(), 1)
+    if old and isinstance(subspace, DenseSubspace):
+        change = transfer(subspace, old, new, grad).float()
+        return change.square().sum() / max(len(change), 1)
+    return torch.zeros((), device=grad.device)
 
 
 def add_up(matrix: Tensor, small: Tensor, subspace: DenseSubspace | Subspace, basis: State) -> None:

@@ -49,6 +49,7 @@ MAKERS = {
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
     "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),
+    "galore, warm": lambda params, **k: GaLore(params, **{"rank": 2, "gap": GAP, "subspace": "warm_svd", **k}),
     "galore": lambda params, **k: GaLore(params, **{"rank": 2, "gap": GAP, **k}),
     "galore, project": lambda params, **k: GaLore(params, **{"rank": 2, "gap": GAP, "on_refresh": "project", **k}),
     "fira": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, **k}),

@@ -89,7 +89,7 @@ def test_a_plain_list_splits_every_matrix_and_nothing_else():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert [sorted(optimizer.state[p]) for p in params] == [
-        ["basis.index", "exp_avg", "exp_avg_sq", "start", "step"],
+        ["basis.index", "diagnostic.overlap", "diagnostic.residual", "exp_avg", "exp_avg_sq", "start", "step"],
         ["exp_avg", "exp_avg_sq", "step"],
         ["exp_avg", "exp_avg_sq", "step"],
     ]
