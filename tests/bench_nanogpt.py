@@ -23,9 +23,10 @@ from thriftlab.data.shards import open_dataset
 from thriftlab.optim import METHODS, split_groups
 from thriftlab.train.backend import make_backend
 from thriftlab.train.model import GPT, ModelConfig
-from thriftlab.train.step import train_step
+from thriftlab.train.step import micro_batch_rows, train_step
 
 SHAPES = {  # width, layers, heads, our SwiGLU width, rows, tokens of a row
+    "readme": (128, 4, 4, 336, 12, 64),  # nanoGPT's setting for a CPU
     "nano": (128, 4, 4, 336, 8, 256),
     "small": (256, 6, 8, 672, 8, 256),
 }
@@ -100,9 +101,10 @@ def ours(dataset, shape):
     backend = make_backend("single")
     backend.prepare(model, METHODS["adamw"](split_groups(model, [r"\.(attn|mlp)\."]), lr=1e-3))
     batches, count = prefetch(plan(dataset, length, rows, seed=0)), iter(range(10**9))
+    micro_batch = micro_batch_rows(backend.device, length, dim)
 
     def step():
-        train_step(backend, batches(next(count)), None, rows, "fp32", 1.0)
+        train_step(backend, batches(next(count)), None, micro_batch, "fp32", 1.0)
 
     return model, step
 

@@ -85,7 +85,7 @@ class TrainConfig(Section):
 
     batch_size: Count = Field(32, description="windows of one optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
-        None, description="windows of one forward on one rank; null: all that fall to the rank"
+        None, description="windows of one forward on one rank; null: what suits the device"
     )
     clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")

@@ -28,7 +28,7 @@ from thriftlab.train.errors import UserError
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
-from thriftlab.train.step import StepResult, train_step
+from thriftlab.train.step import StepResult, micro_batch_rows, train_step
 
 WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation
 
@@ -130,9 +130,9 @@ def seed_step(run: Run, step: int) -> None:
 
 
 def one_step(run: Run, batch: Batch) -> StepResult:
-    c = run.config.train
-    micro_batch_size = c.micro_batch_size or c.rows_per_rank(run.backend.world)
-    return train_step(run.backend, batch, run.delimiter, micro_batch_size, c.precision, c.clip)
+    c = run.config
+    rows = c.train.micro_batch_size or micro_batch_rows(run.backend.device, c.data.sequence_length, c.model.dim)
+    return train_step(run.backend, batch, run.delimiter, rows or len(batch.tokens), c.train.precision, c.train.clip)
 
 
 def measure(run: Run) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
-from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim.base import keyed_generator
 
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
@@ -61,7 +60,7 @@ class ModelConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         name = values.get("preset", "nano")
-        if name is not None and name not in PRESETS:
+        if name is not None and name not in list(PRESETS):  # it may be anything, a list too
             raise ValueError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
         return {**(PRESETS[name] if name else {}), **values}
 
@@ -144,7 +143,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(c.hidden, c.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):

@@ -14,6 +14,9 @@ from thriftlab.train.backend import Backend
 from thriftlab.train.objective import count_targets, split_windows, total_loss
 
 
+CACHE_ELEMENTS = 2**17  # of the residual stream that one micro-batch may have on a CPU: 512 kB in fp32
+
+
 class StepResult(NamedTuple):
     loss: float  # mean over the predicted tokens of the global batch, nats
     grad_norm: float  # of the mean gradient, before clipping
@@ -56,6 +59,14 @@ def train_step(
     scale = torch.where(loss.isfinite(), 1 / tokens, torch.nan)
     grad_norm, applied = backend.step(scale, max_norm)
     return StepResult((loss / tokens).item(), grad_norm, int(tokens), applied)
+
+
+def micro_batch_rows(device: torch.device, sequence_length: int, dim: int) -> int | None:
+    """Rows of a micro-batch where the user has no wish: what a CPU's cache holds; None, all rows, on a GPU.
+
+    A sum of gradients does not depend on the split, and on a CPU smaller pieces are up to a tenth faster.
+    """
+    return max(1, CACHE_ELEMENTS // (sequence_length * dim)) if device.type == "cpu" else None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
