@@ -24,9 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.base import Spec, State
+from thriftlab.optim.carry import add_up, keeps_rows
 from thriftlab.optim.hyper import Betas, Search
 from thriftlab.optim.lowrank import LowRank, correction, direction, growth_limit, norms, scaling
-from thriftlab.optim.split import OnRefresh, add_up, basis_of, keeps_rows, subspace_of
+from thriftlab.optim.split import OnRefresh, basis_of, subspace_of
 from thriftlab.optim.storage import StateDtype
 from thriftlab.optim.subspace import Subspace
 

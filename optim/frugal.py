@@ -21,13 +21,13 @@ from torch import Tensor
 
 from thriftlab.optim.base import Spec, State
 from thriftlab.optim.blocks import Balance, BlockOrder, Unit, active_blocks
+from thriftlab.optim.carry import add_up
 from thriftlab.optim.hyper import Betas, Search
 from thriftlab.optim.moments import RULES, add_scaled
 from thriftlab.optim.split import (
     COUNTERS,
     OnRefresh,
     SplitOptimizer,
-    add_up,
     basis_of,
     has_moments,
     is_split,

@@ -18,9 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.base import State
+from thriftlab.optim.carry import add_up
 from thriftlab.optim.hyper import Betas, Search
 from thriftlab.optim.lowrank import LowRank, direction
-from thriftlab.optim.split import OnRefresh, add_up, basis_of, subspace_of
+from thriftlab.optim.split import OnRefresh, basis_of, subspace_of
 from thriftlab.optim.storage import StateDtype
 from thriftlab.optim.subspace import Subspace
 
