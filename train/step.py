@@ -13,7 +13,6 @@ from thriftlab.data.loader import Batch
 from thriftlab.train.backend import Backend
 from thriftlab.train.objective import count_targets, split_windows, total_loss
 
-
 CACHE_ELEMENTS = 2**17  # of the residual stream that one micro-batch may have on a CPU: 512 kB in fp32
 
 
