@@ -11,7 +11,7 @@ One surprise: the gradients of the waiting blocks are computed all the same by a
 is state, and only a loop that knows about the blocks would save more.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
@@ -57,10 +57,10 @@ class BAdam(Frugal, name="badam"):
         *,
         maximize: bool = False,
     ):
-        fixed: dict[str, Literal["blocks", "none", "reset"]] = dict(subspace="blocks", free="none", on_refresh="reset")
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, density=density, gap=gap, order=order,
-            unit=unit, balance=balance, state_dtype=state_dtype, seed=seed, maximize=maximize, **fixed,
+            unit=unit, balance=balance, state_dtype=state_dtype, seed=seed, maximize=maximize,
+            subspace="blocks", free="none", on_refresh="reset",
         )  # fmt: skip
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:

@@ -81,7 +81,7 @@ def overlap(subspace: AnySubspace, old: State, new: State, grad: Tensor) -> Tens
     return torch.zeros((), device=grad.device)
 
 
-def add_up(matrix: Tensor, small: Tensor, subspace: DenseSubspace | Subspace, basis: State) -> None:
+def add_up(matrix: Tensor, small: Tensor, subspace: Any, basis: State) -> None:
     """matrix += up(small), in place."""
     if isinstance(subspace, DenseSubspace):
         subspace.add_up(matrix, small, basis)
