@@ -3,13 +3,17 @@
 A backend owns the module that is called, the optimizer that steps and everything that ranks say to each other. The loop
 and the step do not know which one runs. Scaling and clipping are the project's own and the same everywhere: gradients
 arrive as sums over tokens, and `step` multiplies them once, by scale * min(1, max_norm / norm).
-One surprise: DDP is told to add and not, as it likes to, to average.
+What a rank holds it shows as pieces (pieces.py) under the names of the parameters: checkpoints and the witness need no
+more. One surprise: DDP is told to add and not, as it likes to, to average.
 """
 
+import functools
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thriftlab.train.errors import UserError
+from thriftlab.train.optim_state import pack_optimizer, unpack_optimizer
+from thriftlab.train.pieces import Pieces, Source, read_whole, whole
+
+Share = Callable[[Any], list[Any]]  # what every rank said, in the order of ranks
 
 BACKENDS: dict[str, type["Backend"]] = {}
 
@@ -28,7 +36,8 @@ class Backend:
     rank, world = 0, 1
 
     def __init_subclass__(cls) -> None:
-        BACKENDS[cls.name] = cls
+        if "name" in vars(cls):
+            BACKENDS[cls.name] = cls
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,6 +59,14 @@ class Backend:
         """The tensor summed over ranks, in place."""
         return tensor
 
+    def share(self, value: Any) -> list[Any]:
+        """Small values of all ranks, in their order."""
+        return [value]
+
+    def channel(self) -> Share:
+        """A `share` of its own, which a thread may use while training goes on."""
+        return self.share
+
     @torch.no_grad()
     def step(self, scale: Tensor, max_norm: float | None) -> tuple[float, bool]:
         """Scale the summed gradients, clip, update, clear.
@@ -60,17 +77,68 @@ class Backend:
 
         Returns:
             The norm before clipping, and whether the update was applied: a norm that is not finite leaves everything as
-            it was, on all ranks.
+            it was, on all ranks. `factor` is what gradients were multiplied by.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads).to(scale) * scale
-        factor = scale if max_norm is None else scale * (max_norm / norm).clamp(max=1.0)
+        self.factor = clip_factor(norm, scale, max_norm)
         applied = bool(norm.isfinite())
         if applied:
-            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+            torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item(), applied
+
+    # What this rank holds, replicas of what other ranks hold included, all of it in the precision that is stepped.
+
+    def weights(self) -> Pieces:
+        """Of the parameters, by name."""
+        return {name: whole(p) for name, p in self.model.named_parameters()}
+
+    def states(self) -> Pieces:
+        """Of the optimizer's state, by "parameter/key". A scalar is held by every rank that has some of its tensor."""
+        return {key: whole(tensor) for key, tensor in pack_optimizer(self.optimizer)[0].items()}
+
+    def gradients(self) -> Pieces:
+        """Between the last `backward` and `step`: of the gradients, summed over ranks and tokens and not yet scaled."""
+        return {name: whole(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def answers(self, key: str) -> bool:
+        """Whether this rank is the one that saves its piece `key`; over all ranks every entry exactly once.
+
+        Of a parameter, of a state ("parameter/key") or of something of a group.
+        """
+        return self.rank == 0
+
+    def options(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the states: JSON, the same on every rank."""
+        return pack_optimizer(self.optimizer)[1]
+
+    def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
+        """Take what this rank holds from a checkpoint of any backend, stage and world size."""
+        for name, p in self.model.named_parameters():
+            p.data.copy_(read_whole(weights, name))
+        unpack_optimizer(self.optimizer, {key: read_whole(states, key) for key in states.shapes}, options)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, `params` with the shapes of whole parameters (on the meta device will do)."""
+        return self.optimizer.param_groups
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Steps inside start from the present weights and an empty state, and are undone: every bit is as it was."""
+        optimizer = self.optimizer
+        weights = {p: p.detach().to("cpu", copy=True) for p in self.model.parameters()}
+        groups = [dict(group) for group in optimizer.param_groups]
+        states, optimizer.state = optimizer.state, type(optimizer.state)(dict)
+        try:
+            yield
+        finally:
+            optimizer.state = states
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
+            for p, before in weights.items():
+                p.data.copy_(before)
 
     def close(self) -> None:
         """Leave the group."""
@@ -79,21 +147,52 @@ class Backend:
 BACKENDS[Backend.name] = Backend
 
 
-class DDP(Backend):
-    """Replicas that sum their gradients (torch's DistributedDataParallel): nccl on GPUs, gloo on CPUs."""
+def clip_factor(norm: Tensor, scale: Tensor, max_norm: float | None) -> Tensor:
+    """What summed gradients are multiplied by; `norm` is that of the scaled gradient."""
+    return scale if max_norm is None else scale * (max_norm / norm).clamp(max=1.0)
 
-    name = "ddp"
+
+class Group(Backend):
+    """Ranks that talk: nccl on GPUs, gloo on CPUs. Each backend of several ranks is one of these."""
 
     def __init__(self) -> None:
         super().__init__()
         if "RANK" not in os.environ:
-            raise BackendError("backend ddp needs torchrun: torchrun --nproc_per_node 2 -m thriftlab.launch train ...")
+            raise BackendError(
+                f"backend {self.name} needs torchrun: torchrun --nproc_per_node 2 -m thriftlab.launch train ..."
+            )
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         collectives = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(collectives, timeout=timedelta(minutes=10))
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, value: Any) -> list[Any]:
+        return share(value)
+
+    def channel(self) -> Share:
+        return functools.partial(share, group=dist.new_group(backend="gloo"))
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def share(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Picklable values of all ranks."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+class DDP(Group):
+    """Replicas that sum their gradients (torch's DistributedDataParallel)."""
+
+    name = "ddp"
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False) -> None:
         super().prepare(model, optimizer, compiled)
@@ -103,13 +202,6 @@ class DDP(Backend):
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.replica.no_sync()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
-        return tensor
-
-    def close(self) -> None:
-        dist.destroy_process_group()
 
 
 def sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
