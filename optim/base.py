@@ -68,11 +68,16 @@ class Method(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            due = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
-            names, weights = [name for name, _ in due], [p for _, p in due]
-            grads = [downhill(p, p.grad, group["maximize"]) for p in weights]
-            self.update(names, weights, grads, [self.state[p] for p in weights], group)
+            self.step_only(group["names"], group["params"], group)
         return loss
+
+    @torch.no_grad()
+    def step_only(self, names: list[str], weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Steps those of some parameters of a group that have a gradient, as `step` would: others do not matter."""
+        due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
+        names, weights = [name for name, _ in due], [p for _, p in due]
+        grads = [downhill(p, p.grad, group["maximize"]) for p in weights]
+        self.update(names, weights, grads, [self.state[p] for p in weights], group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. Its hyper-parameters are checked; parameters without names are named by their position."""

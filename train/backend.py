@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from thriftlab.optim import Method
 from thriftlab.train.errors import UserError
+from thriftlab.train.layerwise import Layerwise
 from thriftlab.train.optim_state import pack_optimizer, unpack_optimizer
 from thriftlab.train.pieces import Pieces, Source, read_whole, whole
 
@@ -34,6 +36,7 @@ class Backend:
 
     name = "single"
     rank, world = 0, 1
+    layerwise: Layerwise | None = None
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -48,9 +51,18 @@ class Backend:
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
         self.module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
 
+    def update_in_backward(self) -> None:
+        """Use each gradient as soon as it is complete; what goes on between ranks does not allow it."""
+        assert isinstance(self.optimizer, Method)
+        self.layerwise = Layerwise(self.model, self.optimizer)
+
+    def begin(self, tokens: Tensor) -> None:
+        """A step begins, in which this rank predicts `tokens`, a 0-dim tensor."""
+        self.tokens = tokens
+
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of one micro-batch; gradients need to meet at the last one only."""
-        return nullcontext()
+        return self.layerwise.armed(1 / self.tokens) if self.layerwise and last else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -79,6 +91,8 @@ class Backend:
             The norm before clipping, and whether the update was applied: a norm that is not finite leaves everything as
             it was, on all ranks. `factor` is what gradients were multiplied by.
         """
+        if self.layerwise:
+            return self.layerwise.finish(scale), True
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)

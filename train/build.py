@@ -58,6 +58,11 @@ class Run:
 def build(config: RunConfig, backend: Backend) -> Run:
     """All parts of a run before its first step, the same on every rank. UserError for what cannot be built."""
     config.train.rows_per_rank(backend.world)
+    if config.train.layerwise and type(backend) is not Backend:
+        raise ConfigError(
+            f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
+            f"the ranks have met; start one process, or set train.layerwise=false"
+        )
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -65,6 +70,8 @@ def build(config: RunConfig, backend: Backend) -> Run:
     model = make_model(config, dataset, backend.device)
     optimizer = make_optimizer(config, model)
     backend.prepare(model, optimizer, config.train.compile)
+    if config.train.layerwise:
+        backend.update_in_backward()
     tokens_per_step = config.train.batch_size * config.data.sequence_length
     horizon = config.budget.horizon(tokens_per_step, model.flops_per_token(config.data.sequence_length))
     return Run(

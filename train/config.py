@@ -94,8 +94,22 @@ class TrainConfig(Section):
     max_skipped_steps: Count = Field(
         10, description="stop after this many steps in a row whose loss or gradient is not finite"
     )
+    layerwise: bool = Field(
+        False, description="update each tensor inside of backward and free its gradient; saves the memory of gradients"
+    )
     threads: Count | None = Field(None, description="torch threads of one process; null: torch's choice")
     deterministic: bool = Field(False, description="deterministic kernels only, where torch has them")
+
+    @model_validator(mode="after")
+    def layerwise_alone(self) -> "TrainConfig":
+        needs = {"clip": None, "max_skipped_steps": 1, "compile": False}
+        wrong = [f"train.{key}={json.dumps(value)}" for key, value in needs.items() if getattr(self, key) != value]
+        if self.layerwise and wrong:
+            raise ValueError(
+                "layerwise=true uses each gradient before all are known, so it can neither clip their norm nor skip a "
+                f"step, and a compiled backward gives them out all at once; set {' '.join(wrong)}"
+            )
+        return self
 
     def rows_per_rank(self, world: int) -> int:
         """Windows of one step on one of `world` ranks. ConfigError where they do not divide."""
@@ -111,6 +125,7 @@ class BackendConfig(Section):
     name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
         "auto", description="how ranks work together; auto: ddp under torchrun, else single"
     )
+    timeout: float = Field(600, gt=0, description="seconds that a rank waits for another before the run gives up")
 
 
 class EvalConfig(Section):
@@ -163,8 +178,8 @@ class RunConfig(Section):
 # What does not change the result of a run: its name and place and what is written on the way; and how fast it is.
 PLUMBING = ("out", "plugins", "data.path", "data.verify", "eval.batch_size", "train.max_skipped_steps", "checkpoint",
             "log")  # fmt: skip
-SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.threads",
-         "train.deterministic")  # fmt: skip
+SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.layerwise",
+         "train.threads", "train.deterministic")  # fmt: skip
 
 
 def fingerprint(config: RunConfig, data_fingerprint: str) -> str:

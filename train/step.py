@@ -43,6 +43,7 @@ def train_step(
     inputs, targets = split_windows(batch.tokens.to(backend.device, non_blocking=True))
     totals = torch.zeros(2, dtype=torch.float64, device=backend.device)  # [loss, tokens]
     totals[1] = count_targets(targets)
+    backend.begin(totals[1])
 
     starts = range(0, len(inputs), micro_batch_size)
     for start in starts:
