@@ -164,7 +164,7 @@ NEVER = {"out", "data.path", "data.verify", "eval.batch_size", "train.max_skippe
 NEVER |= {f"checkpoint.{key}" for key in ("every", "keep", "background")}
 NEVER |= {f"log.{key}" for key in ("every", "wandb", "project", "group", "tensorboard", "progress")}
 BY_SPEED = {"backend.name", "train.micro_batch_size", "train.activation_checkpointing", "train.compile"}
-BY_SPEED |= {"train.threads", "train.deterministic"}
+BY_SPEED |= {"train.layerwise", "train.threads", "train.deterministic"}
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
