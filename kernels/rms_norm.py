@@ -1,8 +1,8 @@
 """RMSNorm (1910.07467): x / rms(x) * weight, over the last axis.
 
-Torch has a fused kernel for it on GPUs only; on a CPU its formula runs operation by operation. Here the two passes are
-written out, which halves their time. The surprise is in the backward: the gradient is the incoming one minus its part
-along the normalised row, so no square or division comes back.
+Torch has a fused kernel for it on GPUs only; on a CPU its formula runs operation by operation. The surprise: LayerNorm's
+fused backward serves it. Told that the mean is zero, that kernel returns our gradient less the mean of grad * weight / rms,
+which is one matrix-vector product away.
 """
 
 import torch
@@ -28,14 +28,15 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx, x, weight, eps):  # [..., dim], [dim]
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean_square.add_(eps).rsqrt_()  # [..., 1]
-        normed = x * inverse
-        ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
+        ctx.save_for_backward(x, inverse, weight)
+        return (x * inverse).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad):  # [..., dim]
-        normed, inverse, weight = ctx.saved_tensors
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed)[..., None].div_(normed.shape[-1])  # [..., 1]
-        return torch.addcmul(grad, normed, along, value=-1).mul_(inverse), grad_weight, None
+        x, inverse, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False]
+        )
+        mean = (grad @ weight).unsqueeze(-1).div_(x.shape[-1])  # [..., 1]
+        return grad_x.addcmul_(mean, inverse), grad_weight, None
