@@ -22,9 +22,9 @@ import torch
 
 from thriftlab.train.config import PLUMBING, RunConfig, fingerprint
 from thriftlab.train.errors import UserError
-from thriftlab.train.loop import stop_signals
 from thriftlab.train.progress import Progress
 from thriftlab.train.record import read_record, write_json
+from thriftlab.train.stop import stop_signals
 
 TRAINER = (sys.executable, "-m", "thriftlab.launch", "train", "--config")
 POLL_SECONDS = 0.3

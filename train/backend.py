@@ -7,12 +7,10 @@ What a rank holds it shows as pieces (pieces.py) under the names of the paramete
 more. One surprise: DDP is told to add and not, as it likes to, to average.
 """
 
-import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thriftlab.optim import Method
+from thriftlab.train import channel
+from thriftlab.train.channel import Channel
 from thriftlab.train.errors import UserError
 from thriftlab.train.layerwise import Layerwise
 from thriftlab.train.optim_state import pack_optimizer, unpack_optimizer
 from thriftlab.train.pieces import Pieces, Source, read_whole, whole
-
-Share = Callable[[Any], list[Any]]  # what every rank said, in the order of ranks
 
 BACKENDS: dict[str, type["Backend"]] = {}
 
@@ -75,9 +73,9 @@ class Backend:
         """Small values of all ranks, in their order."""
         return [value]
 
-    def channel(self) -> Share:
-        """A `share` of its own, which a thread may use while training goes on."""
-        return self.share
+    def channel(self) -> Channel:
+        """A way of its own to share, which a thread may use while training goes on."""
+        return channel.ALONE
 
     @torch.no_grad()
     def step(self, scale: Tensor, max_norm: float | None) -> tuple[float, bool]:
@@ -179,7 +177,7 @@ class Group(Backend):
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         collectives = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(collectives, timeout=timedelta(minutes=10))
+        dist.init_process_group(collectives)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -187,20 +185,14 @@ class Group(Backend):
         return tensor
 
     def share(self, value: Any) -> list[Any]:
-        return share(value)
+        return channel.share(value)
 
-    def channel(self) -> Share:
-        return functools.partial(share, group=dist.new_group(backend="gloo"))
+    def channel(self) -> Channel:
+        group = dist.new_group(backend="gloo")
+        return Channel(self.rank, lambda value: channel.share(value, group))
 
     def close(self) -> None:
         dist.destroy_process_group()
-
-
-def share(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Picklable values of all ranks."""
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group)
-    return values
 
 
 class DDP(Group):

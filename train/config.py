@@ -176,8 +176,8 @@ class RunConfig(Section):
 
 
 # What does not change the result of a run: its name and place and what is written on the way; and how fast it is.
-PLUMBING = ("out", "plugins", "data.path", "data.verify", "eval.batch_size", "train.max_skipped_steps", "checkpoint",
-            "log")  # fmt: skip
+PLUMBING = ("out", "plugins", "data.path", "data.verify", "backend.timeout", "eval.batch_size",
+            "train.max_skipped_steps", "checkpoint", "log")  # fmt: skip
 SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.layerwise",
          "train.threads", "train.deterministic")  # fmt: skip
 

@@ -9,9 +9,6 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,17 +25,11 @@ from thriftlab.train.errors import UserError
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
+from thriftlab.train.lost import named_losses, set_timeout
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
+from thriftlab.train.stop import Interrupted, status, stop_file, stop_signals
 
 WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, has saved and can go on. `code` is what a shell expects: 128 + the signal's number."""
-
-    def __init__(self, out: Path, step: int, number: int):
-        super().__init__(f"stopped after step {step} and saved in {out}; the same command resumes")
-        self.code = 128 + number
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -46,9 +37,11 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Raises UserError for what the user can mend, and Interrupted after SIGINT, SIGTERM, SIGHUP or a file OUT/STOP.
     """
-    backend = make_backend(config.backend.name)
+    set_timeout(config.backend.timeout)
+    with named_losses(config.out, config.backend.timeout):
+        backend = make_backend(config.backend.name)
     try:
-        with stop_signals() as received:
+        with stop_signals() as received, named_losses(config.out, config.backend.timeout):
             parts = build(config, backend)
             return finished(parts) or train(parts, received)
     finally:
@@ -56,18 +49,24 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def train(run: Run, received: list[int]) -> dict[str, Any]:
-    """The loop. `received` holds the numbers of the signals that have come."""
+    """On from the newest checkpoint to the end. `received` holds the numbers of the signals that have come."""
+    start = restore(run)
+    with status(run.out, run.chief):
+        return steps(run, *start, received)
+
+
+def steps(run: Run, counters: Counters, history: str | None, received: list[int]) -> dict[str, Any]:
+    """The loop."""
     config, backend, horizon = run.config, run.backend, run.horizon
     birth = {"started": time.time(), **record.birth_certificate(run.out if run.chief else None)}
     base_lr = [group["lr"] for group in run.optimizer.param_groups]
-    counters, history = restore(run)
     first = counters.step
     batches = prefetch(run.plan, backend.rank, backend.world)
     saver, log = Saver(run), Log(run, counters, history)
     announce(run, counters)
 
     while True:
-        halt, counters.seconds = agree(backend, bool(received) or stop_file(run), counters.seconds)
+        halt, counters.seconds = agree(backend, bool(received) or run.chief and stop_file(run.out), counters.seconds)
         if horizon.over(counters.step, counters.seconds):
             break
         if halt:
@@ -110,11 +109,6 @@ def announce(run: Run, counters: Counters) -> None:
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def stop_file(run: Run) -> bool:
-    """A file OUT/STOP asks the run to stop, from anywhere."""
-    return (run.out / "STOP").exists()
 
 
 def agree(backend: Backend, halt: bool, seconds: float) -> tuple[bool, float]:
@@ -249,25 +243,6 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
     if run.chief:
         record.write_record(run.out, entry)
     return entry
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """The numbers of the SIGINTs, SIGTERMs and SIGHUPs that come; a second SIGINT stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
-        received.append(number)
-        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def summary(entry: dict[str, Any]) -> str:
