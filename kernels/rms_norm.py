@@ -1,8 +1,8 @@
 """RMSNorm (1910.07467): x / rms(x) * weight, over the last axis.
 
-Torch has a fused kernel for it on GPUs only; on a CPU its formula runs operation by operation. The surprise: LayerNorm's
-fused backward serves it. Told that the mean is zero, that kernel returns our gradient less the mean of grad * weight / rms,
-which is one matrix-vector product away.
+Torch has a fused kernel for it on GPUs only; on a CPU its formula runs operation by operation. The surprise: the fused
+backward of LayerNorm serves it. Told that the mean is zero, that kernel returns our gradient less the mean of
+grad * weight / rms, which is one matrix-vector product away.
 """
 
 import torch
