@@ -20,6 +20,7 @@ from thriftlab.optim.listing import listing
 from thriftlab.train import checkpoint, record
 from thriftlab.train.backend import Backend, make_backend
 from thriftlab.train.build import Run, build
+from thriftlab.train.channel import Channel
 from thriftlab.train.config import RunConfig
 from thriftlab.train.errors import UserError
 from thriftlab.train.evaluate import evaluate
@@ -50,16 +51,18 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def train(run: Run, received: list[int]) -> dict[str, Any]:
     """On from the newest checkpoint to the end. `received` holds the numbers of the signals that have come."""
+    base_lr = [group["lr"] for group in run.optimizer.param_groups]
     start = restore(run)
     with status(run.out, run.chief):
-        return steps(run, *start, received)
+        return steps(run, base_lr, *start, received)
 
 
-def steps(run: Run, counters: Counters, history: str | None, received: list[int]) -> dict[str, Any]:
-    """The loop."""
+def steps(
+    run: Run, base_lr: list[float], counters: Counters, history: str | None, received: list[int]
+) -> dict[str, Any]:
+    """The loop. `base_lr` is the learning rate of each group that the schedule multiplies."""
     config, backend, horizon = run.config, run.backend, run.horizon
     birth = {"started": time.time(), **record.birth_certificate(run.out if run.chief else None)}
-    base_lr = [group["lr"] for group in run.optimizer.param_groups]
     first = counters.step
     batches = prefetch(run.plan, backend.rank, backend.world)
     saver, log = Saver(run), Log(run, counters, history)
@@ -151,35 +154,31 @@ def refuse_divergence(run: Run, counters: Counters) -> None:
 
 
 class Saver:
-    """Checkpoints of one run, written by the first rank."""
+    """Checkpoints of one run, written by all ranks together."""
 
     def __init__(self, run: Run):
-        c = run.config.checkpoint
-        self.run = run
-        self.writer = checkpoint.Writer(run.out / "checkpoints", c.keep, c.background) if run.chief else None
+        c, self.run = run.config.checkpoint, run
+        self.writer = checkpoint.Writer(run.out / "checkpoints", c.keep, c.background, run.backend.channel())
+        self.wait = self.writer.wait
 
     def save(self, counters: Counters) -> None:
-        if self.writer:
-            optim, rest = checkpoint.pack_optimizer(self.run.optimizer)
-            tensors: checkpoint.Tensors = {"model": dict(self.run.model.named_parameters()), "optim": optim}
-            meta = {
-                "fingerprint": self.run.fingerprint,
-                "counters": counters.state(),
-                "optim": rest,
-                "history": sha256(self.run.out / "metrics.jsonl"),
-            }
-            self.writer.save(counters.step, tensors, meta)
-
-    def wait(self) -> None:
-        if self.writer:
-            self.writer.wait()
+        backend, metrics = self.run.backend, self.run.out / "metrics.jsonl"
+        groups = {"model": backend.weights(), "optim": backend.states()}
+        ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
+        meta = {
+            "fingerprint": self.run.fingerprint,
+            "counters": counters.state(),
+            "optim": backend.options(),
+            "history": sha256(metrics) if self.run.chief else None,
+        }
+        self.writer.save(counters.step, ours, meta)
 
 
 @torch.no_grad()
 def restore(run: Run) -> tuple[Counters, str | None]:
     """Take weights and optimizer from the newest whole checkpoint; returns its counters and the sha256 of the metrics
     that led to it. Fresh counters and None where there is no checkpoint."""
-    found = checkpoint.latest(run.out / "checkpoints")
+    found = checkpoint.latest(run.out / "checkpoints", Channel(run.backend.rank, run.backend.share))
     if found is None:
         return Counters(), None
     if found.meta["fingerprint"] != run.fingerprint:
@@ -187,9 +186,7 @@ def restore(run: Run) -> tuple[Counters, str | None]:
             f"{run.out} holds a run with another configuration or other data (compare its config.json); "
             f"choose another out=, or remove that folder to start anew"
         )
-    for name, parameter in run.model.named_parameters():
-        parameter.copy_(found.tensors["model"][name])
-    checkpoint.unpack_optimizer(run.optimizer, found.tensors["optim"], found.meta["optim"])
+    run.backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
     return Counters(**found.meta["counters"]), found.meta["history"]
 
 

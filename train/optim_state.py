@@ -48,6 +48,10 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     _check_same_groups(names, list(options))
     copies = {key: tensor.clone() for key, tensor in tensors.items()}  # training must not write into the checkpoint
     state = {name: _attach(entries, copies) for name, entries in rest["state"].items()}
+    for key, tensor in copies.items():  # what several ranks wrote has no tree
+        name, _, entry = key.rpartition("/")
+        if name in flat and name not in rest["state"]:
+            state.setdefault(name, {})[entry] = tensor
 
     current = optimizer.state_dict()
     groups = [
