@@ -1,0 +1,73 @@
+"""Fragments: contiguous pieces of flattened tensors, stepped by the ranks that hold them without a word between them.
+
+Sharded training cuts tensors anywhere. A rule that looks at one entry at a time (AdamW, signs; FRUGAL and BAdam where
+whole tensors, columns, rows or single entries are state-full) may step each fragment by itself, if what is chosen
+depends on (seed, name, count) and the whole shape: then the moments of a fragment are a contiguous piece of the whole
+tensor's moments, and both the step and the state are bitwise those of one process.
+
+The surprise: an entry-wise kernel is not a function of the entry. torch's fused AdamW rounds the last few entries of a
+tensor differently, so a fragment remembers where in the whole it lies ("whole.first", "whole.size").
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from thriftlab.optim.base import State
+from thriftlab.optim.subspace import CoordinateSubspace
+
+LOCAL = ("whole.first", "whole.size", "basis.first", "basis.stop")  # state that says where a fragment lies
+
+
+class Fragment(NamedTuple):
+    """Entries start to stop of a tensor, row-major."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    stop: int
+
+
+class FragmentSubspace(CoordinateSubspace):
+    """What lies within one fragment of the entries that `subspace` chooses of the whole matrix."""
+
+    def __init__(self, subspace: CoordinateSubspace, fragment: Fragment, state: State):
+        super().__init__(subspace.density)
+        self.subspace, self.fragment, self.state = subspace, fragment, state
+
+    def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
+        shape = self.fragment.shape
+        basis = self.subspace.refresh(grad.new_empty(()).expand(shape), name, count, generator)
+        first, stop = (self.subspace.below(p, shape, basis) for p in (self.fragment.start, self.fragment.stop))
+        locate(self.state, first, self.subspace.below(torch.Size(shape).numel(), shape, basis))
+        return {**basis, "first": torch.tensor(first), "stop": torch.tensor(stop)}
+
+    def where(self, matrix: Tensor, basis: State) -> Tensor:
+        entries = torch.arange(int(basis["first"]), int(basis["stop"]), device=matrix.device)
+        return self.subspace.positions(self.fragment.shape, basis, entries) - self.fragment.start
+
+    def take(self, matrix: Tensor, where: Tensor) -> Tensor:
+        return matrix.index_select(0, where)
+
+    def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
+        matrix.index_copy_(0, where, small)
+
+
+def locate(state: State, first: int, size: int) -> None:
+    """Writes down that the moments in `state` are those of the entries from `first` on, of `size`."""
+    state["whole.first"], state["whole.size"] = torch.tensor(first), torch.tensor(size)
+
+
+def begin(fragments: list[Fragment], states: list[State]) -> None:
+    """Gives the states of new fragments their place."""
+    for fragment, state in zip(fragments, states, strict=True):
+        if "whole.first" not in state:
+            locate(state, fragment.start, torch.Size(fragment.shape).numel())
+
+
+def on_fragment(group: dict[str, Any], subspace: Any, fragment: Fragment, state: State) -> dict[str, Any]:
+    """The group as one fragment sees it; blocks, which choose whole tensors, look the same to all."""
+    if isinstance(subspace, CoordinateSubspace):
+        return {**group, "subspace": FragmentSubspace(subspace, fragment, state)}
+    return group
