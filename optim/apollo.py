@@ -22,7 +22,7 @@ from torch import Tensor
 from thriftlab.optim.base import Spec, State
 from thriftlab.optim.carry import keeps_rows
 from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.lowrank import LowRank, correction, direction, growth_limit, norms, scaling
+from thriftlab.optim.lowrank import TINY, LowRank, correction, direction, growth_limit, norms
 from thriftlab.optim.split import OnRefresh, basis_of, subspace_of
 from thriftlab.optim.storage import StateDtype
 from thriftlab.optim.subspace import Subspace
@@ -79,7 +79,7 @@ class Apollo(LowRank, name="apollo"):
     def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         small = subspace_of(group).down(grad, basis_of(state))
         dim = int(keeps_rows(small, grad)) if group["granularity"] == "channel" else None
-        phi = scaling(direction(small, state, age, group), small, dim)
+        phi = norms(direction(small, state, age, group), dim) / (norms(small, dim) + TINY)
         norm = (phi * norms(grad, dim)).norm()
         limit = growth_limit(norm / correction(age, group), state, group["gamma"])
         weight.addcmul_(grad, phi * (-group["lr"] * math.sqrt(group["scale"])) / limit)

@@ -46,9 +46,9 @@ class DenseSubspace:
         left, right = self.factors(small, basis)
         return left @ right
 
-    def add_up(self, matrix: Tensor, small: Tensor, basis: State) -> None:
-        """matrix += up(small), in place and without a temporary."""
-        matrix.addmm_(*self.factors(small.to(matrix.dtype), basis))
+    def add_up(self, matrix: Tensor, small: Tensor, basis: State, scale: float) -> None:
+        """matrix += scale * up(small), in place and without a temporary."""
+        matrix.addmm_(*self.factors(small.to(matrix.dtype), basis), alpha=scale)
 
     def factors(self, small: Tensor, basis: State) -> tuple[Tensor, Tensor]:
         """up(small) as a product; [r, n] of a wide matrix has n > m >= r, so the shape of `small` tells the side."""

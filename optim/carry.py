@@ -81,12 +81,14 @@ def overlap(subspace: AnySubspace, old: State, new: State, grad: Tensor) -> Tens
     return torch.zeros((), device=grad.device)
 
 
-def add_up(matrix: Tensor, small: Tensor, subspace: Any, basis: State) -> None:
-    """matrix += up(small), in place."""
+def add_up(matrix: Tensor, small: Tensor, subspace: Any, basis: State, scale: float | Tensor) -> None:
+    """matrix += scale * up(small), in place."""
+    if isinstance(scale, Tensor):
+        small, scale = small * scale.to(small), 1.0
     if isinstance(subspace, DenseSubspace):
-        subspace.add_up(matrix, small, basis)
+        subspace.add_up(matrix, small, basis, scale)
     else:
-        matrix.add_(subspace.up(small, basis))
+        matrix.add_(subspace.up(small, basis), alpha=scale)
 
 
 def turn(moment: Tensor, change: Tensor, rows: bool) -> Tensor:

@@ -26,9 +26,9 @@ from torch import Tensor
 from thriftlab.optim.base import Spec, State
 from thriftlab.optim.carry import add_up, keeps_rows
 from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.lowrank import LowRank, correction, direction, growth_limit, norms, scaling
+from thriftlab.optim.lowrank import TINY, LowRank, correction, direction, growth_limit, norms
 from thriftlab.optim.split import OnRefresh, basis_of, subspace_of
-from thriftlab.optim.storage import StateDtype
+from thriftlab.optim.storage import StateDtype, wide
 from thriftlab.optim.subspace import Subspace
 
 
@@ -83,24 +83,26 @@ class Fira(LowRank, name="fira"):
         small = subspace.down(grad, basis)
         normalized = direction(small, state, age, group)
         dim = int(keeps_rows(small, grad))
-        phi = scaling(normalized, small, dim)
-        norm = (phi * residual_norms(grad, small, beta, subspace, basis, dim)).norm()
+        length = norms(small, dim)
+        phi = norms(normalized, dim) / (length + TINY)
+        norm = (phi * residual_norms(grad, small, length, beta, subspace, basis)).norm()
         limit = growth_limit(norm if exact else norm / correction(age, group), state, group["gamma"])
 
         free = phi / limit * (group["alpha"] if exact else 1.0)
         weight.addcmul_(grad, -group["lr"] * free)
-        inside = group["alpha"] * normalized - beta * free * small
-        add_up(weight, -group["lr"] * inside, subspace, basis)
+        inside = normalized.mul_(group["alpha"]).addcmul_(free, small, value=-beta)
+        add_up(weight, inside, subspace, basis, -group["lr"])
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}
 
 
-def residual_norms(grad: Tensor, small: Tensor, beta: float, subspace: Any, basis: State, dim: int) -> Tensor:
-    """|G - beta up(R)| of each channel, from |G| and |R| alone where the basis is orthonormal to rounding."""
-    if getattr(subspace, "orthonormal", False) and grad.dtype == torch.promote_types(grad.dtype, torch.float32):
-        squared = norms(grad, dim).square() - (2 * beta - beta**2) * norms(small, dim).square()
+def residual_norms(grad: Tensor, small: Tensor, length: Tensor, beta: float, subspace: Any, basis: State) -> Tensor:
+    """|G - beta up(R)| of each channel, by |G| and `length` = |R| alone where the basis is orthonormal to rounding."""
+    dim = int(keeps_rows(small, grad))
+    if getattr(subspace, "orthonormal", False) and grad.dtype == wide(grad.dtype):
+        squared = norms(grad, dim).square_().sub_(length.square(), alpha=2 * beta - beta**2)
         return squared.clamp_(min=0).sqrt_()
     residual = grad.clone()
-    add_up(residual, -beta * small, subspace, basis)
+    add_up(residual, small, subspace, basis, -beta)
     return norms(residual, dim)

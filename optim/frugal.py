@@ -23,7 +23,7 @@ from thriftlab.optim.base import Spec, State
 from thriftlab.optim.blocks import Balance, BlockOrder, Unit, active_blocks
 from thriftlab.optim.carry import add_up
 from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.moments import RULES, add_scaled
+from thriftlab.optim.moments import RULES, add_scaled, add_sign, decay
 from thriftlab.optim.split import (
     COUNTERS,
     OnRefresh,
@@ -101,9 +101,7 @@ class Frugal(SplitOptimizer, name="frugal"):
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         rule, lr = RULES[group["rule"]], group["lr"] * group["split_lr_scale"]
-        if group["weight_decay"]:
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-
+        decay(weight, group)
         if group["subspace"] == "blocks":
             if has_moments(state, group):
                 rule.descend(weight, grad, state, age, group, lr)
@@ -120,10 +118,9 @@ class Frugal(SplitOptimizer, name="frugal"):
             subspace.put(weight, where, chosen)
         else:
             small = subspace.down(grad, basis)
-            direction = rule.direction(small, state, age, group)
-            add_up(weight, direction.mul_(-lr), subspace, basis)
+            add_up(weight, rule.direction(small, state, age, group), subspace, basis, -lr)
             residual = grad.clone()
-            add_up(residual, -small, subspace, basis)
+            add_up(residual, small, subspace, basis, -1.0)
             free_step(weight, residual, group, lr)
 
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
@@ -158,9 +155,10 @@ class Frugal(SplitOptimizer, name="frugal"):
 
 def free_step(weight: Tensor, grad: Tensor, group: dict[str, Any], lr) -> None:
     """The state-free part, in place."""
-    if group["free"] != "none":
-        direction = grad.sign() if group["free"] == "sign" else grad
-        add_scaled(weight, direction, -lr * group["free_lr_scale"])
+    if group["free"] == "sign":
+        add_sign(weight, grad, -lr * group["free_lr_scale"])
+    elif group["free"] == "sgd":
+        add_scaled(weight, grad, -lr * group["free_lr_scale"])
 
 
 def blocks(group: dict[str, Any], count: int) -> set[str]:

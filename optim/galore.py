@@ -70,4 +70,4 @@ class GaLore(LowRank, name="galore"):
     def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         subspace, basis = subspace_of(group), basis_of(state)
         normalized = direction(subspace.down(grad, basis), state, age, group)
-        add_up(weight, normalized.mul_(-group["lr"] * group["scale"]), subspace, basis)
+        add_up(weight, normalized, subspace, basis, -group["lr"] * group["scale"])

@@ -8,6 +8,7 @@ moments are alike in dtype and lie alike in memory. Where dtypes are mixed it st
 that bf16 weights or 8-bit moments never have a whole fp32 tensor beside them.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from thriftlab.optim.base import Spec, State
 from thriftlab.optim.storage import kept_spec, load, load_piece, make_zero, rounding_spec, store, store_piece, wide
 
-PIECE = 2**17  # entries that are stepped at once where dtypes are mixed; a multiple of storage.BLOCK
+PIECE = 2**17  # entries that are stepped at once where that needs temporaries; a multiple of storage.BLOCK
 
 
 def adamw(
@@ -32,7 +33,8 @@ def adamw(
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             make_zero(Adam.buffers, weight, state, group)
         state["step"] = state["step"].to(weight.device)
-    _adamw(weights, grads, states, [state["step"] for state in states], lr, betas, eps, weight_decay)
+    hyper = _hyper(lr, betas, eps, weight_decay)
+    _adamw(weights, grads, states, [state["step"] for state in states], hyper)
 
 
 def adamw_spec(shape: tuple[int, ...], dtype: torch.dtype, **group: Any) -> Spec:
@@ -66,15 +68,15 @@ class Adam(Rule):
     buffers = ("exp_avg", "exp_avg_sq")
 
     def move(self, grad: Tensor, moments: list[Tensor], age: int, group: dict[str, Any]) -> Tensor:
-        (b1, b2), (m, v) = group["betas"], moments
-        m.lerp_(grad, 1 - b1)
-        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        denominator = (v / (1 - b2**age)).sqrt_().add_(group["eps"])
-        return torch.div(m, denominator.mul_(1 - b1**age), out=denominator)
+        direction = torch.zeros_like(grad)  # from here a step of length -1 leads to N: one pass for six
+        hyper = _hyper(-1.0, group["betas"], group["eps"], weight_decay=0.0)
+        alike = _one_layout(direction, grad, *moments)
+        _torch_adamw([direction], [grad], *([m] for m in moments), [_steps_before(age, grad)], alike, hyper)
+        return direction
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, age: int, group: dict[str, Any], lr) -> None:
-        steps_before = torch.full((), age - 1.0, dtype=torch.float32, device=weight.device)
-        _adamw([weight], [grad], [state], [steps_before], lr, group["betas"], group["eps"], weight_decay=0.0)
+        hyper = _hyper(lr, group["betas"], group["eps"], weight_decay=0.0)
+        _adamw([weight], [grad], [state], [_steps_before(age, weight)], hyper)
 
 
 class Lion(Rule):
@@ -97,6 +99,12 @@ class MomentumSGD(Rule):
 RULES: dict[str, Rule] = {"adam": Adam(), "lion": Lion(), "sgdm": MomentumSGD()}
 
 
+def decay(weight: Tensor, group: dict[str, Any]) -> None:
+    """weight <- (1 - lr wd) weight, in place."""
+    if group["weight_decay"]:
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+
+
 def add_scaled(weight: Tensor, direction: Tensor, scale: float | Tensor) -> None:
     """weight += scale * direction, in place; `scale` may be a 0-dim tensor, which is not read on the host."""
     if isinstance(scale, Tensor):
@@ -105,17 +113,30 @@ def add_scaled(weight: Tensor, direction: Tensor, scale: float | Tensor) -> None
         weight.add_(direction, alpha=scale)
 
 
-def _adamw(weights, grads, states, steps, lr, betas, eps, weight_decay) -> None:
+def add_sign(weight: Tensor, grad: Tensor, scale: float | Tensor) -> None:
+    """weight += scale * sign(grad), in place, and without all signs at once."""
+    for w, g in pieces(weight, grad):
+        add_scaled(w, g.sign(), scale)
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of tensors of one shape, some rows of each at a time, with at most PIECE entries or one row."""
+    whole = tensors[0]
+    if whole.numel() <= PIECE:
+        yield tensors
+    else:
+        yield from zip(*(t.split(max(len(whole) * PIECE // whole.numel(), 1)) for t in tensors), strict=True)
+
+
+def _adamw(weights, grads, states, steps, hyper: dict[str, Any]) -> None:
     """torch's AdamW: fused for tensors that are alike, a loop for other layouts, in pieces for mixed dtypes."""
-    hyper = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
     moments = ([state[name] for state in states] for name in Adam.buffers)
     rows = list(zip(weights, grads, *moments, steps, strict=True))
     mixed = [len({t.dtype for t in row[:4]}) > 1 or row[2].dtype != wide(row[2].dtype) for row in rows]
     for fused in (True, False):
         alike = [row for row, no in zip(rows, mixed, strict=True) if not no and _one_layout(*row[:4]) == fused]
         if alike:
-            w, g, m, v, s = map(list, zip(*alike, strict=True))
-            torch_adamw(w, g, m, v, [], s, fused=fused, foreach=False, amsgrad=False, maximize=False, **hyper)
+            _torch_adamw(*map(list, zip(*alike, strict=True)), fused, hyper)
     for i, (weight, grad, _, _, step) in enumerate(rows):
         if mixed[i]:
             _adamw_in_pieces(weight, grad, states[i], step, hyper)
@@ -128,15 +149,27 @@ def _adamw_in_pieces(weight: Tensor, grad: Tensor, state: State, step: Tensor, h
         stop = min(start + PIECE, weight.numel())
         m, v = moments = [load_piece(state, name, start, stop) for name in Adam.buffers]
         w, g = (flat[start:stop].to(m.dtype, copy=True) for flat in (flat_weight, flat_grad))
-        torch_adamw(
-            [w], [g], [m], [v], [], [step.clone()], fused=True, foreach=False, amsgrad=False, maximize=False, **hyper
-        )
+        _torch_adamw([w], [g], [m], [v], [step.clone()], True, hyper)
         flat_weight[start:stop].copy_(w)
         for name, moment in zip(Adam.buffers, moments, strict=True):
             store_piece(state, name, moment, start, stop)
     step += 1
     if not weight.is_contiguous():
         weight.copy_(flat_weight.view(weight.shape))
+
+
+def _torch_adamw(weights, grads, firsts, seconds, steps, fused: bool, hyper: dict[str, Any]) -> None:
+    """torch's AdamW on lists of tensors; counts `steps` on."""
+    options = dict(fused=fused, foreach=False, amsgrad=False, maximize=False)
+    torch_adamw(weights, grads, firsts, seconds, [], steps, **options, **hyper)
+
+
+def _hyper(lr, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
+    return dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+
+
+def _steps_before(age: int, like: Tensor) -> Tensor:
+    return torch.full((), age - 1.0, dtype=torch.float32, device=like.device)
 
 
 def _one_layout(weight: Tensor, *others: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from thriftlab.optim.base import Spec, State
 from thriftlab.optim.hyper import Betas, Search, Unit
-from thriftlab.optim.moments import adamw_spec, add_scaled
+from thriftlab.optim.moments import adamw_spec, add_scaled, decay
 from thriftlab.optim.split import SplitOptimizer
 from thriftlab.optim.storage import StateDtype, kept_spec, load, make_zero, store, wide
 
@@ -86,9 +86,9 @@ class Muon(SplitOptimizer, name="muon"):
         grad = grad.to(momentum.dtype)
         momentum.lerp_(grad, 1 - group["momentum"])
         ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        dtype = torch.bfloat16 if group["iteration"] == "bf16" else wide(ahead.dtype)
-        update = orthogonalise(ahead.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        ahead = ahead.to(torch.bfloat16 if group["iteration"] == "bf16" else wide(ahead.dtype))
+        update = orthogonalise(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        decay(weight, group)
         lr = group["lr"] * group["split_lr_scale"] * ratio(group["adjust_lr_fn"], *weight.shape)
         add_scaled(weight, update.to(weight.dtype), -lr)
         store(state, BUFFERS[0], momentum)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from thriftlab.optim.base import Method, Spec, State
 from thriftlab.optim.hyper import Search
-from thriftlab.optim.moments import add_scaled
+from thriftlab.optim.moments import add_sign, decay
 
 
 class SignSGD(Method, name="signsgd"):
@@ -38,8 +38,8 @@ class SignSGD(Method, name="signsgd"):
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
         for weight, grad in zip(weights, grads, strict=True):
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            add_scaled(weight, grad.sign(), -group["lr"])
+            decay(weight, group)
+            add_sign(weight, grad, -group["lr"])
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {}
