@@ -92,14 +92,23 @@ class Backend:
         if self.layerwise:
             return self.layerwise.finish(scale), True
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads).to(scale) * scale
+        norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
         applied = bool(norm.isfinite())
         if applied:
-            torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
-            self.optimizer.step()
+            if grads:
+                torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
+            self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item(), applied
+
+    def total_norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm over all ranks; `grads` are what this rank has of the summed gradients."""
+        return nn.utils.get_total_norm(grads)
+
+    def update(self) -> None:
+        """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses."""
+        self.optimizer.step()
 
     # What this rank holds, replicas of what other ranks hold included, all of it in the precision that is stepped.
 
@@ -114,6 +123,10 @@ class Backend:
     def gradients(self) -> Pieces:
         """Between the last `backward` and `step`: of the gradients, summed over ranks and tokens and not yet scaled."""
         return {name: whole(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank has the state of a parameter."""
+        return True
 
     def answers(self, key: str) -> bool:
         """Whether this rank is the one that saves its piece `key`; over all ranks every entry exactly once.
