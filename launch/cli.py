@@ -4,8 +4,10 @@ One surprise: nothing heavy is imported here but inside a command, so that `thri
 """
 
 import difflib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,15 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if not is_message(error):
+            tell_torchrun(f"{type(error).__name__}: {error} (its traceback is above)")
             raise
+        tell_torchrun(str(error))
         return fail(str(error), getattr(error, "code", 2))
     return 0
 
 
 def fail(message: str, code: int = 2) -> int:
-    mark = "" if code > 128 else "error: "  # being stopped is no mistake
+    mark = "error: " if 0 < code <= 128 else ""  # being stopped is no mistake
     print("\n".join(f"{mark}{line}" for line in message.splitlines()), file=sys.stderr)
     return code
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun takes it into its summary, which else says how to enable tracebacks."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def is_message(error: Exception) -> bool:

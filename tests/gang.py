@@ -20,9 +20,7 @@ def start(function, *arguments, **environment):
 
 def ranks(world, function, *arguments):
     """Results of function(*arguments) on `world` ranks, in order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     group = [
         start(
             function,
@@ -41,6 +39,12 @@ def ranks(world, function, *arguments):
     failures = [result for result in results if isinstance(result, Failure)]
     assert not failures, failures[0].text
     return results
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Failure:

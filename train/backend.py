@@ -25,6 +25,7 @@ from thriftlab.train.errors import UserError
 from thriftlab.train.layerwise import Layerwise
 from thriftlab.train.optim_state import pack_optimizer, unpack_optimizer
 from thriftlab.train.pieces import Pieces, Source, read_whole, whole
+from thriftlab.train.ranks import meet
 
 BACKENDS: dict[str, type["Backend"]] = {}
 
@@ -190,8 +191,9 @@ class Group(Backend):
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         collectives = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(collectives)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = meet(self.rank, self.world)
+        dist.init_process_group(collectives, store=store, rank=self.rank, world_size=self.world)
 
     def sum(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)

@@ -6,7 +6,6 @@ One surprise: with a budget in seconds progress is a clock and not a step, and o
 """
 
 import math
-import signal
 import sys
 import time
 from typing import Any
@@ -26,7 +25,7 @@ from thriftlab.train.errors import UserError
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
-from thriftlab.train.lost import named_losses, set_timeout
+from thriftlab.train.ranks import named_losses, set_timeout
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
 from thriftlab.train.stop import Interrupted, status, stop_file, stop_signals
 
@@ -76,7 +75,7 @@ def steps(
             saver.save(counters)
             saver.wait()
             log.close()
-            raise Interrupted(run.out, counters.step, received[0] if received else signal.SIGTERM)
+            raise Interrupted(run.out, counters.step, received[0] if received else None)
 
         factor = run.schedule(horizon.progress(counters.step, counters.seconds))
         for group, lr in zip(run.optimizer.param_groups, base_lr, strict=True):

@@ -16,12 +16,16 @@ from thriftlab.train.files import replace_atomically
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, has saved and can go on. `code` is what a shell expects: 128 + the signal's number."""
+    """The run was asked to stop, has saved and can go on. `number`: of the signal that asked, None for OUT/STOP.
 
-    def __init__(self, out: Path, step: int, number: int):
+    `code` is what a shell expects, 128 + number; but 0 after OUT/STOP under torchrun, which would take another one for
+    a crash and start the ranks again.
+    """
+
+    def __init__(self, out: Path, step: int, number: int | None):
         first = f"remove {out}/STOP; then " if stop_file(out) else ""
         super().__init__(f"stopped after step {step} and saved in {out}; {first}the same command resumes")
-        self.code = 128 + number
+        self.code = 0 if not number and "TORCHELASTIC_RUN_ID" in os.environ else 128 + (number or signal.SIGTERM)
 
 
 def stop_file(out: Path) -> bool:

@@ -1,0 +1,106 @@
+"""A rank that is killed, hangs or is refused: a message that says so, in bounded time, and a run that goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gang
+import pytest
+from test_resume import assert_same, run_status, traces
+from tiny import tiny_config
+
+from thriftlab.train import loop
+from thriftlab.train.config import RunConfig
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TRAIN = ["-m", "thriftlab.launch", "train", "--config"]
+
+
+def torchrun(config, file, *options):
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    command = [*TORCHRUN, *options, *TRAIN, str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def worker(parent, rank):
+    """Process id of a rank that torchrun, process `parent`, has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"\nPPid:\t{parent}\n" in (folder / "status").read_text():
+                if f"\0RANK={rank}\0".encode() in b"\0" + (folder / "environ").read_bytes():
+                    return int(folder.name)
+        except OSError:
+            continue
+
+
+def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tiny_data, tmp_path):
+    longer = {"budget": {"tokens": 120 * 8 * 32}, "checkpoint": {"every": 10, "keep": 2}}
+    whole, broken = (tiny_config(tiny_data, tmp_path / name, **longer) for name in ("whole", "broken"))
+    process = torchrun(broken, tmp_path / "run.json", "--max-restarts", "1")
+    while process.poll() is None and not list((tmp_path / "broken").glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    os.kill(worker(process.pid, 1), signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "another rank's connection closed: it crashed or was killed" in said and "Traceback" not in said
+    assert (tmp_path / "broken" / "status").read_text() == "done\n"
+    gang.ranks(2, run_status, whole.model_dump())
+    assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
+
+
+def hang(tree, step):
+    """The second rank stops moving in that step."""
+    plain, seen = loop.one_step, []
+
+    def one_step(*parts):
+        seen.append(parts)
+        if os.environ["RANK"] == "1" and len(seen) == step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return plain(*parts)
+
+    loop.one_step = one_step
+    try:
+        loop.run(RunConfig.model_validate(tree))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
+    config = tiny_config(tiny_data, tmp_path / "out", backend={"timeout": 3.0})
+    address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": gang.free_port()}
+    (first, said), (second, _) = (
+        gang.start(hang, config.model_dump(), 3, RANK=rank, LOCAL_RANK=rank, **address) for rank in (0, 1)
+    )
+    try:
+        assert said.poll(90), "the other rank waits for ever"
+        message = said.recv()
+    finally:
+        second.kill()
+        first.kill()
+    assert message.startswith("LostRank: rank 0 of 2: no answer within backend.timeout = 3 s; rank 1 hangs")
+    assert f"newest checkpoint in {tmp_path / 'out'}, start the same command again" in message
+    assert (tmp_path / "out" / "status").read_text() == "failed\n"
+
+
+def test_a_mistake_under_torchrun_is_its_message_and_no_pages_of_trace(tmp_path):
+    process = torchrun(tiny_config(tmp_path / "none", tmp_path / "out"), tmp_path / "run.json")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and f"error: {tmp_path / 'none'}" in said
+    assert f"traceback : {tmp_path / 'none'}" in said, said  # torchrun's summary has it too
+    assert said.count("Traceback") <= 1 and len(said.splitlines()) < 60, said
+
+
+@pytest.mark.parametrize("torchrun, code", [(False, 143), (True, 0)])
+def test_a_stop_file_is_no_crash_to_torchrun(tiny_data, tmp_path, monkeypatch, torchrun, code):
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "STOP").touch()
+    with pytest.raises(loop.Interrupted, match="remove .*STOP; then the same command resumes") as stopped:
+        loop.run(tiny_config(tiny_data, tmp_path / "out"))
+    assert stopped.value.code == code
+    assert (tmp_path / "out" / "status").read_text() == "preempted\n"
