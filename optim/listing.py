@@ -3,9 +3,12 @@
 The surprise: most of a small model is on this list: embedding and head of a 60M model are over half of it.
 """
 
+from typing import Any
+
 import torch
 
-from thriftlab.optim.split import SplitOptimizer, is_split
+from thriftlab.optim.frugal import blocks
+from thriftlab.optim.split import SplitOptimizer, is_split, subspace_of
 
 
 def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -20,12 +23,42 @@ def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
             elif not group["split"]:
                 found[name] = "not chosen by name"
             elif not is_split(p, group):
-                found[name] = f"rank {group.get('rank')} >= smaller side {min(p.shape)}"
+                rank = group.get("rank") or subspace_of(group).size(p.shape)  # type: ignore[union-attr]
+                found[name] = f"rank {rank} >= smaller side {min(p.shape)}"
     return found
 
 
+def remarks(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Where a split method is not what its name promises: it splits nothing, or no block ever has a state."""
+    if not isinstance(optimizer, SplitOptimizer):
+        return []
+    groups, left = optimizer.param_groups, left_to_adamw(optimizer)
+    found = []
+    if all(name in left for group in groups for name in group["names"]):
+        why = sorted({reason for reason in left.values() if reason.startswith("rank")}) or ["none was chosen by name"]
+        found.append(f"no matrix is split, this is full AdamW alone ({'; '.join(why)})")
+    for group in groups:
+        matrices = [p for p in group["params"] if is_split(p, group)]
+        if matrices and group.get("subspace") == "blocks" and group["density"] > 0 and never_active(group):
+            found.append(
+                f"density {group['density']:g} of the blocks of {len(matrices)} matrices (unit={group['unit']!r}) "
+                f"rounds to none, as in the published code: no matrix has a state"
+                + (", and none is trained" if group["free"] == "none" else f", all take free={group['free']!r}")
+            )
+    return found
+
+
+def never_active(group: dict[str, Any]) -> bool:
+    """Whether a fixed number of blocks is active, and that number is 0."""
+    return group["balance"] == "count" and not callable(group["order"]) and not blocks(group, count=0)
+
+
 def listing(optimizer: torch.optim.Optimizer) -> str:
-    """The same in one line, by reason; empty where nothing is left."""
+    """The same by reason, in one line, and `remarks`, a line each; empty where there is nothing to say."""
+    return "\n".join(line for line in (left_line(optimizer), *remarks(optimizer)) if line)
+
+
+def left_line(optimizer: torch.optim.Optimizer) -> str:
     left = left_to_adamw(optimizer)
     if not left:
         return ""

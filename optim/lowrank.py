@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from thriftlab.optim.base import Spec, State
-from thriftlab.optim.moments import Adam
-from thriftlab.optim.split import SplitOptimizer
+from thriftlab.optim.moments import Adam, decay
+from thriftlab.optim.split import SplitOptimizer, splits
 from thriftlab.optim.storage import make_zero, wide
 
 ADAM = Adam()
@@ -34,7 +34,7 @@ class LowRank(SplitOptimizer):
 
     def limiter_spec(self, shape: tuple[int, ...], dtype: torch.dtype, overrides: dict[str, Any]) -> Spec:
         """The state of `growth_limit`, which split matrices have."""
-        split = {**self.defaults, **overrides}["split"] and len(shape) == 2
+        split = splits(shape, {**self.defaults, **overrides})
         return dict.fromkeys(("limiter", "diagnostic.limiter"), ((), wide(dtype))) if split else {}
 
     def update_plain(
@@ -66,19 +66,11 @@ def correction(age: int, group: dict[str, Any]) -> float:
     return (1 - b2**age) ** 0.5 / (1 - b1**age)
 
 
-def decay(weight: Tensor, group: dict[str, Any]) -> None:
-    if group["weight_decay"]:
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-
-
 def norms(matrix: Tensor, dim: int | None) -> Tensor:
     """Norms along `dim`, or the one of all, in fp32 at least  # [m, 1], [1, n] or []"""
+    if dim == 0:  # where torch's vector_norm is eight times as slow, a column at a time
+        return matrix.to(wide(matrix.dtype)).square().sum(0, keepdim=True).sqrt_()
     return torch.linalg.vector_norm(matrix, dim=dim, keepdim=dim is not None, dtype=wide(matrix.dtype))
-
-
-def scaling(normalized: Tensor, small: Tensor, dim: int | None) -> Tensor:
-    """phi = |N| / |R|"""
-    return norms(normalized, dim) / (norms(small, dim) + TINY)
 
 
 def growth_limit(norm: Tensor, state: State, gamma: float) -> Tensor:

@@ -38,6 +38,8 @@ class SplitOptimizer(Method):
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
+        for name, weight, state in zip(names, weights, states, strict=True):
+            refuse_other_kind(name, weight, state, group)
         key_rounding(names, states, group)
         plain = [i for i, weight in enumerate(weights) if not is_split(weight, group)]
         self.update_plain([weights[i] for i in plain], [grads[i] for i in plain], [states[i] for i in plain], group)
@@ -57,7 +59,8 @@ class SplitOptimizer(Method):
         A gradient that is not finite spans no subspace: the old one stays, and without one the matrix is left alone.
         """
         for counter in COUNTERS:
-            state.setdefault(counter, torch.tensor(0, device="cpu"))
+            if counter not in state:
+                state[counter] = torch.tensor(0, device="cpu")
         step = int(state["step"])
         count = due_refresh(name, step, group)
         if count is not None:
@@ -75,16 +78,23 @@ class SplitOptimizer(Method):
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
         """Draws the matrix's new subspace and carries the moments over to it."""
         subspace, old = subspace_of(group), basis_of(state)
-        if old and hasattr(subspace, "refine"):
+        if old and hasattr(subspace, "refine") and is_declared(old, subspace, grad):
             new = subspace.refine(grad, old)
         else:
             new = subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
+        small = subspace.down(grad, new)
+        keeps = group["on_refresh"] == "keep" and has_moments(state, group)
+        if keeps and small.shape != (kept := state[rule_of(group).buffers[0]]).shape:
+            raise ValueError(
+                f"{name}: on_refresh='keep' has moments of shape {tuple(kept.shape)} and a new basis that makes "
+                f"{tuple(small.shape)} of the matrix {tuple(grad.shape)}: rank or density has changed; "
+                f"use on_refresh='reset' or 'project'"
+            )
         state["diagnostic.residual"] = residual_energy(subspace, new, grad)
         state["diagnostic.overlap"] = overlap(subspace, old, new, grad)
         for key in old:
             del state[f"basis.{key}"]
         state.update({f"basis.{key}": tensor for key, tensor in new.items()})
-        small = subspace.down(grad, new)
         if group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(small, state, group)
         else:
@@ -92,7 +102,7 @@ class SplitOptimizer(Method):
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
-        if not (group["split"] and len(shape) == 2):
+        if not splits(shape, group):
             return adamw_spec(shape, dtype, **group)
         small, basis = self.small_spec(shape, dtype, group)
         moments = kept_spec(rule_of(group).buffers, small, dtype, group)
@@ -125,7 +135,33 @@ class SplitOptimizer(Method):
 
 def is_split(weight: Tensor, group: dict[str, Any]) -> bool:
     """Whether a tensor of the group is one of the matrices that the method splits."""
-    return group["split"] and weight.ndim == 2
+    return splits(tuple(weight.shape), group)
+
+
+def splits(shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+    """Whether a tensor of this shape would be. A dense subspace that fills the whole matrix leaves nothing to split."""
+    if not group["split"] or len(shape) != 2:
+        return False
+    named = isinstance(group.get("subspace"), str) and group["subspace"] in BASES  # one's own object knows its own size
+    return not named or subspace_of(group).size(shape) < min(shape)  # type: ignore[union-attr]
+
+
+def refuse_other_kind(name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+    """ValueError where a matrix has become split, or is no longer, since it got its state."""
+    if "subspace" in group and "step" in state and ("start" in state) != is_split(weight, group):
+        raise ValueError(
+            f"{name}: with rank or density as they are now, the matrix {tuple(weight.shape)} is "
+            f"{'split' if is_split(weight, group) else 'left to full AdamW'}, and its state is of the other kind; "
+            f"set them back, or begin anew with optimizer.state[parameter].clear()"
+        )
+
+
+def is_declared(basis: State, subspace: AnySubspace, grad: Tensor) -> bool:
+    """Whether the basis still has the shapes that the subspace declares, if it does."""
+    if not hasattr(subspace, "spec"):
+        return True
+    declared = subspace.spec(tuple(grad.shape), grad.dtype)[1]
+    return {key: tuple(tensor.shape) for key, tensor in basis.items()} == {key: s for key, (s, _) in declared.items()}
 
 
 def subspace_of(group: dict[str, Any]) -> AnySubspace:

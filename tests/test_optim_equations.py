@@ -11,6 +11,7 @@ from equations import ReferenceEntries, ReferenceOrder
 from thriftlab.optim import AdamW, Frugal, SignSGD
 from thriftlab.optim.base import keyed_seed
 from thriftlab.optim.blocks import active_blocks
+from thriftlab.optim.split import basis_of
 from thriftlab.optim.subspace import SUBSPACES
 
 STEPS, GAP = 27, 8  # refreshes before steps 0, 8, 16 and 24
@@ -99,7 +100,7 @@ def chosen_entries(optimizer, name, count):
     state = optimizer.state[weight]
     positions = torch.arange(weight.numel()).view(weight.shape)
     if group["subspace"] == "coordinates":
-        return SUBSPACES["coordinates"](group["density"]).where(weight, {"key": state["basis.key"]}).tolist()
+        return SUBSPACES["coordinates"](group["density"]).where(weight, basis_of(state)).tolist()
     index = state["basis.index"].tolist()
     return (positions[:, index] if group["subspace"] == "columns" else positions[index]).flatten().tolist()
 

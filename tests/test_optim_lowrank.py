@@ -11,7 +11,7 @@ from thriftlab.optim.bases import BASES, leading_vectors
 from thriftlab.optim.split import due_refresh
 
 STEPS, GAP, RANK = 27, 8, 2  # refreshes before steps 0, 8, 16 and 24
-SHAPES = {"tall": (7, 5), "wide": (4, 6), "square": (5, 5), "thin": (6, 2), "bias": (4,)}
+SHAPES = {"tall": (7, 5), "wide": (4, 6), "square": (5, 5), "thin": (6, 3), "bias": (4,)}
 HYPER = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
 EXACT = 1e-9  # of float64; a Gram matrix squares the condition number, here below 1e3
 
