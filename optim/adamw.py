@@ -15,7 +15,7 @@ from torch import Tensor
 from thriftlab.optim.base import Method, Spec, State
 from thriftlab.optim.hyper import Betas, Search
 from thriftlab.optim.moments import adamw, adamw_spec
-from thriftlab.optim.storage import StateDtype, key_rounding
+from thriftlab.optim.storage import StateDtype, by_entry, key_rounding
 
 
 class AdamW(Method, name="adamw"):
@@ -51,6 +51,9 @@ class AdamW(Method, name="adamw"):
     ) -> None:
         key_rounding(names, states, group)
         adamw(weights, grads, states, **group)
+
+    def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return by_entry(group)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return adamw_spec(shape, dtype, **{**self.defaults, **overrides})

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from thriftlab.optim.base import State
+from thriftlab.optim.base import Method, State
+from thriftlab.optim.split import SplitOptimizer, splits, subspace_of
+from thriftlab.optim.storage import key_rounding
 from thriftlab.optim.subspace import CoordinateSubspace
 
 LOCAL = ("whole.first", "whole.size", "basis.first", "basis.stop")  # state that says where a fragment lies
@@ -59,6 +61,32 @@ def locate(state: State, first: int, size: int) -> None:
     state["whole.first"], state["whole.size"] = torch.tensor(first), torch.tensor(size)
 
 
+def update_fragments(
+    method: Method,
+    fragments: list[Fragment],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+) -> None:
+    """`method.update` of fragments, in place, for tensors for which `method.elementwise` holds.
+
+    Args:
+        weights, grads: flat, [stop - start] each.
+        group: with the names and shapes of all its tensors, whoever holds them; `params` may be meta tensors.
+    """
+    begin(fragments, states)
+    matrices = [i for i, f in enumerate(fragments) if isinstance(method, SplitOptimizer) and splits(f.shape, group)]
+    plain = [i for i in range(len(fragments)) if i not in matrices]
+    names = [fragment.name for fragment in fragments]
+    method.update(*([some[i] for i in plain] for some in (names, weights, grads, states)), group)
+    for i in matrices:
+        key_rounding([names[i]], [states[i]], group)
+        method.update_matrix(names[i], weights[i], grads[i], states[i], on_fragment(group, fragments[i], states[i]))
+        for key in [key for key in states[i] if key.startswith("diagnostic.")]:
+            del states[i][key]  # they are of the whole matrix
+
+
 def begin(fragments: list[Fragment], states: list[State]) -> None:
     """Gives the states of new fragments their place."""
     for fragment, state in zip(fragments, states, strict=True):
@@ -66,8 +94,8 @@ def begin(fragments: list[Fragment], states: list[State]) -> None:
             locate(state, fragment.start, torch.Size(fragment.shape).numel())
 
 
-def on_fragment(group: dict[str, Any], subspace: Any, fragment: Fragment, state: State) -> dict[str, Any]:
-    """The group as one fragment sees it; blocks, which choose whole tensors, look the same to all."""
-    if isinstance(subspace, CoordinateSubspace):
-        return {**group, "subspace": FragmentSubspace(subspace, fragment, state)}
-    return group
+def on_fragment(group: dict[str, Any], fragment: Fragment, state: State) -> dict[str, Any]:
+    """The group of a matrix as one fragment of it sees it; blocks, which choose whole matrices, look the same."""
+    if group["subspace"] == "blocks":
+        return group
+    return {**group, "subspace": FragmentSubspace(subspace_of(group), fragment, state)}

@@ -31,11 +31,12 @@ from thriftlab.optim.split import (
     basis_of,
     has_moments,
     is_split,
+    splits,
     subspace_of,
     zero_moments,
 )
-from thriftlab.optim.storage import StateDtype, drop, rounding_spec
-from thriftlab.optim.subspace import CoordinateSubspace, Subspace
+from thriftlab.optim.storage import StateDtype, by_entry, drop, rounding_spec
+from thriftlab.optim.subspace import CoordinateSubspace, Subspace, is_countable
 
 
 class Frugal(SplitOptimizer, name="frugal"):
@@ -130,6 +131,11 @@ class Frugal(SplitOptimizer, name="frugal"):
             drop(RULES[group["rule"]].buffers, state)
         elif group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(grad, state, group)
+
+    def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        if not splits(shape, group) or group["subspace"] == "blocks":
+            return by_entry(group)
+        return by_entry(group) and group["on_refresh"] != "keep" and is_countable(subspace_of(group))
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim.adamw import adamw as torch_adamw
 
 from thriftlab.optim.base import Spec, State
 from thriftlab.optim.storage import kept_spec, load, load_piece, make_zero, rounding_spec, store, store_piece, wide
 
+LINE = 16  # entries; a multiple of the widest vector
 PIECE = 2**17  # entries that are stepped at once where that needs temporaries; a multiple of storage.BLOCK
 
 
@@ -132,6 +134,10 @@ def _adamw(weights, grads, states, steps, hyper: dict[str, Any]) -> None:
     """torch's AdamW: fused for tensors that are alike, a loop for other layouts, in pieces for mixed dtypes."""
     moments = ([state[name] for state in states] for name in Adam.buffers)
     rows = list(zip(weights, grads, *moments, steps, strict=True))
+    for i, state in enumerate(states):
+        if (body := vector_body(state, weights[i])) < weights[i].numel():
+            _adamw_in_pieces(weights[i], grads[i], state, steps[i].clone(), hyper, body)
+            rows[i] = (*(t[:body] for t in rows[i][:4]), steps[i])
     mixed = [len({t.dtype for t in row[:4]}) > 1 or row[2].dtype != wide(row[2].dtype) for row in rows]
     for fused in (True, False):
         alike = [row for row, no in zip(rows, mixed, strict=True) if not no and _one_layout(*row[:4]) == fused]
@@ -142,20 +148,47 @@ def _adamw(weights, grads, states, steps, hyper: dict[str, Any]) -> None:
             _adamw_in_pieces(weight, grad, states[i], step, hyper)
 
 
-def _adamw_in_pieces(weight: Tensor, grad: Tensor, state: State, step: Tensor, hyper: dict[str, Any]) -> None:
-    """One AdamW step of fp32 copies of weight, gradient and moments; `step` counts on."""
+def _adamw_in_pieces(
+    weight: Tensor, grad: Tensor, state: State, step: Tensor, hyper: dict[str, Any], begin: int = 0
+) -> None:
+    """One AdamW step of fp32 copies of weight, gradient and moments from entry `begin` on; `step` counts on."""
     flat_weight, flat_grad = weight.reshape(-1), grad.reshape(-1)  # copies, where there are gaps or a transpose
-    for start in range(0, weight.numel(), PIECE):
+    for start in range(begin, weight.numel(), PIECE):
         stop = min(start + PIECE, weight.numel())
         m, v = moments = [load_piece(state, name, start, stop) for name in Adam.buffers]
         w, g = (flat[start:stop].to(m.dtype, copy=True) for flat in (flat_weight, flat_grad))
-        _torch_adamw([w], [g], [m], [v], [step.clone()], True, hyper)
+        before, behind = frame(state, start, stop)
+        framed = [pad(t, (before, behind)) if before or behind else t for t in (w, g, m, v)]
+        _torch_adamw(*([t] for t in framed), [step.clone()], True, hyper)
+        if before or behind:
+            for t, padded in zip((w, g, m, v), framed, strict=True):
+                t.copy_(padded[before : before + stop - start])
         flat_weight[start:stop].copy_(w)
         for name, moment in zip(Adam.buffers, moments, strict=True):
             store_piece(state, name, moment, start, stop)
     step += 1
     if not weight.is_contiguous():
         weight.copy_(flat_weight.view(weight.shape))
+
+
+def vector_body(state: State, weight: Tensor) -> int:
+    """How many entries the fused kernel may step in place: of a fragment on a CPU those before its last cache line.
+
+    There the last entries of a tensor are summed in another order than the others. So the entries that a fragment has
+    of the whole tensor's last line must be at the end of what is stepped, and no others.
+    """
+    if "whole.first" not in state or weight.device.type != "cpu":
+        return weight.numel()
+    last_line = int(state["whole.size"]) // LINE * LINE
+    return max(min(weight.numel(), last_line - int(state["whole.first"])), 0) // LINE * LINE
+
+
+def frame(state: State, start: int, stop: int) -> tuple[int, int]:
+    """Entries that are missing before and behind some of a fragment, up to whole cache lines of the whole tensor."""
+    if "whole.first" not in state:
+        return 0, 0
+    first, size = int(state["whole.first"]), int(state["whole.size"])
+    return (first + start) % LINE, min(-(-(first + stop) // LINE) * LINE, size) - first - stop
 
 
 def _torch_adamw(weights, grads, firsts, seconds, steps, fused: bool, hyper: dict[str, Any]) -> None:

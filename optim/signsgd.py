@@ -41,5 +41,8 @@ class SignSGD(Method, name="signsgd"):
             decay(weight, group)
             add_sign(weight, grad, -group["lr"])
 
+    def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return True
+
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {}

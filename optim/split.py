@@ -21,7 +21,7 @@ from thriftlab.optim.base import Method, Spec, State, keyed_generator, keyed_see
 from thriftlab.optim.bases import BASES
 from thriftlab.optim.carry import AnySubspace, carry, overlap, residual_energy
 from thriftlab.optim.moments import RULES, Rule, adamw, adamw_spec
-from thriftlab.optim.storage import kept_spec, key_rounding, make_zero, rounding_spec
+from thriftlab.optim.storage import by_entry, kept_spec, key_rounding, make_zero, rounding_spec
 from thriftlab.optim.subspace import SUBSPACES
 
 OnRefresh = Literal["reset", "keep", "project"]
@@ -38,13 +38,14 @@ class SplitOptimizer(Method):
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
-        for name, weight, state in zip(names, weights, states, strict=True):
-            refuse_other_kind(name, weight, state, group)
+        split = [is_split(weight, group) for weight in weights]
+        for name, weight, state, yes in zip(names, weights, states, split, strict=True):
+            refuse_other_kind(name, weight, state, group, yes)
         key_rounding(names, states, group)
-        plain = [i for i, weight in enumerate(weights) if not is_split(weight, group)]
+        plain = [i for i, yes in enumerate(split) if not yes]
         self.update_plain([weights[i] for i in plain], [grads[i] for i in plain], [states[i] for i in plain], group)
-        for name, weight, grad, state in zip(names, weights, grads, states, strict=True):
-            if is_split(weight, group):
+        for name, weight, grad, state, yes in zip(names, weights, grads, states, split, strict=True):
+            if yes:
                 self.update_matrix(name, weight, grad, state, group)
 
     def update_plain(
@@ -100,6 +101,9 @@ class SplitOptimizer(Method):
         else:
             carry(subspace, old, new, grad, state, rule_of(group).buffers, group)
 
+    def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return by_entry(group) and not splits(shape, group)
+
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
         if not splits(shape, group):
@@ -109,16 +113,19 @@ class SplitOptimizer(Method):
         kept = {**{f"basis.{key}": entry for key, entry in basis.items()}, **moments, **rounding_spec(group)}
         return {**COUNTERS, **kept, **(DIAGNOSTICS if basis else {})}
 
-    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+    def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
         """Of each matrix with a subspace, by name, 0-dim tensors: of the last refresh `residual`, the part of the
         gradient's energy outside of the new subspace, and `overlap` of the new with the old one, 1 if it stayed; of
-        the last step `limiter`, what the update was divided by, where there is one.
+        the last step `limiter`, what the update was divided by, where there is one. `fresh`: only of the matrices whose
+        refresh was due in the last step.
         """
         found = {}
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
-                state = {k.split(".")[1]: v for k, v in self.state.get(p, {}).items() if k.startswith("diagnostic.")}
-                found.update({name: state} if state else {})
+                state = self.state.get(p, {})
+                told = {key.split(".")[1]: value for key, value in state.items() if key.startswith("diagnostic.")}
+                if told and not (fresh and due_refresh(name, int(state["step"]) - 1, group) is None):
+                    found[name] = told
         return found
 
     def small_spec(
@@ -146,12 +153,12 @@ def splits(shape: tuple[int, ...], group: dict[str, Any]) -> bool:
     return not named or subspace_of(group).size(shape) < min(shape)  # type: ignore[union-attr]
 
 
-def refuse_other_kind(name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+def refuse_other_kind(name: str, weight: Tensor, state: State, group: dict[str, Any], split: bool) -> None:
     """ValueError where a matrix has become split, or is no longer, since it got its state."""
-    if "subspace" in group and "step" in state and ("start" in state) != is_split(weight, group):
+    if "subspace" in group and "step" in state and ("start" in state) != split:
         raise ValueError(
             f"{name}: with rank or density as they are now, the matrix {tuple(weight.shape)} is "
-            f"{'split' if is_split(weight, group) else 'left to full AdamW'}, and its state is of the other kind; "
+            f"{'split' if split else 'left to full AdamW'}, and its state is of the other kind; "
             f"set them back, or begin anew with optimizer.state[parameter].clear()"
         )
 

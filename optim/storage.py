@@ -33,6 +33,11 @@ def kept_spec(names: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype
     return spec
 
 
+def by_entry(group: dict[str, Any]) -> bool:
+    """Whether moments are kept entry by entry; the scale of an 8-bit block makes its entries depend on each other."""
+    return group.get("state_dtype") != "8bit"
+
+
 def make_zero(names: tuple[str, ...], like: Tensor, state: State, group: dict[str, Any]) -> None:
     """Moments of a tensor `like`, all zero; they lie in memory as it does where they are loaded as themselves."""
     for key, (shape, dtype) in kept_spec(names, tuple(like.shape), like.dtype, group).items():
@@ -98,7 +103,9 @@ def store_piece(state: State, name: str, moment: Tensor, start: int, stop: int) 
         flat.copy_(codes)
         state[f"{name}.scale"][start // BLOCK : -(-stop // BLOCK)] = scale
     elif name in SECOND_MOMENTS:
-        flat.copy_(round_randomly(moment, random_bits(state["rounding"], state["step"], start, stop, kept.device)))
+        first = int(state.get("whole.first", 0))  # of a fragment: its place in the whole
+        bits = random_bits(state["rounding"], state["step"], first + start, first + stop, kept.device)
+        flat.copy_(round_randomly(moment, bits))
     else:
         flat.copy_(moment)
 

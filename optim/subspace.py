@@ -191,6 +191,11 @@ class Coordinates(CoordinateSubspace):
 SUBSPACES: dict[str, type[CoordinateSubspace]] = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}
 
 
+def is_countable(subspace: object) -> bool:
+    """Whether the chosen entries are known by number, see CoordinateSubspace."""
+    return isinstance(subspace, CoordinateSubspace) and type(subspace).below is not CoordinateSubspace.below
+
+
 def hash63(x: Tensor) -> Tensor:
     """Scrambles int64 to 63 well-mixed bits: the finaliser of splitmix64, in wrapping arithmetic."""
     x = _mixed(x.clone(), 30).mul_(-0x40A7B892E31B1A47)
