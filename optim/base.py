@@ -66,6 +66,11 @@ class Method(torch.optim.Optimizer):
         """Whether a tensor of this shape is stepped entry by entry, so that pieces of it can be (fragments.py)."""
         return False
 
+    def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
+        """Scalars that a method tells of its tensors, by name; `fresh`: only those that the last step found out, mostly
+        none, which is known without waiting for the device."""
+        return {}
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError where the hyper-parameters of a new group do not go together."""
 

@@ -7,6 +7,9 @@ of the last micro-batch of the first rank.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from thriftlab.train import record
 from thriftlab.train.build import Run
 from thriftlab.train.files import sha256
@@ -68,16 +71,19 @@ class Log:
         if not self.run.chief:
             return
         self.bar.update(self.counters.tokens, result.loss)
+        values: dict[str, Any] = {}
         if self.counters.step % self.run.config.log.every == 0:
-            self.write(
-                {
-                    "loss": result.loss,
-                    "lr": lr,
-                    "grad_norm": result.grad_norm,
-                    "tokens_per_second": result.tokens / seconds,
-                    "skipped": self.counters.skipped,
-                }
-            )
+            values = {
+                "loss": result.loss,
+                "lr": lr,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": result.tokens / seconds,
+                "skipped": self.counters.skipped,
+            }
+        if result.applied and (found := self.run.optimizer.diagnostics(fresh=True)):
+            values["refresh"] = over_tensors(found)
+        if values:
+            self.write(values)
 
     def evaluation(self, results: dict[str, Any]) -> None:
         if self.run.chief:
@@ -94,3 +100,12 @@ class Log:
             self.bar.close()
             self.metrics.close()
             self.mirrors.finish()
+
+
+def over_tensors(diagnostics: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """How many tensors had something to tell, and mean and maximum of each of their scalars."""
+    summary: dict[str, Any] = {"tensors": len(diagnostics)}
+    for key in sorted({key for values in diagnostics.values() for key in values}):
+        told = torch.stack([values[key].float() for values in diagnostics.values() if key in values])
+        summary[key] = {"mean": told.mean().item(), "max": told.max().item()}
+    return summary
