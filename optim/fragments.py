@@ -9,13 +9,14 @@ The surprise: an entry-wise kernel is not a function of the entry. torch's fused
 tensor differently, so a fragment remembers where in the whole it lies ("whole.first", "whole.size").
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thriftlab.optim.base import Method, State
-from thriftlab.optim.split import SplitOptimizer, splits, subspace_of
+from thriftlab.optim.split import SplitOptimizer, basis_of, splits, subspace_of
 from thriftlab.optim.storage import key_rounding
 from thriftlab.optim.subspace import CoordinateSubspace
 
@@ -39,10 +40,15 @@ class FragmentSubspace(CoordinateSubspace):
         self.subspace, self.fragment, self.state = subspace, fragment, state
 
     def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
+        whole = grad.new_empty(()).expand(self.fragment.shape)
+        return self.within(self.subspace.refresh(whole, name, count, generator))
+
+    def within(self, basis: State) -> State:
+        """The basis of the whole matrix, and which of its entries are here."""
         shape = self.fragment.shape
-        basis = self.subspace.refresh(grad.new_empty(()).expand(shape), name, count, generator)
-        first, stop = (self.subspace.below(p, shape, basis) for p in (self.fragment.start, self.fragment.stop))
-        locate(self.state, first, self.subspace.below(torch.Size(shape).numel(), shape, basis))
+        edges = self.fragment.start, self.fragment.stop, torch.Size(shape).numel()
+        first, stop, size = (self.subspace.below(edge, shape, basis) for edge in edges)
+        locate(self.state, first, size)
         return {**basis, "first": torch.tensor(first), "stop": torch.tensor(stop)}
 
     def where(self, matrix: Tensor, basis: State) -> Tensor:
@@ -99,3 +105,48 @@ def on_fragment(group: dict[str, Any], fragment: Fragment, state: State) -> dict
     if group["subspace"] == "blocks":
         return group
     return {**group, "subspace": FragmentSubspace(subspace_of(group), fragment, state)}
+
+
+# What a checkpoint sees: each tensor of a fragment's state as a piece of the whole tensor's.
+
+
+def pieces(
+    fragment: Fragment, state: State, group: dict[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
+    """(key, shape of the whole, where the piece starts in it, piece [n]), row-major."""
+    shape = fragment.shape
+    if basis := basis_of(state):
+        shape = subspace_of(group).small_shape(shape, basis)
+    for key, tensor in state.items():
+        if is_moment(key, tensor.shape):
+            yield key, shape, int(state["whole.first"]), tensor.flatten()
+        elif key not in LOCAL:
+            yield key, tuple(tensor.shape), 0, tensor.flatten()
+
+
+def take_up(
+    fragment: Fragment,
+    group: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str, int, int | None], Tensor],
+) -> State:
+    """The state of a fragment, from a source of the whole tensor's: the shapes of its tensors by key, and
+    `read(key, start, stop)`, flat."""
+    state: State = {}
+    for key, shape in shapes.items():
+        if not is_moment(key, shape) and not key.startswith("diagnostic."):
+            state[key] = read(key, 0, None).view(shape).clone()
+    first, stop = fragment.start, fragment.stop
+    locate(state, first, torch.Size(fragment.shape).numel())
+    if basis := basis_of(state):
+        basis = FragmentSubspace(subspace_of(group), fragment, state).within(basis)
+        state.update({f"basis.{key}": tensor for key, tensor in basis.items()})
+        first, stop = int(basis["first"]), int(basis["stop"])
+    for key, shape in shapes.items():
+        if is_moment(key, shape):
+            state[key] = read(key, first, stop).clone()
+    return state
+
+
+def is_moment(key: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) > 0 and not key.startswith("basis.")

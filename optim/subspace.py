@@ -76,6 +76,10 @@ class CoordinateSubspace:
         """How many chosen entries lie before a flat position."""
         raise NotImplementedError
 
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        """Shape of what `take` gives."""
+        raise NotImplementedError
+
     def down(self, matrix: Tensor, basis: State) -> Tensor:
         return self.take(matrix, self.where(matrix, basis))
 
@@ -108,6 +112,9 @@ class Slices(CoordinateSubspace):
 class Columns(Slices):
     dim = 1
 
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        return shape[0], len(basis["index"])
+
     def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
         matrix.scatter_(1, where.expand_as(small), small)  # what index_copy_ does, at two thirds of its cost
 
@@ -122,6 +129,9 @@ class Columns(Slices):
 
 class Rows(Slices):
     dim = 0
+
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        return len(basis["index"]), shape[1]
 
     def positions(self, shape: tuple[int, ...], basis: State, entries: Tensor) -> Tensor:
         return basis["index"].long()[entries // shape[1]] * shape[1] + entries % shape[1]
@@ -155,6 +165,9 @@ class Coordinates(CoordinateSubspace):
         edges = max(position - turn, 0), min(position + size - turn, size), size - turn
         low, high, end = (self.drawn_below(edge, size, basis) for edge in edges)
         return low + high - end
+
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        return (int(basis["chosen"]),)
 
     def circle(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
         """Entries, and by how much their circle is turned: where some strata are longer, all entries are to be equally

@@ -44,9 +44,11 @@ class Backend:
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False) -> None:
-        """Take the model and its optimizer; afterwards `module` is what is called."""
-        self.model, self.optimizer = model, optimizer
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
+    ) -> None:
+        """Take the model and its optimizer; afterwards `module` is called, in autocast if `precision` is bf16."""
+        self.model, self.optimizer, self.parameters = model, optimizer, list(model.parameters())
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
         self.module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
 
@@ -92,7 +94,7 @@ class Backend:
         """
         if self.layerwise:
             return self.layerwise.finish(scale), True
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
         applied = bool(norm.isfinite())
@@ -215,7 +217,9 @@ class DDP(Group):
 
     name = "ddp"
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False) -> None:
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
+    ) -> None:
         super().prepare(model, optimizer, compiled)
         ids = [self.device.index] if self.device.type == "cuda" else None
         self.module = self.replica = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
@@ -236,10 +240,10 @@ class BackendError(UserError):
     """A backend that cannot run here; says why and what can."""
 
 
-def make_backend(name: str) -> Backend:
+def make_backend(name: str, **options: Any) -> Backend:
     """The named backend; "auto" is ddp under torchrun and single otherwise."""
     if name == "auto":
         name = "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single"
     if name == "single" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BackendError("backend 'single' was started on several ranks by torchrun; use backend.name=ddp")
-    return BACKENDS[name]()
+    return BACKENDS[name](**options)

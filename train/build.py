@@ -69,7 +69,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     model = make_model(config, dataset, backend.device)
     optimizer = make_optimizer(config, model)
-    backend.prepare(model, optimizer, config.train.compile)
+    backend.prepare(model, optimizer, config.train.compile, config.train.precision)
     if config.train.layerwise:
         backend.update_in_backward()
     tokens_per_step = config.train.batch_size * config.data.sequence_length

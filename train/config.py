@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from thriftlab.optim import METHODS
-from thriftlab.train import owned  # noqa: F401  (a backend)
+from thriftlab.train import owned, zero  # noqa: F401  (backends)
 from thriftlab.train.backend import BACKENDS
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.choice import Choice, Plugin, Registry, Section, plugin_sha256

@@ -50,7 +50,9 @@ class Owned(Group):
 
     name = "owned"
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False) -> None:
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
+    ) -> None:
         super().prepare(model, optimizer, compiled)
         if not isinstance(optimizer, Method):
             raise BackendError(

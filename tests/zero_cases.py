@@ -1,0 +1,172 @@
+"""Runs of DeepSpeed's stages beside one process: what test_zero.py holds and what prove_zero.py prints."""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from thriftlab.data.loader import Batch
+from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD, split_groups, state_bytes
+from thriftlab.train import zero  # noqa: F401  (a backend)
+from thriftlab.train.backend import Backend, make_backend
+from thriftlab.train.step import train_step
+
+ROWS, LENGTH, VOCABULARY = 12, 6, 29
+METHODS = {
+    "adamw": functools.partial(AdamW, lr=3e-3, weight_decay=0.1),
+    "adamw, 8 bit": functools.partial(AdamW, lr=3e-3, state_dtype="8bit"),
+    "adamw, bf16 state": functools.partial(AdamW, lr=3e-3, state_dtype="bf16"),
+    "signsgd": functools.partial(SignSGD, lr=1e-3),
+    "frugal blocks": functools.partial(Frugal, lr=3e-3, gap=7, density=0.5),
+    "frugal columns": functools.partial(Frugal, lr=3e-3, gap=7, subspace="columns", density=0.3),
+    "frugal rows": functools.partial(Frugal, lr=3e-3, gap=7, subspace="rows", density=0.3, on_refresh="project"),
+    "frugal coordinates": functools.partial(Frugal, lr=3e-3, gap=7, subspace="coordinates", density=0.3),
+    "frugal columns, keep": functools.partial(Frugal, lr=3e-3, gap=7, subspace="columns", on_refresh="keep"),
+    "frugal svd": functools.partial(Frugal, lr=3e-3, gap=7, subspace="svd", density=0.4),
+    "galore": functools.partial(GaLore, lr=3e-3, gap=7, rank=4),
+    "fira": functools.partial(Fira, lr=3e-3, gap=7, rank=4),
+    "apollo": functools.partial(Apollo, lr=3e-3, gap=7, rank=4),
+    "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
+    "muon": functools.partial(Muon, lr=3e-3),
+}
+
+
+class Net(nn.Module):
+    """Odd sizes, a tied embedding, and matrices that are longer than a quarter of the whole."""
+
+    def __init__(self, checkpointing=False):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.embed = nn.Embedding(VOCABULARY, 11)
+        self.norm = nn.LayerNorm(11)
+        self.up = nn.Linear(11, 123)
+        self.gate = nn.Linear(11, 5, bias=False)
+        self.mix = nn.Linear(5, 11, bias=False)
+        self.down = nn.Linear(123, 11, bias=False)
+        self.head = nn.Linear(11, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def body(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x)))) + self.mix(torch.tanh(self.gate(x)))
+
+    def forward(self, tokens, targets, documents=None):
+        x = self.embed(tokens.clamp(min=0))
+        x = checkpoint(self.body, x, use_reentrant=False) if self.checkpointing else self.body(x)
+        losses = nn.functional.cross_entropy(
+            self.head(x).float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+        )
+        return losses.view(targets.shape)
+
+
+def build(method, **model):
+    torch.manual_seed(3)
+    net = Net(**model)
+    return net, METHODS[method](split_groups(net, include=[r"up|gate|mix|down"]))
+
+
+def batch(step, rank, world):
+    """Rows of one rank; in every fifth step the last rank of several has nothing to predict."""
+    draw = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=draw)
+    tokens[:, 1::2] = (tokens[:, :-1:2] * 7 + 3) % VOCABULARY
+    if step % 5 == 4:
+        tokens[-(ROWS // 4) :] = -1
+    mine = tokens[rank * ROWS // world : (rank + 1) * ROWS // world]
+    return Batch(mine, torch.zeros(len(mine)), torch.arange(len(mine)))
+
+
+def steps(backend, first, last, rows, precision="fp32", max_norm=None, spoil=()):
+    """(loss, norm, applied) of each step; in those of `spoil` the last rank's gradient is not finite."""
+    results = []
+    for step in range(first, last):
+        handle = None
+        if step in spoil and backend.rank == backend.world - 1:
+            handle = backend.model.norm.register_forward_hook(lambda *parts: parts[2] * float("nan"))
+        result = train_step(backend, batch(step, backend.rank, backend.world), None, rows, precision, max_norm)
+        results.append((result.loss, result.grad_norm, result.applied))
+        if handle:
+            handle.remove()
+    return results
+
+
+def reference(method, count, micro_batches, **options):
+    """Weights after `count` steps of one process that walks through the micro-batches of all ranks in their order."""
+    backend = Backend()
+    net, optimizer = build(method)
+    backend.prepare(net, optimizer)
+    results = steps(backend, 0, count, ROWS // micro_batches, **options)
+    return {name: p.detach().clone() for name, p in net.named_parameters()}, results, state_bytes(optimizer)
+
+
+def weights(backend):
+    """All weights, on every rank."""
+    pieces = [
+        (name, piece.start, piece.tensor.clone()) for name, piece in backend.weights().items() if backend.answers(name)
+    ]
+    found = {name: torch.full((torch.Size(p.shape).numel(),), torch.nan) for name, p in shapes(backend).items()}
+    for said in backend.share(pieces):
+        for name, start, tensor in said:
+            found[name][start : start + len(tensor)] = tensor
+    return {name: flat.view(shapes(backend)[name].shape) for name, flat in found.items()}
+
+
+def shapes(backend):
+    return {n: p for group in backend.groups() for n, p in zip(group["names"], group["params"], strict=True)}
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+class Counted:
+    """Counts the calls of a method's update by name."""
+
+    def __init__(self, method):
+        self.seen, update = [], method.update
+
+        def counting(names, *rest):
+            self.seen.extend(names)
+            return update(names, *rest)
+
+        method.update = counting
+
+
+def sharded(backend, stage, method, count, accumulate=1, checkpointing=False, settings=None, **options):
+    """The same with the ranks of `backend`; what one rank measured beside the weights."""
+    backend.stage, backend.settings = stage, settings or {}
+    net, optimizer = build(method, checkpointing=checkpointing)
+    backend.prepare(net, optimizer, precision=options.get("precision", "fp32"))
+    counted = Counted(optimizer)
+    results = steps(backend, 0, count, ROWS // backend.world // accumulate, **options)
+    exchange = getattr(backend.sharded, "exchange", None)
+    measured = {
+        "results": results,
+        "sent": exchange.sent / count if exchange else 0,
+        "planned": exchange.plan.sent(backend.rank) if exchange else 0,
+        "state_bytes": state_bytes(optimizer),
+        "updates": sorted(counted.seen),
+    }
+    return weights(backend), measured
+
+
+def compare(world, cases, count):
+    """On every rank of a gang: for each case (method, stage, options) the largest difference and what was measured."""
+    backend = make_backend("deepspeed")
+    found = []
+    for method, stage, options in cases:
+        plain = {key: value for key, value in options.items() if key in ("precision", "max_norm", "spoil")}
+        expected, results, total = remembered(method, count, world * options.get("accumulate", 1), repr(plain))
+        got, measured = sharded(backend, stage, method, count, **copy.deepcopy(options))
+        measured["norms"] = max(abs(a[1] - b[1]) for a, b in zip(results, measured["results"], strict=True))
+        measured["expected"], measured["total"] = results, total
+        found.append((difference(expected, got), measured))
+    backend.close()
+    return found
+
+
+@functools.cache
+def remembered(method, count, micro_batches, options):
+    return reference(method, count, micro_batches, **eval(options))  # noqa: S307  (our own repr)
