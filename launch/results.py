@@ -49,7 +49,7 @@ class Row:
     lr: dict[str, Any]
     difference: Paired | None
 
-    def values(self, *path: str) -> list[float]:
+    def values(self, *path: str) -> list[Any]:
         """What the finished runs measured at `path` of their records, without nulls."""
         return [value for result in self.done if (value := dig(result.record, *path)) is not None]
 

@@ -36,7 +36,7 @@ def question(study: Study) -> str:
 
 def answers(rows: Sequence[Row]) -> list[str]:
     """One sentence for each method after the first, the baseline."""
-    return [f"{verdict(row, rows[0])} {cost(row, rows[0])}".strip() for row in rows[1:]]
+    return [" ".join(filter(None, (verdict(row, rows[0]), cost(row, rows[0]), *said(row)))) for row in rows[1:]]
 
 
 def verdict(row: Row, baseline: Row) -> str:
@@ -80,6 +80,12 @@ def cost(row: Row, baseline: Row) -> str:
     return f"{state}, {100 * row.state_bytes / baseline.state_bytes:.0f} % of {baseline.method}'s."
 
 
+def said(row: Row) -> list[str]:
+    """What the method itself remarked on its runs, as sentences."""
+    remarks = dict.fromkeys(remark for remarks in row.values("remarks") for remark in remarks)
+    return [f"{remark[0].upper()}{remark[1:]}." for remark in remarks]
+
+
 # --------------------------------------------------------------------------------------------------------- warnings
 
 
@@ -115,6 +121,7 @@ def row_warnings(row: Row) -> list[str]:
         found.append(f"{row.method}: the final loss of {infinite} runs is not finite; they are left out")
     if row.difference and row.difference.dropped:
         found.append(f"{row.method}: {row.difference.dropped} runs have no partner with the same seed and are left out")
+    found += [f"{row.method}: {sentence}" for sentence in said(row)]
     if set(row.values("memory", "predicted_state_bytes")) != set(row.values("memory", "state_bytes")):
         found.append(f"{row.method}: measured optimizer state differs from the predicted")
     return found

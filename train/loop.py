@@ -15,7 +15,7 @@ import torch
 from thriftlab.data.loader import Batch, prefetch
 from thriftlab.optim import predicted_state_bytes, state_bytes
 from thriftlab.optim.base import keyed_generator
-from thriftlab.optim.listing import listing
+from thriftlab.optim.listing import listing, remarks
 from thriftlab.train import checkpoint, record
 from thriftlab.train.backend import Backend, make_backend
 from thriftlab.train.build import Run, build
@@ -39,7 +39,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """
     set_timeout(config.backend.timeout)
     with named_losses(config.out, config.backend.timeout):
-        backend = make_backend(config.backend.name)
+        backend = make_backend(config.backend.name, **config.backend.options())
     try:
         with stop_signals() as received, named_losses(config.out, config.backend.timeout):
             parts = build(config, backend)
@@ -104,9 +104,9 @@ def steps(
 
 def announce(run: Run, counters: Counters) -> None:
     """Says once what the method leaves to full AdamW."""
-    line = listing(run.optimizer)
-    if line and run.chief and counters.step == 0 and run.config.log.progress:
-        print(line, file=sys.stderr, flush=True)
+    lines = listing(run.optimizer)
+    if lines and run.chief and counters.step == 0:
+        print(lines, file=sys.stderr, flush=True)
 
 
 def due(step: int, every: int) -> bool:
@@ -234,6 +234,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
             "mfu": record.mfu(speed, run.flops_per_token, run.backend.device, run.backend.world) if speed else None,
         },
         "skipped_steps": counters.skipped,
+        "remarks": remarks(run.optimizer),
         "finished": time.time(),
     }
     if run.chief:
