@@ -1,5 +1,6 @@
 # make run    the whole path on this machine: environment, corpus, a comparison with intervals, a report
 # make test   environment and tests
+# make slurm  what the tests of SLURM jobs need; without it they are skipped (Debian or Ubuntu, as root)
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test lint types clean
+.PHONY: run test lint types slurm clean
 
 run: $(VENV)/.ready
 	$(BIN)/thriftlab prepare tokenizer=bpe:1024
@@ -23,6 +24,10 @@ lint: $(VENV)/.ready-dev
 
 types: $(VENV)/.ready-dev .typecheck/thriftlab
 	$(BIN)/mypy -p thriftlab.data -p thriftlab.optim -p thriftlab.train -p thriftlab.launch
+
+slurm:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client iproute2
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

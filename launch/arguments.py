@@ -59,7 +59,11 @@ def describe() -> str:
 
 def arguments(argv: Sequence[str]) -> Comparison:
     """The command line and its files, validated. ConfigError as in `settings.load`."""
-    settings = read(argv)
+    return comparison(read(argv))
+
+
+def comparison(settings: Settings) -> Comparison:
+    """The same of what has been read."""
     build(Plugins, settings.pick(["plugins"]))
     methods = known_methods(settings.words)
     options = [*CompareConfig.model_fields]

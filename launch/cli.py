@@ -1,4 +1,4 @@
-"""thriftlab prepare | train | compare | report | bench.
+"""thriftlab prepare | train | compare | submit | report | bench.
 
 One surprise: nothing heavy is imported here but inside a command, so that `thriftlab --help` is quick.
 """
@@ -18,6 +18,9 @@ USAGE = {
     One run. The same command again resumes it.""",
     "compare": """thriftlab compare METHOD ... [--budget tokens=1e7] [--seeds 3] [--lr-grid 3e-4,1e-3] [key=value ...]
     Many runs under one budget, paired by seed with those of the first method, and a report.""",
+    "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
+thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
+    A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
     "report": """thriftlab report FOLDER
     Writes FOLDER/report.html and FOLDER/report.md of a study anew.""",
     "bench": """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in ("-h", "--help"):
             print("thriftlab: which pretraining method pays, under your budget?\n")
             print("\n\n".join(USAGE.values()), "\n\nthriftlab COMMAND --help lists the keys of a command.")
+        elif command == "settle":
+            settle(rest)
         elif command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, 1) or COMMANDS
             return fail(f"unknown command {command!r}; did you mean {' or '.join(near)}?")
@@ -138,6 +143,34 @@ def compare_help(argv: list[str]) -> None:
     print(SYNTAX, COMPARE, arguments.describe(), sep="\n")
 
 
+def submit(argv: list[str]) -> None:
+    from thriftlab.launch import array, slurm
+
+    options, settings = slurm.read_options(argv)
+    study = settings.words[:1] == ["compare"]
+    settings.words = settings.words[1:] if study or settings.words[:1] == ["train"] else settings.words
+    (array if study else slurm).submit(options, settings)
+
+
+def submit_help(argv: list[str]) -> None:
+    from thriftlab.launch.slurm import SubmitConfig
+    from thriftlab.train.surface import describe
+
+    print(
+        SYNTAX,
+        "Besides these, all keys of `thriftlab train` or `thriftlab compare`:\n",
+        describe(SubmitConfig),
+        sep="\n",
+    )
+
+
+def settle(argv: list[str]) -> None:
+    """What a task of a study calls before its run; not for people."""
+    from thriftlab.launch import array
+
+    array.settle(*map(Path, argv))
+
+
 def report(argv: list[str]) -> None:
     from thriftlab.train.errors import ConfigError
 
@@ -169,6 +202,13 @@ def bench_help(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = dict(
-    prepare=prepare, train=train, compare=compare, report=report, bench=bench
+    prepare=prepare, train=train, compare=compare, submit=submit, report=report, bench=bench
 )
-HELP = dict(prepare=prepare_help, train=train_help, compare=compare_help, report=lambda _: None, bench=bench_help)
+HELP: dict[str, Callable[[list[str]], None]] = dict(
+    prepare=prepare_help,
+    train=train_help,
+    compare=compare_help,
+    submit=submit_help,
+    report=lambda _: None,
+    bench=bench_help,
+)

@@ -101,13 +101,10 @@ def compare(
     failed, then with the report of the others).
     """
     grid = checked_grid(lr_grid)
-    dataset = open_dataset(base.get("data", {}).get("path") or RunConfig().data.path, verify=False)
-    threads = base.get("train", {}).get("threads") or (None if torch.cuda.is_available() else 1)
-    budget = drop_nones(budget)
-    setting = Setting(base, budget, method_overrides, Path(out), dataset, threads)
+    setting = make_setting(base, budget, method_overrides, Path(out), torch.cuda.is_available())
     with claimed(Path(out)) as lock:
         try:
-            failures = run_study(setting, methods, range(seeds), grid, slots(jobs, threads), lock)
+            failures = run_study(setting, methods, range(seeds), grid, slots(jobs, setting.threads), lock)
         except Unfinished as stopped:
             raise Unfinished(f"{stopped}\nresume with: {command()}", stopped.code) from None
         page = report(Path(out))
@@ -119,19 +116,21 @@ def compare(
     return page
 
 
+def make_setting(
+    base: dict[str, Any], budget: dict[str, float], overrides: Mapping[str, dict[str, Any]], out: Path, on_gpu: bool
+) -> Setting:
+    dataset = open_dataset(base.get("data", {}).get("path") or RunConfig().data.path, verify=False)
+    threads = base.get("train", {}).get("threads") or (None if on_gpu else 1)
+    return Setting(base, drop_nones(budget), overrides, out, dataset, threads)
+
+
 def run_study(
     setting: Setting, methods: Sequence[str], seeds: range, grid: list[float], places: list[dict[str, str]], lock: int
 ) -> dict[str, str]:
     """Trials, then runs; keeps study.json up to date. Returns {name: last words} of the runs that failed."""
-    runs = {method: make_runs(setting, method, seeds) for method in methods}  # at the rates known so far
-    trials = {method: make_trials(setting, method, grid, runs[method][0]) for method in methods}
+    trials, runs, lr = draft(setting, methods, seeds, grid)
     tuned = take_turns([trials[method] for method in methods])
-    settled = [run for method in methods if not trials[method] for run in runs[method]]
-    for job in [*tuned, *settled]:
-        refuse_other_run(job, setting.dataset.fingerprint)
-
-    lr = {method: untuned(setting, method, runs[method][0], pending=bool(trials[method])) for method in methods}
-    write_plan(setting, methods, seeds, lr, places, {})
+    write_plan(setting, methods, seeds, lr, len(places), {})
     bar = Bar([*tuned, *take_turns(list(runs.values()))], " ".join(methods))
     try:
         lost = run_all(tuned, places, lock, bar)
@@ -139,7 +138,7 @@ def run_study(
             if trials[method]:
                 lr[method] = choose(trials[method], lost)
                 runs[method] = make_runs(setting, method, seeds, lr[method]["lr"]) if lr[method]["lr"] else []
-        write_plan(setting, methods, seeds, lr, places, {})
+        write_plan(setting, methods, seeds, lr, len(places), {})
         for job in (job for method in methods for job in runs[method]):
             refuse_other_run(job, setting.dataset.fingerprint)
         failures = run_all(take_turns([runs[method] for method in methods]), places, lock, bar)
@@ -148,8 +147,21 @@ def run_study(
     for method in methods:
         if not runs[method]:
             failures |= {f"{method}/seed-{seed}": "not run: every trial of its learning rate failed" for seed in seeds}
-    write_plan(setting, methods, seeds, lr, places, failures)
+    write_plan(setting, methods, seeds, lr, len(places), failures)
     return failures
+
+
+def draft(
+    setting: Setting, methods: Sequence[str], seeds: range, grid: list[float]
+) -> tuple[dict[str, list[Job]], dict[str, list[Job]], dict[str, dict[str, Any]]]:
+    """Trials, runs and learning rates of each method, as far as they are known before anything has run."""
+    runs = {method: make_runs(setting, method, seeds) for method in methods}
+    trials = {method: make_trials(setting, method, grid, runs[method][0]) for method in methods}
+    for method in methods:
+        for job in trials[method] or runs[method]:
+            refuse_other_run(job, setting.dataset.fingerprint)
+    lr = {method: untuned(setting, method, runs[method][0], pending=bool(trials[method])) for method in methods}
+    return trials, runs, lr
 
 
 def make_runs(setting: Setting, method: str, seeds: range, lr: float | None = None) -> list[Job]:
@@ -219,7 +231,7 @@ def write_plan(
     methods: Sequence[str],
     seeds: range,
     lr: dict[str, dict[str, Any]],
-    places: list[dict[str, str]],
+    jobs: int | None,
     failures: dict[str, str],
 ) -> None:
     """OUT/study.json: what was asked for, sealed."""
@@ -232,7 +244,7 @@ def write_plan(
         "overrides": dict(setting.overrides),
         "trial_seed": TRIAL_SEED,
         "lr": lr,
-        "jobs": len(places),
+        "jobs": jobs,
         "threads": setting.threads,
         "failures": failures,
     }

@@ -19,8 +19,10 @@ def tiny_data(tmp_path_factory):
 SLOW = (
     "test_checkpoint",
     "test_data_prepare",
+    "test_failures",
     "test_record",
     "test_resume",
+    "test_slurm",
     "test_study",
     "test_torchrun",
     "test_tracking",

@@ -100,7 +100,7 @@ def test_a_stop_file_is_no_crash_to_torchrun(tiny_data, tmp_path, monkeypatch, t
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "STOP").touch()
-    with pytest.raises(loop.Interrupted, match="remove .*STOP; then the same command resumes") as stopped:
+    with pytest.raises(loop.Interrupted, match="as .*STOP asks; without it the same command resumes") as stopped:
         loop.run(tiny_config(tiny_data, tmp_path / "out"))
     assert stopped.value.code == code
     assert (tmp_path / "out" / "status").read_text() == "preempted\n"

@@ -128,7 +128,7 @@ def birth_certificate(out: Path | None = None) -> dict[str, Any]:
     Uncommitted changes of the project's checkout, new Python files included, go to OUT/code.diff (where `out` is
     given). An installed package has no commit (None); its version stands for it.
     """
-    commit, diff = _code()
+    commit, diff = code()
     if diff and out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         replace_atomically(Path(out) / "code.diff", diff)
@@ -140,8 +140,11 @@ def birth_certificate(out: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _code() -> tuple[str | None, bytes]:
+def code() -> tuple[str | None, bytes]:
+    """The commit of this code, and what was changed since. A snapshot that `thriftlab submit` took carries both."""
     here = Path(__file__).resolve()
+    if (commit := here.parents[1] / "COMMIT").exists():
+        return commit.read_text() or None, commit.with_name("code.diff").read_bytes()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None, b""  # not the project's own checkout, though perhaps inside somebody else's
     root = Path(os.fsdecode((_git(here.parent, "rev-parse", "--show-toplevel") or b"").strip()))

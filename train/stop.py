@@ -23,8 +23,8 @@ class Interrupted(Exception):
     """
 
     def __init__(self, out: Path, step: int, number: int | None):
-        first = f"remove {out}/STOP; then " if stop_file(out) else ""
-        super().__init__(f"stopped after step {step} and saved in {out}; {first}the same command resumes")
+        asked = f", as {out}/STOP asks; without it" if stop_file(out) else ";"
+        super().__init__(f"stopped after step {step} and saved in {out}{asked} the same command resumes")
         self.code = 0 if not number and "TORCHELASTIC_RUN_ID" in os.environ else 128 + (number or signal.SIGTERM)
 
 
