@@ -1,16 +1,18 @@
 """Runs of DeepSpeed's stages beside one process: what test_zero.py holds and what prove_zero.py prints."""
 
-import copy
 import functools
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from thriftlab.data.loader import Batch
 from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD, split_groups, state_bytes
-from thriftlab.train import zero  # noqa: F401  (a backend)
-from thriftlab.train.backend import Backend, make_backend
+from thriftlab.train import checkpoint, zero  # noqa: F401  (a backend)
+from thriftlab.train.backend import Backend
+from thriftlab.train.channel import ALONE, Channel
+from thriftlab.train.pieces import read_whole
+from thriftlab.train.record import read_record
 from thriftlab.train.step import train_step
 
 ROWS, LENGTH, VOCABULARY = 12, 6, 29
@@ -53,7 +55,7 @@ class Net(nn.Module):
 
     def forward(self, tokens, targets, documents=None):
         x = self.embed(tokens.clamp(min=0))
-        x = checkpoint(self.body, x, use_reentrant=False) if self.checkpointing else self.body(x)
+        x = recomputed(self.body, x, use_reentrant=False) if self.checkpointing else self.body(x)
         losses = nn.functional.cross_entropy(
             self.head(x).float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
         )
@@ -121,52 +123,94 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-class Counted:
-    """Counts the calls of a method's update by name."""
-
-    def __init__(self, method):
-        self.seen, update = [], method.update
-
-        def counting(names, *rest):
-            self.seen.extend(names)
-            return update(names, *rest)
-
-        method.update = counting
-
-
-def sharded(backend, stage, method, count, accumulate=1, checkpointing=False, settings=None, **options):
-    """The same with the ranks of `backend`; what one rank measured beside the weights."""
+def prepared(backend, stage, method, checkpointing=False, settings=None, chunk=None, precision="fp32"):
+    """The model on `backend` at this stage; how often each rule has run is in the list returned."""
     backend.stage, backend.settings = stage, settings or {}
+    backend.chunk = chunk or type(backend).chunk
     net, optimizer = build(method, checkpointing=checkpointing)
-    backend.prepare(net, optimizer, precision=options.get("precision", "fp32"))
-    counted = Counted(optimizer)
-    results = steps(backend, 0, count, ROWS // backend.world // accumulate, **options)
+    ran, update = [], optimizer.update
+
+    def counting(names, *rest):
+        ran.extend(names)
+        update(names, *rest)
+
+    optimizer.update = counting
+    backend.prepare(net, optimizer, precision=precision)
+    return ran
+
+
+def measured(backend):
+    """What there is to know of this rank beside its weights."""
     exchange = getattr(backend.sharded, "exchange", None)
-    measured = {
-        "results": results,
-        "sent": exchange.sent / count if exchange else 0,
+    return {
+        "sent": exchange.sent if exchange else 0,
         "planned": exchange.plan.sent(backend.rank) if exchange else 0,
-        "state_bytes": state_bytes(optimizer),
-        "updates": sorted(counted.seen),
+        "chunks": len(exchange.plan.chunks) if exchange else 0,
+        "owned": sorted(exchange.plan.owner) if exchange else [],
+        "state_bytes": state_bytes(backend.optimizer),
+        "predicted_bytes": backend.sharded.predicted_state_bytes(),
     }
-    return weights(backend), measured
 
 
-def compare(world, cases, count):
-    """On every rank of a gang: for each case (method, stage, options) the largest difference and what was measured."""
-    backend = make_backend("deepspeed")
-    found = []
+TRAINING = ("precision", "max_norm", "spoil")  # options of the steps
+
+
+def compare(backend, cases, count):
+    """On every rank, for each case (method, stage, options): the largest difference to one process that walks
+    through the micro-batches of all ranks, in their order; and what was measured."""
+    found, world = [], backend.world
+    one_process = functools.cache(lambda *key: reference(*key[:3], **dict(key[3])))
     for method, stage, options in cases:
-        plain = {key: value for key, value in options.items() if key in ("precision", "max_norm", "spoil")}
-        expected, results, total = remembered(method, count, world * options.get("accumulate", 1), repr(plain))
-        got, measured = sharded(backend, stage, method, count, **copy.deepcopy(options))
-        measured["norms"] = max(abs(a[1] - b[1]) for a, b in zip(results, measured["results"], strict=True))
-        measured["expected"], measured["total"] = results, total
-        found.append((difference(expected, got), measured))
-    backend.close()
+        training = {key: value for key, value in options.items() if key in TRAINING}
+        accumulate, building = options.get("accumulate", 1), {**options, "precision": options.get("precision", "fp32")}
+        for key in ("accumulate", "max_norm", "spoil"):
+            building.pop(key, None)
+        expected, theirs, total = one_process(method, count, world * accumulate, tuple(training.items()))
+        ran = prepared(backend, stage, method, **building)
+        ours = steps(backend, 0, count, ROWS // world // accumulate, **training)
+        entry = {**measured(backend), "total_bytes": total, "ran": ran, "steps": (ours, theirs)}
+        found.append((difference(expected, weights(backend)), entry))
     return found
 
 
-@functools.cache
-def remembered(method, count, micro_batches, options):
-    return reference(method, count, micro_batches, **eval(options))  # noqa: S307  (our own repr)
+# ----------------------------------------------------------------------------------------------------- saved, resumed
+
+
+def save(backend, folder, step):
+    groups = {"model": backend.weights(), "optim": backend.states()}
+    ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
+    writer = checkpoint.Writer(folder, 1, False, backend.channel())
+    writer.save(step, ours, {"optim": backend.options()})
+    writer.wait()
+
+
+def resume(backend, folder):
+    found = checkpoint.latest(folder, Channel(backend.rank, backend.share))
+    backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
+
+
+def save_all(backend, cases, at, folder):
+    """Trains each (method, stage) for `at` steps and saves it."""
+    for method, stage in cases:
+        prepared(backend, stage, method)
+        steps(backend, 0, at, ROWS // backend.world)
+        save(backend, folder / f"{method}-{stage}-{backend.world}", at)
+
+
+def resume_all(backend, cases, at, end, folder):
+    """Goes on with each (method, saved as "METHOD-STAGE-WORLD", stage) to step `end`; the weights."""
+    found = []
+    for method, saved, stage in cases:
+        prepared(backend, stage, method)
+        resume(backend, folder / saved)
+        steps(backend, at, end, ROWS // backend.world)
+        found.append({name: w.numpy() for name, w in weights(backend).items()})
+    return found
+
+
+def read_run(folder):
+    """Weights, results and model of a finished run."""
+    last = checkpoint.latest(folder / "checkpoints", ALONE)
+    source, entry = last.source("model"), read_record(folder / "record.json")
+    weights = {name: read_whole(source, name) for name in source.shapes}
+    return {"weights": weights, "results": entry["results"], "model": entry["model"]}

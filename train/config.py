@@ -5,9 +5,10 @@ One surprise: the fingerprint leaves out what does not change the result, so a r
 
 import functools
 import hashlib
+import inspect
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -126,7 +127,21 @@ class BackendConfig(Section):
     name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
         "auto", description="how ranks work together; auto: ddp under torchrun, else single"
     )
+    stage: int | None = Field(None, ge=0, le=3, description="ZeRO's, of a backend that has stages; null: 1")
+    settings: dict[str, Any] = Field({}, description="deepspeed: further keys of its JSON configuration")
     timeout: float = Field(600, gt=0, description="seconds that a rank waits for another before the run gives up")
+
+    def options(self) -> dict[str, Any]:
+        """What the backend is told beside its name."""
+        return {key: value for key in ("stage", "settings") if (value := getattr(self, key)) not in (None, {})}
+
+    @model_validator(mode="after")
+    def takes_its_options(self) -> "BackendConfig":
+        for key in self.options():
+            takers = [name for name, backend in BACKENDS.items() if key in inspect.signature(backend).parameters]
+            if self.name not in takers:
+                raise ValueError(f"{key} is nothing to backend {self.name!r}; it belongs to {', '.join(takers)}")
+        return self
 
 
 class EvalConfig(Section):

@@ -56,6 +56,8 @@ class Shards:
         if key not in self.shapes:
             raise CheckpointError(f"the checkpoint has no {key!r}; was it written for another model or method?")
         stop = torch.Size(self.shapes[key]).numel() if stop is None else stop
+        if start == stop:
+            return self.file(self.pieces[key][0][2]).get_tensor(key).view(-1)[:0]
         parts = [
             self.file(rank).get_tensor(key).view(-1)[max(start - first, 0) : stop - first]
             for first, last, rank in self.pieces[key]

@@ -26,6 +26,7 @@ from thriftlab.train.optim_state import unpack_optimizer
 from thriftlab.train.pieces import Piece, Pieces, Source, whole
 from thriftlab.train.zero_layout import VERSION
 from thriftlab.train.zero_optimizer import ShardedMethod
+from thriftlab.train.zero_plan import CHUNK
 
 
 class DeepSpeed(Group):
@@ -37,6 +38,7 @@ class DeepSpeed(Group):
     """
 
     name = "deepspeed"
+    chunk = CHUNK  # entries of whole matrices that one rank has at once beside its own
 
     def __init__(self, stage: int = 1, settings: dict[str, Any] | None = None):
         self.stage, self.settings = stage, settings or {}
@@ -54,7 +56,7 @@ class DeepSpeed(Group):
                 "promise that its parameters can be stepped apart; make it a thriftlab.optim.Method, or use backend ddp"
             )
         self.model, self.optimizer, self.parameters = model, optimizer, list(model.parameters())
-        self.sharded = ShardedMethod(optimizer, model)
+        self.sharded = ShardedMethod(optimizer, model, self.chunk)
         config = merged(engine_settings(self.stage, precision), self.settings)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.sharded, config=config)
         self.sharded.attach(self.engine)

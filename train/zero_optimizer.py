@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thriftlab.optim import Method
-from thriftlab.optim.fragments import Fragment, update_fragments
+from thriftlab.optim.fragments import Fragment, is_moment, update_fragments
 from thriftlab.train.backend import BackendError, clip_factor
 from thriftlab.train.channel import share
 from thriftlab.train.owned import state_bytes, work
@@ -183,6 +183,17 @@ class ShardedMethod(torch.optim.Optimizer):
             shaped = [weights[name].view(self.shapes[name]) for name in names]
             slopes = [downhill(grads[name], group).view(self.shapes[name]) for name in names]
             self.method.update(names, shaped, slopes, [self.state_of(name) for name in names], group)
+
+    def predicted_state_bytes(self) -> float:
+        """Bytes of state on this rank, by the method's spec; of entries chosen within pieces the expected number."""
+        total = 0.0
+        for name, group in self.group_of().items():
+            fragment, shape = self.fragment(name), self.shapes[name]
+            here = (fragment.stop - fragment.start) / torch.Size(shape).numel() if fragment else self.keeps(name)
+            for key, (size, dtype) in self.method.expected_spec(name, self.stand_ins[name], group).items():
+                whole = torch.Size(size).numel() * dtype.itemsize if size else 0
+                total += whole * (here if is_moment(key, size) else here > 0)
+        return total
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         return self.method.state[self.stand_ins[name]]
