@@ -6,6 +6,8 @@ One surprise: nothing heavy is imported here but inside a command, so that `thri
 import difflib
 import json
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,15 +59,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             HELP[command]([word for word in rest if word not in ("-h", "--help")])
         else:
             COMMANDS[command](rest)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and readers_left():
+            return 128 + signal.SIGPIPE
         if not is_message(error):
             tell_torchrun(f"{type(error).__name__}: {error} (its traceback is above)")
             raise
         tell_torchrun(str(error))
         return fail(str(error), getattr(error, "code", 2))
     return 0
+
+
+def readers_left() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`; if so nothing is printed from now on."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    gone = [stream for stream, event in poll.poll(0) if event & select.POLLERR]
+    for stream in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    return bool(gone)
 
 
 def fail(message: str, code: int = 2) -> int:
