@@ -6,13 +6,19 @@ them. `load` gives it as numbers, a rule moves those in place, `store` puts them
 The surprise: a second moment moves by 1 - b2 = 0.1 % of itself in a step, less than half of bf16's spacing, and rounded
 to nearest it would never decay. It is rounded up or down at random, right in the mean. The random bits are a hash of
 (seed, name, step, entry), so they are the same wherever and in whatever pieces a tensor is stepped.
+
+torchao's 8-bit state is a subclass of Tensor with whole blocks only, its second moments may become 0, and it looks for
+its codes in eight rounds; so this is ours.
 """
 
 import functools
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import pad
 
 from thriftlab.optim.base import Spec, State, keyed_seed
 from thriftlab.optim.subspace import hash63
@@ -89,7 +95,13 @@ def load_piece(state: State, name: str, start: int, stop: int) -> Tensor:
     if kept.dtype != torch.uint8:
         return kept.to(wide(kept.dtype))
     scale = state[f"{name}.scale"][start // BLOCK : -(-stop // BLOCK)]
-    return codebook(name in SECOND_MOMENTS, kept.device)[kept.int()] * scale.repeat_interleave(BLOCK)[: stop - start]
+    levels, _ = tables(name in SECOND_MOMENTS, kept)
+    return (
+        levels.index_select(0, in_blocks(kept).view(-1).int())
+        .view(-1, BLOCK)
+        .mul_(scale[:, None])
+        .view(-1)[: len(kept)]
+    )
 
 
 def store_piece(state: State, name: str, moment: Tensor, start: int, stop: int) -> None:
@@ -99,7 +111,7 @@ def store_piece(state: State, name: str, moment: Tensor, start: int, stop: int) 
         return
     flat, moment = kept.view(-1)[start:stop], moment.reshape(-1)
     if kept.dtype == torch.uint8:
-        codes, scale = quantise(moment, codebook(name in SECOND_MOMENTS, kept.device))
+        codes, scale = quantise(moment, positive=name in SECOND_MOMENTS)
         flat.copy_(codes)
         state[f"{name}.scale"][start // BLOCK : -(-stop // BLOCK)] = scale
     elif name in SECOND_MOMENTS:
@@ -111,9 +123,16 @@ def store_piece(state: State, name: str, moment: Tensor, start: int, stop: int) 
 
 
 def random_bits(key: Tensor, step: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
-    """16 random bits for each of the entries, int32 [stop - start]."""
-    entries = torch.arange(start, stop, device=device)
-    return (hash63(entries + hash63(key + step.long())) & 0xFFFF).to(torch.int32)
+    """16 random bits for each of the entries, int32 [stop - start].
+
+    A finaliser of 32 bits (lowbias32 by C. Wellons) on entry + key, with another key between its rounds. Shifts carry
+    the sign along, so one of the 32 bits is lost.
+    """
+    keys = hash63(key + step.long())
+    x = torch.arange(stop - start, dtype=torch.int32, device=device).add_((keys + start).int())
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_xor_((keys >> 31).int())
+    x.bitwise_xor_(x >> 15).mul_(-0x7B935975)
+    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def round_randomly(x: Tensor, bits: Tensor) -> Tensor:
@@ -121,18 +140,29 @@ def round_randomly(x: Tensor, bits: Tensor) -> Tensor:
 
     bf16 is the upper half of fp32: adding 16 random bits to the lower half carries over with just that probability.
     """
-    whole = x.float().contiguous().view(torch.int32)
-    rounded = ((whole + bits) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).bfloat16()
+    whole = x.float().contiguous().view(torch.int32).clamp(max=0x7FC00000)  # a NaN with other bits would overflow
+    return whole.add_(bits).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
-def quantise(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [n] of the levels nearest to x / scale; scale fp32 [n / BLOCK] is the largest entry of each block."""
-    blocks = torch.nn.functional.pad(x.float(), (0, -len(x) % BLOCK)).view(-1, BLOCK)
+def in_blocks(x: Tensor) -> Tensor:
+    """[-(-n // BLOCK), BLOCK] of [n], the last block filled up with zeros."""
+    return (pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x).view(-1, BLOCK)
+
+
+def quantise(x: Tensor, positive: bool) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [n] of the levels nearest to x / scale; scale fp32 [n / BLOCK] is the largest entry of each block.
+
+    A look-up by the upper half of the quotient's bits; the lower half decides where a border between levels lies
+    within such a cell (`_cells`).
+    """
+    blocks = in_blocks(x.float())
     scale = blocks.abs().amax(1)
-    ratio = blocks / torch.where(scale > 0, scale, 1).unsqueeze(1)
-    codes = torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    return codes.view(-1)[: len(x)].to(torch.uint8), scale
+    bits = (blocks / torch.where(scale > 0, scale, 1)[:, None]).view(-1).view(torch.int32)
+    if not positive:  # so that integers are in the order of the numbers
+        bits = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    _, cells = tables(positive, x)
+    found = cells.index_select(0, (bits >> 16).add_(2**15)).add_(bits & 0xFFFF)
+    return found.bitwise_right_shift_(16).to(torch.uint8)[: len(x)], scale
 
 
 @functools.cache
@@ -147,6 +177,33 @@ def _levels(positive: bool) -> list[float]:
     return [1e-7, *upper] if positive else sorted([-level for level in upper[:-1]] + [0.0, *upper])
 
 
-def codebook(positive: bool, device: torch.device) -> Tensor:
+def codebook(positive: bool, device: torch.device | str) -> Tensor:
     """The levels of the codes, fp32 [256], ascending."""
     return torch.tensor(_levels(positive), device=device)
+
+
+@functools.cache
+def _cells(positive: bool) -> np.ndarray:
+    """For each upper half of a number's bits: the code of its first number, and how far its border is from its end.
+
+    int32 [2^16], cells in the order of the numbers: code * 2^16 + 2^16 - 1 - border, or + 0 where there is no border.
+    Adding the lower half of a number's bits carries over into the code for those beyond the border. A cell is 2^-7 of
+    its numbers wide, narrower than any level, so it has one border at most.
+    """
+    levels = np.array(_levels(positive), np.float32)
+    borders = ((levels[1:] + levels[:-1]) / 2).view(np.int32)
+    borders = np.where(borders < 0, borders ^ 0x7FFFFFFF, borders).astype(np.int64)
+    first = np.arange(-(2**15), 2**15, dtype=np.int64) << 16
+    code = np.searchsorted(borders, first)
+    border = np.append(borders, 2**40)[code] - first
+    return ((code << 16) + np.where(border < 2**16, 2**16 - 1 - border, 0)).astype(np.int32)
+
+
+def tables(positive: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(levels, cells) where `like` is; made once, but not of fake tensors."""
+    return (_tables.__wrapped__ if isinstance(like, FakeTensor) else _tables)(positive, like.device)
+
+
+@functools.cache
+def _tables(positive: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    return codebook(positive, device), torch.tensor(_cells(positive), device=device)

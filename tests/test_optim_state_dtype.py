@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from methods import GAP, SHAPES, gradient, parameters, same, through_a_file, train
+from torch.nn.functional import pad
 
 from thriftlab.optim import AdamW, Frugal, predicted_state_bytes, state_bytes, storage
 from thriftlab.optim.moments import PIECE
@@ -98,7 +99,10 @@ def test_random_rounding_is_right_in_the_mean_and_goes_to_a_neighbour():
         assert abs(got.mean().item() - exact) <= bound + 2**-16 * (above - below)  # and the grain of 16 bits
     exact = torch.tensor([0.0, 1.0, -2.0, math.inf])
     assert torch.equal(storage.round_randomly(exact, torch.full((4,), 0xFFFF, dtype=torch.int32)), exact.bfloat16())
-    assert storage.round_randomly(torch.tensor([math.nan]), torch.tensor([1], dtype=torch.int32)).isnan()
+    for pattern in (0x7FC00000, 0x7FFFFFFF, -0x400000):  # what arithmetic makes: ARM, CUDA, x86
+        nan = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
+        for bits in (0, 1, 0xFFFF):
+            assert storage.round_randomly(nan, torch.tensor([bits], dtype=torch.int32)).isnan()
 
 
 def test_random_bits_are_a_function_of_seed_name_step_and_entry():
@@ -179,9 +183,51 @@ def test_8_bit_codes_are_the_nearest_levels_of_the_paper(positive):
         assert relative.max() < 0.9 / 2**5 / 2 / 0.1 + 1e-6, "32 levels in the third decade"
 
 
+@pytest.mark.parametrize("positive", [True, False])
+def test_codes_by_look_up_are_those_of_a_search(positive):
+    """For numbers of every size, and for the borders between levels with both of their neighbours."""
+    levels = storage.codebook(positive, "cpu")
+    borders = (levels[1:] + levels[:-1]) / 2
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.rand(100_000, generator=draw) * 10 ** (-9 * torch.rand(100_000, generator=draw))
+    x = torch.cat(
+        [borders, *(borders.nextafter(torch.tensor(to)) for to in (-2.0, 2.0)), levels, spread, torch.zeros(1)]
+    )
+    x = x if positive else torch.cat([x, -spread, -torch.zeros(1), torch.tensor([-1.0])])
+    x = pad(x.view(-1, 1), (0, 255), value=1.0)  # a block each, whose largest entry is 1
+    codes, scale = storage.quantise(x.view(-1), positive)
+    assert scale.eq(1).all()
+    assert torch.equal(codes.view(-1, 256)[:, 0].long(), torch.bucketize(x[:, 0].contiguous(), borders))
+
+
+def test_random_bits_are_independent():
+    """Of neighbours, of the same entry in other steps and of other keys: means, bits and products, 5 deviations."""
+    n = 2**16
+    bits = torch.stack(
+        [storage.random_bits(torch.tensor(k), torch.tensor(t), 0, n, "cpu") for k in (1, 1000, 2**61) for t in range(6)]
+    )
+    assert bits.min() >= 0 and bits.max() <= 0xFFFF
+    x = bits.double() / 2**16 - 0.5 + 2**-17  # variance 1/12
+    assert (x.mean(1).abs() < 5 / math.sqrt(12 * n)).all()
+    assert ((x.square().mean(1) - 1 / 12).abs() < 5 * math.sqrt(1 / 180 / n)).all()
+    each = torch.stack([(bits >> i & 1).double().mean(1) - 0.5 for i in range(16)])
+    assert (each.abs() < 5 * 0.5 / math.sqrt(n)).all(), "every bit"
+    bound = 5 / 12 / math.sqrt(n)
+    for lag in (1, 2, 3, 4, 16, 256, 1024, 4096):
+        assert ((x[:, lag:] * x[:, :-lag]).mean(1).abs() < bound * 1.1).all(), lag
+    products = x @ x.T / n - torch.eye(len(x)) / 12
+    assert (products.abs() < bound).logical_or(torch.eye(len(x)) > 0).all(), "steps and keys"
+    counts = torch.stack([torch.bincount(row >> 8, minlength=256) for row in bits]).double()
+    chi = ((counts - n / 256) ** 2 / (n / 256)).sum(1)
+    assert ((chi - 255).abs() < 5 * math.sqrt(2 * 255)).all(), "flat"
+    far = storage.random_bits(torch.tensor(1), torch.tensor(0), 2**31 - 8, 2**31 + 8, "cpu")
+    assert torch.equal(far[8:], storage.random_bits(torch.tensor(1), torch.tensor(0), 2**31, 2**31 + 8, "cpu"))
+
+
 @pytest.mark.parametrize(("kept", "near"), [("bf16", 0.02), ("8bit", 0.2)])
 def test_adamw_with_small_state_walks_near_the_exact_path(kept, near):
     """Relative distance of the displacement to that of fp32 state, on noisy quadratics."""
+
     def walk(kept):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 1024).view(32, 32).clone())
         optimizer, draw = AdamW([p], state_dtype=kept, lr=0.003), torch.Generator().manual_seed(4)
