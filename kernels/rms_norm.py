@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise [..., dim] by its root mean square.
@@ -35,7 +37,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx, grad):  # [..., dim]
         x, inverse, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+        grad_x, grad_weight, _ = layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False]
         )
         mean = (grad @ weight).unsqueeze(-1).div_(x.shape[-1])  # [..., 1]

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
+from thriftlab.kernels.swiglu import swiglu
 from thriftlab.train.model import GPT, ModelConfig
 
 TINY = dict(preset=None, dim=24, layers=2, heads=4, hidden=40, vocab_size=19)
@@ -278,4 +279,14 @@ def test_rms_norm_and_its_gradient():
     ours, theirs = rms_norm(x, weight, 1e-3), F.rms_norm(x, (6,), weight, 1e-3)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(y, (x, weight), upstream) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_swiglu_and_its_gradient():
+    g = torch.Generator().manual_seed(1)
+    gate, up, upstream = torch.randn(3, 7, 6, generator=g, dtype=torch.float64)
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    ours, theirs = swiglu(gate, up), gate * torch.sigmoid(gate) * up
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(y, (gate, up), upstream) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
+from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim.base import keyed_generator
 
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
@@ -113,7 +114,7 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         kv_heads, head_dim = c.kv_heads or c.heads, c.dim // c.heads
-        self.heads, self.kv_heads = c.heads, kv_heads
+        self.heads, self.kv_heads, self.head_dim = c.heads, kv_heads, head_dim
         self.q = nn.Linear(c.dim, c.heads * head_dim, bias=False)
         self.k = nn.Linear(c.dim, kv_heads * head_dim, bias=False)
         self.v = nn.Linear(c.dim, kv_heads * head_dim, bias=False)
@@ -121,16 +122,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        q = rearrange(self.q(x), "b s (h d) -> b s h d", h=self.heads)
-        k = rearrange(self.k(x), "b s (h d) -> b s h d", h=self.kv_heads)
-        v = rearrange(self.v(x), "b s (h d) -> b h s d", h=self.kv_heads)
-        q = rearrange(rotate(self.q_norm(q), rope), "b s h d -> b h s d")
-        k = rearrange(rotate(self.k_norm(k), rope), "b s h d -> b h s d")
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:  # [batch * seq, dim]
+        q = self.q(x).view(-1, len(rope), self.heads, self.head_dim)
+        k = self.k(x).view(-1, len(rope), self.kv_heads, self.head_dim)
+        v = self.v(x).view(-1, len(rope), self.kv_heads, self.head_dim)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, seq, head_dim]
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
-        return self.o(rearrange(y, "b h s d -> b s (h d)"))
+        return self.o(rearrange(y, "b h s d -> (b s) (h d)"))
 
 
 class MLP(nn.Module):
@@ -143,7 +144,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(c.hidden, c.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
@@ -189,7 +190,7 @@ class GPT(nn.Module):
         Returns:
             Without targets logits [batch, seq, vocab]; with them losses in nats, [batch, seq] fp32.
         """
-        x = self.embed(tokens)  # [batch, seq, dim]
+        x = self.embed(tokens.flatten())  # [batch * seq, dim]: of a matrix a Linear is one product and no view
         rope = rotary(tokens.shape[1], self.config.dim // self.config.heads, self.config.rope_theta, x.device)
         mask = None if documents is None else document_mask(documents)
         for layer in self.layers:
@@ -198,7 +199,9 @@ class GPT(nn.Module):
             else:
                 x = layer(x, rope, mask)
         x = self.norm(x)
-        return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+        if targets is None:
+            return self.lm_head(x).view(*tokens.shape, -1)
+        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten()).view(tokens.shape)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

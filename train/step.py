@@ -13,7 +13,7 @@ from thriftlab.data.loader import Batch
 from thriftlab.train.backend import Backend
 from thriftlab.train.objective import count_targets, split_windows, total_loss
 
-CACHE_ELEMENTS = 2**17  # of the residual stream that one micro-batch may have on a CPU: 512 kB in fp32
+CACHE_ELEMENTS = 2**17  # of the residual stream that one micro-batch may have for each thread of a CPU: 512 kB in fp32
 
 
 class StepResult(NamedTuple):
@@ -66,7 +66,8 @@ def micro_batch_rows(device: torch.device, sequence_length: int, dim: int) -> in
 
     A sum of gradients does not depend on the split, and on a CPU smaller pieces are up to a tenth faster.
     """
-    return max(1, CACHE_ELEMENTS // (sequence_length * dim)) if device.type == "cpu" else None
+    cache = CACHE_ELEMENTS * torch.get_num_threads()
+    return max(1, cache // (sequence_length * dim)) if device.type == "cpu" else None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
