@@ -7,7 +7,19 @@ import torch
 from methods import GAP, SHAPES, gradient, parameters, same, through_a_file, train
 from torch.nn.functional import pad
 
-from thriftlab.optim import AdamW, Frugal, predicted_state_bytes, state_bytes, storage
+from thriftlab.optim import (
+    AdamW,
+    Apollo,
+    BAdam,
+    Fira,
+    Frugal,
+    GaLore,
+    Muon,
+    predicted_state_bytes,
+    state_bytes,
+    storage,
+)
+from thriftlab.optim.bases import BASES
 from thriftlab.optim.moments import PIECE
 
 KEPT = ["fp32", "bf16", "8bit"]
@@ -244,3 +256,27 @@ def test_the_state_dtype_is_checked():
     with pytest.raises(ValueError, match="state_dtype='fp8'"):
         AdamW(parameters().values(), state_dtype="fp8")
     assert set(SHAPES) and gradient("a", 0).shape == (6, 8)
+
+
+@pytest.mark.parametrize("shape", [(512, 768), (768, 512), (512, 512)])
+@pytest.mark.parametrize("kept", KEPT)
+def test_no_state_is_larger_than_the_published_codes(shape, kept):
+    """Bytes of one fp32 matrix by the formulas of the published codes, b bytes for each entry of a moment."""
+    (m, n), b = shape, {"fp32": 4, "bf16": 2, "8bit": 1 + 4 / 256}[kept]
+    r, long, short, p = 128, max(shape), min(shape), [torch.nn.Parameter(torch.zeros(2))]
+    cases = [
+        (AdamW(p, state_dtype=kept), 2 * m * n * b, 0),
+        (Muon(p, state_dtype=kept), m * n * b, 0),
+        (BAdam(p, state_dtype=kept), 2 * m * n * b, 0),
+        (Apollo(p, rank=1, granularity="tensor", state_dtype=kept), 2 * long * b, 4 * short),
+    ]
+    for cls, subspaces in ((GaLore, BASES), (Fira, BASES), (Apollo, BASES)):
+        cases += [(cls(p, rank=r, subspace=s, state_dtype=kept), 2 * r * long * b, 4 * r * short) for s in subspaces]
+    sizes = {"blocks": (2 * m * n, 0), "columns": (2 * m * (n // 4), n), "rows": (2 * n * (m // 4), m)}
+    sizes |= {"coordinates": (2 * (m * n // 4), 0)}
+    sizes |= {s: (2 * (short // 4) * long, 4 * (short // 4) * short) for s in BASES}
+    cases += [(Frugal(p, subspace=s, state_dtype=kept), moments * b, basis) for s, (moments, basis) in sizes.items()]
+    for optimizer, moments, basis in cases:
+        spec = optimizer.spec(shape, torch.float32)
+        size = sum(torch.Size(s).numel() * d.itemsize for s, d in spec.values() if s)
+        assert size == moments + basis, (type(optimizer), optimizer.defaults.get("subspace"))
