@@ -209,8 +209,8 @@ def resume_all(backend, cases, at, end, folder):
 
 
 def read_run(folder):
-    """Weights, results and model of a finished run."""
+    """Weights, results, model and memory of a finished run."""
     last = checkpoint.latest(folder / "checkpoints", ALONE)
     source, entry = last.source("model"), read_record(folder / "record.json")
     weights = {name: read_whole(source, name) for name in source.shapes}
-    return {"weights": weights, "results": entry["results"], "model": entry["model"]}
+    return {"weights": weights, **{key: entry[key] for key in ("results", "model", "memory")}}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from thriftlab.optim import Method
+from thriftlab.optim import Method, predicted_state_bytes
 from thriftlab.train import channel
 from thriftlab.train.channel import Channel
 from thriftlab.train.errors import UserError
@@ -147,6 +147,11 @@ class Backend:
         for name, p in self.model.named_parameters():
             p.data.copy_(read_whole(weights, name))
         unpack_optimizer(self.optimizer, {key: read_whole(states, key) for key in states.shapes}, options)
+
+    def predicted_state_bytes(self) -> int:
+        """Bytes of state that this rank keeps, by the method's `spec`."""
+        assert isinstance(self.optimizer, Method)
+        return predicted_state_bytes(self.optimizer)
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, `params` with the shapes of whole parameters (on the meta device will do)."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from thriftlab.data.loader import Batch, prefetch
-from thriftlab.optim import predicted_state_bytes, state_bytes
+from thriftlab.optim import state_bytes
 from thriftlab.optim.base import keyed_generator
 from thriftlab.optim.listing import listing, remarks
 from thriftlab.train import checkpoint, record
@@ -226,7 +226,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
         "memory": {
             "parameter_bytes": sum(p.nbytes for p in run.model.parameters()),
             "state_bytes": state_bytes(run.optimizer),
-            "predicted_state_bytes": predicted_state_bytes(run.optimizer),
+            "predicted_state_bytes": run.backend.predicted_state_bytes(),
             "peak_bytes": record.peak_bytes(),
         },
         "speed": {

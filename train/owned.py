@@ -139,6 +139,17 @@ class Owned(Group):
         name = key if key in self.owners else key.rpartition("/")[0]
         return self.owners.get(name, 0) == self.rank
 
+    def predicted_state_bytes(self) -> int:
+        assert isinstance(self.optimizer, Method)
+        specs = (
+            self.optimizer.expected_spec(name, p, group)
+            for group in self.optimizer.param_groups
+            for name, p in zip(group["names"], group["params"], strict=True)
+            if self.owns(name)
+        )
+        kept = (entry for spec in specs for entry in spec.values() if entry[0])
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in kept)
+
     def options(self) -> dict[str, Any]:
         return {**super().options(), "state": {}}
 

@@ -55,7 +55,7 @@ class DeepSpeed(Group):
                 f"backend deepspeed has each rank step a part of the model, and {type(optimizer).__name__} does not "
                 "promise that its parameters can be stepped apart; make it a thriftlab.optim.Method, or use backend ddp"
             )
-        self.model, self.optimizer, self.parameters = model, optimizer, list(model.parameters())
+        super().prepare(model, optimizer)
         self.sharded = ShardedMethod(optimizer, model, self.chunk)
         config = merged(engine_settings(self.stage, precision), self.settings)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.sharded, config=config)
@@ -120,6 +120,9 @@ class DeepSpeed(Group):
         if fragment is None or fragment.start == 0 or not entry:
             return True
         return fragments.is_moment(entry, self.sharded.state_of(name)[entry].shape)  # else all fragments have the same
+
+    def predicted_state_bytes(self) -> int:
+        return self.sharded.predicted_state_bytes()
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "state": {}}

@@ -45,7 +45,7 @@ class ShardedMethod(torch.optim.Optimizer):
         self.method, self.chunk = method, chunk
         self.names = {id(p): name for name, p in named.items()}
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
-        self.stand_ins = {name: torch.empty_like(p, device="meta") for name, p in named.items()}
+        self.stand_ins = {name: torch.empty_like(p, device="meta").requires_grad_() for name, p in named.items()}
         self.attached = False
         self.layout: Layout | None = None  # stage 0: every rank holds all
         self.scale: Tensor | float = 1.0
@@ -184,7 +184,7 @@ class ShardedMethod(torch.optim.Optimizer):
             slopes = [downhill(grads[name], group).view(self.shapes[name]) for name in names]
             self.method.update(names, shaped, slopes, [self.state_of(name) for name in names], group)
 
-    def predicted_state_bytes(self) -> float:
+    def predicted_state_bytes(self) -> int:
         """Bytes of state on this rank, by the method's spec; of entries chosen within pieces the expected number."""
         total = 0.0
         for name, group in self.group_of().items():
@@ -193,7 +193,7 @@ class ShardedMethod(torch.optim.Optimizer):
             for key, (size, dtype) in self.method.expected_spec(name, self.stand_ins[name], group).items():
                 whole = torch.Size(size).numel() * dtype.itemsize if size else 0
                 total += whole * (here if is_moment(key, size) else here > 0)
-        return total
+        return round(total)
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         return self.method.state[self.stand_ins[name]]
