@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 
 from thriftlab.launch.arguments import split_commas
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
-from thriftlab.optim.peers import NEVER, PEERS, RULER, held_bytes, ruler, variants
+from thriftlab.optim.peers import FLOOR, FLOOR_OF, NEVER, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
 from thriftlab.train.choice import Section
 from thriftlab.train.errors import ConfigError
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
@@ -99,7 +99,7 @@ def bench(options: OptimBench, say: Callable[[str], None] = print) -> dict[str, 
 
 
 def make_rows(options: OptimBench, say: Callable[[str], None]) -> list[Row]:
-    """The ruler first, then the methods, then the peers that are installed."""
+    """The ruler first, then the methods, GaLore's floor, and the peers that are installed."""
     groups = tensors(options.preset)
     split = [p for group in groups if group["split"] for p in group["params"]]
     plain = [p for group in groups if not group["split"] for p in group["params"]]
@@ -111,6 +111,8 @@ def make_rows(options: OptimBench, say: Callable[[str], None]) -> list[Row]:
                 for group in optimizer.param_groups:
                     group["gap"] = NEVER
             rows.append(Row(label, optimizer))
+    if not options.methods or FLOOR_OF in options.methods:
+        rows.append(Row(FLOOR, GaLoreFloor(split, plain)))
     for label, make in PEERS.items() if not options.methods else ():
         try:
             rows.append(Row(label, make(split, plain)))

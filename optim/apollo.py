@@ -80,7 +80,7 @@ class Apollo(LowRank, name="apollo"):
         small = subspace_of(group).down(grad, basis_of(state))
         dim = int(keeps_rows(small, grad)) if group["granularity"] == "channel" else None
         phi = norms(direction(small, state, age, group), dim) / (norms(small, dim) + TINY)
-        norm = (phi * norms(grad, dim)).norm()
+        norm = norms(phi * norms(grad, dim), None)
         limit = growth_limit(norm / correction(age, group), state, group["gamma"])
         weight.addcmul_(grad, phi * (-group["lr"] * math.sqrt(group["scale"])) / limit)
 

@@ -85,7 +85,7 @@ class Fira(LowRank, name="fira"):
         dim = int(keeps_rows(small, grad))
         length = norms(small, dim)
         phi = norms(normalized, dim) / (length + TINY)
-        norm = (phi * residual_norms(grad, small, length, beta, subspace, basis)).norm()
+        norm = norms(phi * residual_norms(grad, small, length, beta, subspace, basis), None)
         limit = growth_limit(norm if exact else norm / correction(age, group), state, group["gamma"])
 
         free = phi / limit * (group["alpha"] if exact else 1.0)

@@ -67,6 +67,45 @@ def ruler(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
     return torch.optim.AdamW(split + plain, lr=1e-6, foreach=True)
 
 
+FLOOR, FLOOR_OF = "floor of GaLore: products and fused Adam", "galore"
+
+
+class GaLoreFloor(torch.optim.Optimizer):
+    """What a step of GaLore does not go below: torch's calls for the two products and Adam, and nothing around them."""
+
+    def __init__(self, split: Tensors, plain: Tensors):
+        super().__init__(split + plain, {})
+        self.matrices = [(p, torch.randn(min(p.shape), RANK) / min(p.shape) ** 0.5) for p in split]
+        smalls = [down(p, basis) for p, basis in self.matrices]
+        self.moments = [adam_state(t) for t in smalls]
+        self.plain, self.plain_moments = plain, [adam_state(p) for p in plain]
+        self.state.update(zip(split + plain, self.moments + self.plain_moments, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        fused_adam(self.plain, [p.grad for p in self.plain], self.plain_moments)
+        for (p, basis), moments in zip(self.matrices, self.moments, strict=True):
+            normalized = torch.zeros_like(moments["m"])
+            fused_adam([normalized], [down(p.grad, basis)], [moments])
+            left, right = (normalized, basis.T) if p.shape[0] >= p.shape[1] else (basis, normalized)
+            p.addmm_(left, right, alpha=-1e-6)
+
+
+def down(matrix: Tensor, basis: Tensor) -> Tensor:
+    return (matrix @ basis if matrix.shape[0] >= matrix.shape[1] else basis.T @ matrix).detach()
+
+
+def adam_state(like: Tensor) -> dict[str, Tensor]:
+    return {"m": torch.zeros_like(like.detach()), "v": torch.zeros_like(like.detach()), "step": torch.zeros(())}
+
+
+def fused_adam(weights: Tensors, grads: list, moments: list[dict[str, Tensor]]) -> None:
+    """W <- W - 1e-6 N, as the other rows do it."""
+    m, v, steps = ([one[key] for one in moments] for key in ("m", "v", "step"))
+    hyper = dict(lr=1e-6, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
+    torch._fused_adamw_(weights, grads, m, v, [], steps, **hyper)
+
+
 def held_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the storages that the state keeps alive, 0-dim counters apart."""
     storages = {
