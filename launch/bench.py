@@ -78,7 +78,7 @@ def bench(options: OptimBench, say: Callable[[str], None] = print) -> dict[str, 
     """Measures, says a table and returns its numbers."""
     unknown = set(options.methods) - set(METHODS)
     if unknown:
-        raise ConfigError(f"methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+        raise ConfigError(f"methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(sorted(METHODS))}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Label -> (method, hyper-parameters), for every method."""
     found = {}
-    for name in METHODS:
+    for name in sorted(METHODS):
         for hyper in VARIANTS.get(name, ({},)):
             found[" ".join([name, *(f"{key}={value}" for key, value in hyper.items())])] = (name, hyper)
     return found
