@@ -1,4 +1,4 @@
-"""thriftlab prepare | train | compare | submit | report | bench.
+"""thriftlab prepare | train | compare | submit | launch | report | bench.
 
 One surprise: nothing heavy is imported here but inside a command, so that `thriftlab --help` is quick.
 """
@@ -23,6 +23,8 @@ USAGE = {
     "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
 thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
     A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
+    "launch": """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
+    A run on several machines over ssh, without SLURM. The same command again resumes it.""",
     "report": """thriftlab report FOLDER
     Writes FOLDER/report.html and FOLDER/report.md of a study anew.""",
     "bench": """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
@@ -180,6 +182,19 @@ def submit_help(argv: list[str]) -> None:
     )
 
 
+def launch(argv: list[str]) -> None:
+    from thriftlab.launch import hosts
+
+    hosts.launch(argv)
+
+
+def launch_help(argv: list[str]) -> None:
+    from thriftlab.launch.hosts import LaunchConfig
+    from thriftlab.train.surface import describe
+
+    print(SYNTAX, "Besides these, all keys of `thriftlab train`:\n", describe(LaunchConfig), sep="\n")
+
+
 def settle(argv: list[str]) -> None:
     """What a task of a study calls before its run; not for people."""
     from thriftlab.launch import array
@@ -218,13 +233,14 @@ def bench_help(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = dict(
-    prepare=prepare, train=train, compare=compare, submit=submit, report=report, bench=bench
+    prepare=prepare, train=train, compare=compare, submit=submit, launch=launch, report=report, bench=bench
 )
 HELP: dict[str, Callable[[list[str]], None]] = dict(
     prepare=prepare_help,
     train=train_help,
     compare=compare_help,
     submit=submit_help,
+    launch=launch_help,
     report=lambda _: None,
     bench=bench_help,
 )

@@ -20,6 +20,7 @@ SLOW = (
     "test_checkpoint",
     "test_data_prepare",
     "test_failures",
+    "test_hosts",
     "test_record",
     "test_resume",
     "test_slurm",

@@ -11,8 +11,9 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -101,11 +102,17 @@ def names(ranks: set[int]) -> str:
 
 
 def roll_call(rank: int, world: int) -> set[int]:
-    """The ranks that do not answer within ROLL_CALL seconds; none where the store itself is gone."""
-    try:
-        store = distributed_c10d._get_default_store()
-        store.set(f"alive/{rank}", "")
-        time.sleep(ROLL_CALL)
-        return {number for number in range(world) if not store.check([f"alive/{number}"])}
-    except (RuntimeError, ValueError):
-        return set()
+    """The ranks that do not answer within ROLL_CALL seconds; none where the store itself does not answer."""
+    silent: set[int] = set()
+
+    def call() -> None:
+        with suppress(RuntimeError, ValueError):
+            store = distributed_c10d._get_default_store()
+            store.set(f"alive/{rank}", "")
+            time.sleep(ROLL_CALL)
+            silent.update(number for number in range(world) if not store.check([f"alive/{number}"]))
+
+    caller = Thread(target=call, daemon=True)  # may wait for ever for a store on a node that is gone
+    caller.start()
+    caller.join(2 * ROLL_CALL)
+    return silent
