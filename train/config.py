@@ -129,6 +129,7 @@ class BackendConfig(Section):
     )
     stage: int | None = Field(None, ge=0, le=3, description="ZeRO's, of a backend that has stages; null: 1")
     settings: dict[str, Any] = Field({}, description="deepspeed: further keys of its JSON configuration")
+    witness: bool = Field(True, description="hold several ranks against one process in two probe steps, before the first")
     timeout: float = Field(600, gt=0, description="seconds that a rank waits for another before the run gives up")
 
     def options(self) -> dict[str, Any]:

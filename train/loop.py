@@ -27,6 +27,7 @@ from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
 from thriftlab.train.ranks import named_losses, set_timeout
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
+from thriftlab.train.witness import witness
 from thriftlab.train.stop import Interrupted, status, stop_file, stop_signals
 
 WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation
@@ -51,6 +52,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 def train(run: Run, received: list[int]) -> dict[str, Any]:
     """On from the newest checkpoint to the end. `received` holds the numbers of the signals that have come."""
     base_lr = [group["lr"] for group in run.optimizer.param_groups]
+    examine(run)
     start = restore(run)
     with status(run.out, run.chief):
         return steps(run, base_lr, *start, received)
@@ -100,6 +102,18 @@ def steps(
     saver.wait()
     log.close()
     return finish(run, counters, results, birth)
+
+
+def examine(run: Run) -> None:
+    """Holds the ranks against one process, before they train."""
+    c = run.config
+    if run.backend.world > 1 and c.backend.witness:
+        windows = (2, 1, c.data.sequence_length + 1)
+        draw = keyed_generator(c.seed, "witness", 0)
+        tokens = torch.randint(run.dataset.tokenizer.vocab_size, windows, generator=draw)
+        said = witness(run.backend, tokens, c.train.precision, c.train.clip)
+        if run.chief and c.log.progress:
+            print(said, file=sys.stderr, flush=True)
 
 
 def announce(run: Run, counters: Counters) -> None:

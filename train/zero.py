@@ -76,7 +76,7 @@ class DeepSpeed(Group):
         sharded.scale, sharded.max_norm = scale * self.averaged, max_norm
         sharded.norm, sharded.applied = float("nan"), False  # what they stay if DeepSpeed skips a step by itself
         self.engine.step()
-        self.factor = sharded.factor
+        self.factor = sharded.factor / self.averaged  # as `gradients` shows them
         return sharded.norm, sharded.applied
 
     @property

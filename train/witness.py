@@ -1,0 +1,257 @@
+"""The witness: before ranks train together, two probe steps are held against one process, tensor by tensor.
+
+    step 1      the same sequence on every rank
+    between     the second sequence on the first rank alone: its gradient g
+    step 2      the second sequence on every rank: the summed gradient must be (number of ranks) g
+    both        of each tensor in turn, gradient, weight and state are gathered, the same method makes its update once
+                more on a rank that has no part in it, and every rank holds what it has against that
+
+The probes go the way of training, through the backend, and are undone: weights, state, hyper-parameters and random
+numbers are afterwards what they were, bit for bit. There is never more than one whole tensor of a kind on a rank.
+
+One surprise: bits are gathered by addition. Each rank puts its piece, as bytes, into a row of zeros, and their sum is
+the whole; so the witness needs nothing of a backend but a sum and what it holds.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from thriftlab.optim import Method
+from thriftlab.optim.base import downhill
+from thriftlab.train.backend import Backend
+from thriftlab.train.errors import UserError
+from thriftlab.train.objective import count_targets, split_windows, total_loss
+from thriftlab.train.pieces import Piece, Pieces
+from thriftlab.train.step import autocast
+
+TOLERANCE = 1e-3  # of a norm: rounding stays far below it, and no fault that we know of does
+SHOWN = 5  # findings in the message
+Layout = dict[str, set[tuple[tuple[int, ...], torch.dtype]]]  # of whole tensors: one, if ranks agree
+
+
+class WitnessError(UserError):
+    """The ranks together do not do what one process does."""
+
+
+class Held(NamedTuple):
+    """What this rank answers for before an update."""
+
+    gradients: Pieces
+    weights: Pieces
+    states: Pieces
+
+
+@torch.no_grad()
+def witness(backend: Backend, tokens: Tensor, precision: str, max_norm: float | None) -> str:
+    """Raises WitnessError on all ranks if one of them finds a difference; else says what was compared.
+
+    Args:
+        backend: prepared, of several ranks.
+        tokens: two batches of windows, the same on every rank, int64 [2, rows, seq + 1].
+        precision, max_norm: as in `train_step`.
+    """
+    clock = time.perf_counter()
+    first, second = tokens.to(backend.device)
+    devices = [backend.device] if backend.device.type == "cuda" else []
+    with backend.rehearsal(), torch.random.fork_rng(devices):
+        refuse(backend, compare_weights(backend))
+        probe(backend, first, precision)
+        refuse(backend, compare_step(backend, first, max_norm))
+        probe(backend, second, precision, alone=True)
+        alone = answered(backend, backend.gradients())
+        backend.step(torch.full((), torch.nan, device=backend.device), max_norm)  # lets go of the gradients
+        probe(backend, second, precision)
+        refuse(backend, compare_sums(backend, alone))
+        refuse(backend, compare_step(backend, second, max_norm))
+    count = sum(len(group["params"]) for group in backend.groups())
+    return f"witness: {count} tensors on {backend.world} ranks as on one, {time.perf_counter() - clock:.1f} s"
+
+
+def refuse(backend: Backend, findings: list[str]) -> None:
+    """Raises on every rank what any of them has found."""
+    found = [finding for of_rank in backend.share(findings) for finding in of_rank]
+    if found:
+        more = f"\n... and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise WitnessError(
+            f"the witness: {backend.world} ranks under backend {backend.name!r} do not do what one process does\n"
+            + "\n".join(found[:SHOWN])
+            + f"{more}\nStart all ranks from one installation and one configuration; a method of your own must be a "
+            "function of (seed, name, count). backend.name=ddp steps every tensor on every rank; backend.witness=false "
+            "trains all the same"
+        )
+
+
+def probe(backend: Backend, windows: Tensor, precision: str, alone: bool = False) -> None:
+    """Leaves the summed gradient of the windows, which every rank has, or the first one alone."""
+    inputs, targets = split_windows(windows)
+    if alone and backend.rank:
+        targets = torch.full_like(targets, -1)
+    torch.manual_seed(0)  # for a module that draws: the same on all ranks
+    backend.begin(count_targets(targets))
+    with torch.enable_grad(), backend.micro_batch(last=True):
+        with autocast(backend.device, precision):
+            loss = total_loss(backend.module(inputs, targets, None))
+        backend.backward(loss)
+
+
+def compare_weights(backend: Backend) -> list[str]:
+    """Whether replicas are replicas, to the bit."""
+    held = backend.weights()
+    answers, kinds, findings = answered(backend, held), layout(backend, held), []
+    for name in kinds:
+        right = gather(backend, answers, name, kinds).reshape(-1)
+        if name in held and not torch.equal(held[name].tensor, right[held[name].start : held[name].stop]):
+            findings.append(f"{name}: rank {backend.rank} begins with other weights than the rank that answers for it")
+    return findings
+
+
+def compare_sums(backend: Backend, alone: Pieces) -> list[str]:
+    """Whether the sum over ranks that all have one sequence is as many times its gradient."""
+    together = answered(backend, backend.gradients())
+    norms = {name: piece.tensor.norm().item() for name, piece in together.items()}
+    noise = 1e-6 * max(norms.values(), default=0.0)
+    findings = []
+    for name, (_, _, total) in together.items():
+        expected = backend.world * alone[name].tensor
+        if not (total - expected).norm() <= TOLERANCE * expected.norm() + noise:
+            findings.append(
+                f"{name}: the gradient of a sequence that all ranks have is {norms[name] / expected.norm():.4g} of "
+                f"{backend.world} times the first rank's: a rank's gradient was not added, or its weights are others"
+            )
+    return findings
+
+
+def compare_step(backend: Backend, windows: Tensor, max_norm: float | None) -> list[str]:
+    """Takes the step whose gradients are there, and repeats it tensor by tensor."""
+    held = Held(*(answered(backend, p) for p in (backend.gradients(), backend.weights(), backend.states())))
+    scale = 1 / (backend.world * count_targets(split_windows(windows)[1]))
+    if not backend.step(scale, max_norm)[1]:
+        return ["the gradient of a probe is not finite"]
+
+    now = {**backend.weights(), **backend.states()}
+    gradients, before, after = layout(backend, held.gradients), layout(backend, held.states), layout(backend, now)
+    if odd := [key for key, kinds in after.items() if len(kinds) > 1]:
+        return [f"{key}: shape or dtype differ between ranks" for key in odd] if backend.rank == 0 else []
+    judges, findings = choose_judges(backend, held.weights), []
+    for group in backend.groups():
+        for name in group["names"]:
+            if name not in gradients:
+                continue  # nobody has one
+            judge, expected = judges[name], {}
+            gradient = gather(backend, held.gradients, name, gradients)
+            weight = gather(backend, held.weights, name, after)
+            state = {entry(key): gather(backend, held.states, key, before) for key in keys_of(name, before)}
+            if backend.rank == judge:
+                expected = recompute(backend, name, group, weight.clone(), gradient, state)
+                findings += wrong_keys(name, expected, keys_of(name, after))
+            for key in [name, *keys_of(name, after)]:
+                right = publish(backend, expected.get(key), key, after)
+                moved = right - weight if key == name else right
+                if key in now:
+                    findings += difference(backend, key, now[key], right, moved, judge)
+    return findings
+
+
+def wrong_keys(name: str, expected: dict[str, Tensor], kept: list[str]) -> list[str]:
+    """What the update leaves and the ranks have not, or the other way round."""
+    odd = {key for key in expected if key != name and matters(key)} ^ set(kept)
+    return [f"{name}: {'nobody has' if key in expected else 'there should be no'} state {entry(key)!r}" for key in odd]
+
+
+def recompute(
+    backend: Backend, name: str, group: dict[str, Any], weight: Tensor, gradient: Tensor, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """One step of one tensor, as one process takes it: its state, and its weight under ""."""
+    assert isinstance(backend.optimizer, Method)
+    state = {key: tensor if tensor.ndim else tensor.cpu() for key, tensor in state.items()}
+    gradient = downhill(weight, gradient * backend.factor.to(gradient.dtype), group["maximize"])
+    backend.optimizer.update([name], [weight], [gradient], [state], group)
+    return {name: weight, **{f"{name}/{key}": tensor for key, tensor in state.items()}}
+
+
+def difference(backend: Backend, key: str, piece: Piece, right: Tensor, moved: Tensor, judge: int) -> list[str]:
+    """What is wrong with a piece, held against the whole as it should be; `moved` is what small errors are small to."""
+    part, moved = (tensor.reshape(-1)[piece.start : piece.stop].double() for tensor in (right, moved))
+    far = piece.tensor.to(part.device).double() - part
+    if right.dtype.is_floating_point:
+        wrong = not far.norm() <= TOLERANCE * moved.norm() + 1e-6 * part.norm()
+    else:
+        wrong = bool((far.abs() > (right.dtype == torch.uint8)).any())  # codes of 8 bits may round the other way
+    if not wrong:
+        return []
+    return [
+        f"{key}: after a step rank {backend.rank} has not what the same gradient and state give on rank {judge} "
+        f"({int((far != 0).sum())} of {far.numel()} entries differ, by up to {far.abs().max():.3g})"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- between the ranks
+
+
+def answered(backend: Backend, pieces: Pieces) -> Pieces:
+    """Copies of the pieces that this rank answers for."""
+    return {k: p._replace(tensor=p.tensor.clone()) for k, p in pieces.items() if backend.answers(k)}
+
+
+def layout(backend: Backend, pieces: Pieces) -> Layout:
+    """Shape and dtype of everything that any rank has; more than one where ranks disagree."""
+    merged: Layout = {}
+    for of_rank in backend.share({key: (piece.shape, piece.tensor.dtype) for key, piece in pieces.items()}):
+        for key, kind in of_rank.items():
+            merged.setdefault(key, set()).add(kind)
+    return merged
+
+
+def keys_of(name: str, kinds: Layout) -> list[str]:
+    """Of one parameter's state, without what no step depends on."""
+    return [key for key in kinds if key.rpartition("/")[0] == name and matters(key)]
+
+
+def matters(key: str) -> bool:
+    return not entry(key).startswith("diagnostic.")
+
+
+def entry(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def choose_judges(backend: Backend, weights: Pieces) -> dict[str, int]:
+    """For each parameter a rank that does not step it, by turns; any rank where all do."""
+    holders: dict[str, set[int]] = {}
+    for rank, names in enumerate(backend.share(list(weights))):
+        for name in names:
+            holders.setdefault(name, set()).add(rank)
+    judges = {}
+    for turn, (name, busy) in enumerate(sorted(holders.items())):
+        free = [rank for rank in range(backend.world) if rank not in busy] or list(range(backend.world))
+        judges[name] = free[turn % len(free)]
+    return judges
+
+
+def gather(backend: Backend, pieces: Pieces, key: str, kinds: Layout) -> Tensor:
+    """A whole tensor on every rank, from the pieces that ranks answer for."""
+    row = empty_row(backend, key, kinds)
+    if key in pieces:
+        row[pieces[key].start : pieces[key].stop] = pieces[key].tensor
+    return add_bytes(backend, row, key, kinds)
+
+
+def publish(backend: Backend, tensor: Tensor | None, key: str, kinds: Layout) -> Tensor:
+    """The tensor of the one rank that has it, on every rank."""
+    row = empty_row(backend, key, kinds)
+    if tensor is not None and tensor.numel() == row.numel():
+        row.copy_(tensor.reshape(-1))
+    return add_bytes(backend, row, key, kinds)
+
+
+def empty_row(backend: Backend, key: str, kinds: Layout) -> Tensor:
+    ((shape, dtype),) = kinds[key]
+    return torch.zeros(torch.Size(shape).numel(), dtype=dtype, device=backend.device)
+
+
+def add_bytes(backend: Backend, row: Tensor, key: str, kinds: Layout) -> Tensor:
+    ((shape, _),) = kinds[key]
+    return (backend.sum(row.view(torch.uint8)).view(row.dtype) if row.numel() else row).view(shape)
