@@ -40,5 +40,5 @@ class RMSNormFunction(torch.autograd.Function):
         grad_x, grad_weight, _ = layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False]
         )
-        mean = (grad @ weight).unsqueeze(-1).div_(x.shape[-1])  # [..., 1]
-        return grad_x.addcmul_(mean, inverse), grad_weight, None
+        missing = (grad @ weight).unsqueeze(-1).mul_(inverse).div_(x.shape[-1])  # [..., 1]
+        return grad_x.add_(missing), grad_weight, None
