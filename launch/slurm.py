@@ -111,7 +111,8 @@ def command(c: SubmitConfig) -> str:
     if c.nodes > 1:
         meet = '--rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id="$SLURM_JOB_ID-$attempt"'
         ranks += f" --nnodes={c.nodes} {meet} --rdzv-conf=is_host=$((SLURM_NODEID == 0))"
-        return f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(f'exec {ranks} {train}')}"
+        here = '--local-addr="$(address_of "$SLURMD_NODENAME")"'
+        return f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(f'exec {ranks} {here} {train}')}"
     if processes(c) > 1 or c.restarts:
         return f"srun {ranks} --standalone {train}"
     return f"srun {python} {train}"
