@@ -28,30 +28,34 @@ def compare(cases):
     return found
 
 
+def noise(method, world):
+    """Of one process against itself, when it walks through the batch in one piece."""
+    (expected, *_), (other, *_) = (zero_cases.reference(method, STEPS, pieces) for pieces in (world, 1))
+    return zero_cases.difference(expected, other)
+
+
+def shown(difference):
+    return f"{difference:.1e}" if difference else "0"
+
+
 def table(world):
-    cases = [(method, stage, {}) for method in zero_cases.METHODS for stage in range(4)]
-    cases += [
-        (method, stage, options) for options, methods in VARIANTS.values() for method in methods for stage in range(4)
-    ]
-    found = gang.ranks(world, compare, cases)
-    worst = [max(rank[i][0] for rank in found) for i in range(len(cases))]
+    variants = [(method, options) for options, methods in VARIANTS.values() for method in methods]
+    rows = [*((method, {}) for method in zero_cases.METHODS), *variants]
     labels = [*zero_cases.METHODS, *(f"{name}: {method}" for name, (_, some) in VARIANTS.items() for method in some)]
-    print(
-        f"\n| {world} ranks | stage 0 | 1 | 2 | 3 | sent at 1 | at 3 | state of a rank at 1 | at 3 | of one process |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for row, label in enumerate(labels):
-        at = slice(4 * row, 4 * row + 4)
-        sent, state = (
-            [max(rank[i][1][key] for rank in found) for i in (4 * row + 1, 4 * row + 3)]
-            for key in ("planned", "state_bytes")
-        )
-        cells = [*(f"{x:.1e}" if x else "0" for x in worst[at]), *(f"{x:.0f}" for x in (*sent, *state))]
-        print(f"| {label} | {' | '.join(cells)} | {found[0][4 * row][1]['total_bytes']} |", flush=True)
+    cases = [(method, stage, options) for method, options in rows for stage in range(4)]
+    found = gang.ranks(world, compare, cases)
+    print(f"\n| {world} ranks | stage 0 | 1 | 2 | 3 | noise | sent at 1 | at 3 | state at 1 | at 3 | of one process |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row, (label, (method, options)) in enumerate(zip(labels, rows, strict=True)):
+        ranks = [[rank[4 * row + stage] for rank in found] for stage in range(4)]
+        cells = [shown(max(difference for difference, _ in some)) for some in ranks]
+        cells.append("" if options else shown(noise(method, world)))
+        for key in ("planned", "state_bytes"):
+            cells += [str(max(seen[key] for _, seen in ranks[stage])) for stage in (1, 3)]
+        print(f"| {label} | {' | '.join(cells)} | {ranks[0][0][1]['total_bytes']} |", flush=True)
     for rank in found:
-        for case, (_, measured) in zip(cases, rank, strict=True):
-            applied = sum(applied for *_, applied in measured["steps"][0])
-            assert measured["sent"] == measured["planned"] * applied, case
+        for case, (_, seen) in zip(cases, rank, strict=True):
+            assert seen["sent"] == seen["planned"] * sum(applied for *_, applied in seen["steps"][0]), case
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ METHODS = {
     "fira": functools.partial(Fira, lr=3e-3, gap=7, rank=4),
     "apollo": functools.partial(Apollo, lr=3e-3, gap=7, rank=4),
     "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
-    "muon": functools.partial(Muon, lr=3e-3),
+    "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
+    "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 
 

@@ -50,7 +50,7 @@ class ShardedMethod(torch.optim.Optimizer):
         self.layout: Layout | None = None  # stage 0: every rank holds all
         self.scale: Tensor | float = 1.0
         self.max_norm: float | None = None
-        self.norm, self.applied = float("nan"), False
+        self.norm, self.applied, self.factor = float("nan"), False, torch.tensor(float("nan"))
 
     # ------------------------------------------------------------------------------------------------------ planning
 
