@@ -160,11 +160,12 @@ def changed_keys(config):
     return found
 
 
-NEVER = {"out", "data.path", "data.verify", "backend.timeout", "eval.batch_size", "train.max_skipped_steps"}
+NEVER = {"out", "data.path", "data.verify", "backend.timeout", "backend.witness", "eval.batch_size"}
+NEVER |= {"train.max_skipped_steps"}
 NEVER |= {f"checkpoint.{key}" for key in ("every", "keep", "background")}
 NEVER |= {f"log.{key}" for key in ("every", "wandb", "project", "group", "tensorboard", "progress")}
 BY_SPEED = {"backend.name", "train.micro_batch_size", "train.activation_checkpointing", "train.compile"}
-BY_SPEED |= {"train.layerwise", "train.threads", "train.deterministic"}
+BY_SPEED |= {"train.layerwise", "train.threads", "train.deterministic", "backend.stage", "backend.settings"}
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

@@ -129,7 +129,7 @@ class BackendConfig(Section):
     )
     stage: int | None = Field(None, ge=0, le=3, description="ZeRO's, of a backend that has stages; null: 1")
     settings: dict[str, Any] = Field({}, description="deepspeed: further keys of its JSON configuration")
-    witness: bool = Field(True, description="hold several ranks against one process in two probe steps, before the first")
+    witness: bool = Field(True, description="hold several ranks against one process in two probe steps first")
     timeout: float = Field(600, gt=0, description="seconds that a rank waits for another before the run gives up")
 
     def options(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class RunConfig(Section):
 
 
 # What does not change the result of a run: its name and place and what is written on the way; and how fast it is.
-PLUMBING = ("out", "plugins", "data.path", "data.verify", "backend.timeout", "eval.batch_size",
+PLUMBING = ("out", "plugins", "data.path", "data.verify", "backend.timeout", "backend.witness", "eval.batch_size",
             "train.max_skipped_steps", "checkpoint", "log")  # fmt: skip
 SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.layerwise",
          "train.threads", "train.deterministic")  # fmt: skip

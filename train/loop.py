@@ -27,8 +27,8 @@ from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
 from thriftlab.train.ranks import named_losses, set_timeout
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
-from thriftlab.train.witness import witness
 from thriftlab.train.stop import Interrupted, status, stop_file, stop_signals
+from thriftlab.train.witness import witness
 
 WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation
 
