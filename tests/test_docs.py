@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_config
 
 from thriftlab.data.prepare import PrepareConfig
-from thriftlab.launch import arguments
+from thriftlab.launch import arguments, hosts, slurm
 from thriftlab.optim import METHODS
 from thriftlab.train import settings
 from thriftlab.train.config import RunConfig
@@ -36,6 +36,13 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
         settings.load(PrepareConfig, argv)
     elif command == "compare":
         arguments.arguments(argv)
+    elif command == "submit":
+        _, rest = slurm.read_options(argv)
+        study = rest.words[:1] == ["compare"]
+        rest.words = rest.words[study:]
+        arguments.comparison(rest) if study else settings.build(RunConfig, rest)
+    elif command == "launch":
+        settings.build(hosts.LaunchConfig, settings.read(argv).drop(RunConfig.model_fields))
     else:
         assert (command, len(argv)) == ("report", 1)
 

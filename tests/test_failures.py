@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import gang
 import pytest
+import torch
 from test_resume import assert_same, run_status, traces
 from tiny import tiny_config
 
-from thriftlab.train import loop
+from thriftlab.train import loop, ranks
 from thriftlab.train.config import RunConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -84,6 +86,30 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
     assert message.startswith("LostRank: rank 0 of 2: no answer within backend.timeout = 3 s; rank 1 hangs")
     assert f"newest checkpoint in {tmp_path / 'out'}, start the same command again" in message
     assert (tmp_path / "out" / "status").read_text() == "failed\n"
+
+
+def test_a_rank_that_never_comes_is_named(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(gang.free_port()))
+    monkeypatch.setattr(ranks.distributed_c10d, "default_pg_timeout", timedelta(seconds=0.5))
+    with pytest.raises(ranks.LostRank, match="rank 1 and rank 2 did not start within backend.timeout"):
+        ranks.meet(0, 3)
+
+
+def meet_twice(word):
+    """The word of a start, after a dead one has left its keys in the same store."""
+    host = torch.distributed.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=os.environ["RANK"] == "0")
+    for rank in range(2):
+        host.set(f"hello/{rank}", f"dead {rank}")
+        host.set(f"welcome/dead {rank}", "dead")
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    store = ranks.meet(int(os.environ["RANK"]), 2)
+    store.set(f"{word}/{os.environ['RANK']}", os.environ["RANK"])
+    return [store.get(f"{word}/{rank}") for rank in range(2)]
+
+
+def test_a_new_start_does_not_meet_the_dead(monkeypatch):
+    assert gang.ranks(2, meet_twice, "here") == [[b"0", b"1"]] * 2
 
 
 def test_a_mistake_under_torchrun_is_its_message_and_no_pages_of_trace(tmp_path):

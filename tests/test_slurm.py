@@ -115,8 +115,8 @@ def test_two_nodes_preempted_and_requeued_are_an_unbroken_run(tiny_data, desk, c
     assert set(re.findall("code: (.*)", said)) == {f"{desk}/broken/jobs/001/code/thriftlab/train/errors.py"}
     assert (desk / "broken" / "status").read_text() == "done\n" and not (desk / "broken" / "STOP").exists()
     assert_same(traces(desk / "broken"), traces(desk / "whole"))
-    records = [read_record(desk / name / "record.json") for name in ("broken", "whole")]
-    assert records[0]["commit"] == records[1]["commit"] and records[0]["world"] == 2
+    record, code = read_record(desk / "broken" / "record.json"), desk / "broken" / "jobs" / "001" / "code" / "thriftlab"
+    assert (record["commit"], record["world"]) == ((code / "COMMIT").read_text() or None, 2)
     assert cli.main(["submit", *write(broken)]) == 2 and "is done" in capsys.readouterr().err
 
 
