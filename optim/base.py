@@ -89,9 +89,19 @@ class Method(torch.optim.Optimizer):
     def step_only(self, names: list[str], weights: list[Tensor], group: dict[str, Any]) -> None:
         """Steps those of some parameters of a group that have a gradient, as `step` would: others do not matter."""
         due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
+        if any(hasattr(p, "device_mesh") for _, p in due):
+            due = self.step_sharded(due, group)
         names, weights = [name for name, _ in due], [p for _, p in due]
         grads = [downhill(p, p.grad, group["maximize"]) for p in weights]
         self.update(names, weights, grads, [self.state[p] for p in weights], group)
+
+    def step_sharded(self, due: list[tuple[str, Any]], group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+        """Steps those parameters that are DTensors (dtensor.py); returns the others."""
+        from thriftlab.optim.dtensor import step_sharded
+
+        sharded = [(name, p) for name, p in due if hasattr(p, "device_mesh")]
+        step_sharded(self, [name for name, _ in sharded], [p for _, p in sharded], group)
+        return [(name, p) for name, p in due if not hasattr(p, "device_mesh")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. Its hyper-parameters are checked; parameters without names are named by their position."""
@@ -207,6 +217,7 @@ def _is_data(value: Any) -> bool:
 
 def _restored(value: Tensor, p: Tensor) -> Tensor:
     """A copy of a saved tensor on the device of `p`, fp32 beside fp32 in its layout; counters on the CPU."""
-    if value.shape == p.shape and value.ndim and value.dtype == p.dtype in (torch.float32, torch.float64):
+    alike = value.shape == p.shape and value.ndim and value.dtype == p.dtype in (torch.float32, torch.float64)
+    if alike and not hasattr(p, "device_mesh"):
         return torch.empty_like(p).copy_(value)
     return value.to(p.device if value.ndim else "cpu", copy=True)
