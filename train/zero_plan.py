@@ -71,7 +71,7 @@ def make_plan(
         for fragment in fragments:
             holders[fragment.name].append(Held(rank, fragment.start, fragment.stop))
     cut = [name for name, some in holders.items() if len(some) > 1 and not by_entry[name]]
-    for name in holders.keys() - set(cut):
+    for name in (name for name in holders if name not in cut):  # in one order on all ranks: these are sums of floats
         for rank, start, stop in holders[name]:
             share = (stop - start) / torch.Size(whole[name].shape).numel()
             busy[rank] += work[name] * share
