@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -128,7 +128,7 @@ def last_words(host: str, code: int) -> str:
     return f"{host}: its torchrun ended with exit code {code}, see above"
 
 
-def end(processes: Sequence[subprocess.Popen]) -> None:
+def end(processes: Collection[subprocess.Popen]) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
