@@ -20,13 +20,17 @@ SLOW = (
     "test_checkpoint",
     "test_data_prepare",
     "test_failures",
+    "test_fsdp",
     "test_hosts",
+    "test_owned",
+    "test_portable",
     "test_record",
     "test_resume",
     "test_slurm",
     "test_study",
     "test_torchrun",
     "test_tracking",
+    "test_witness",
 )
 
 

@@ -168,8 +168,8 @@ class Backend:
             yield
         finally:
             optimizer.state = states
-            for group, before in zip(optimizer.param_groups, groups, strict=True):
-                group.update(before)
+            for group, old in zip(optimizer.param_groups, groups, strict=True):
+                group.update(old)
             for p, before in weights.items():
                 p.data.copy_(before)
 

@@ -37,7 +37,10 @@ Pieces = dict[str, Piece]
 class Source(Protocol):
     """Named whole tensors that can be read in any pieces: a checkpoint."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the whole tensors."""
+        ...
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Entries start to stop, flat, on the CPU, in the dtype that was saved; not to be written to."""
