@@ -82,15 +82,23 @@ def update_fragments(
         group: with the names and shapes of all its tensors, whoever holds them; `params` may be meta tensors.
     """
     begin(fragments, states)
-    matrices = [i for i, f in enumerate(fragments) if isinstance(method, SplitOptimizer) and splits(f.shape, group)]
-    plain = [i for i in range(len(fragments)) if i not in matrices]
     names = [fragment.name for fragment in fragments]
-    method.update(*([some[i] for i in plain] for some in (names, weights, grads, states)), group)
-    for i in matrices:
-        key_rounding([names[i]], [states[i]], group)
-        method.update_matrix(names[i], weights[i], grads[i], states[i], on_fragment(group, fragments[i], states[i]))
-        for key in [key for key in states[i] if key.startswith("diagnostic.")]:
-            del states[i][key]  # they are of the whole matrix
+    matrices = []
+    if isinstance(method, SplitOptimizer):
+        matrices = [i for i, fragment in enumerate(fragments) if splits(fragment.shape, group)]
+        for i in matrices:
+            key_rounding([names[i]], [states[i]], group)
+            method.update_matrix(names[i], weights[i], grads[i], states[i], on_fragment(group, fragments[i], states[i]))
+            for key in [key for key in states[i] if key.startswith("diagnostic.")]:
+                del states[i][key]  # they are of the whole matrix
+    plain = [i for i in range(len(fragments)) if i not in matrices]
+    method.update(
+        [names[i] for i in plain],
+        [weights[i] for i in plain],
+        [grads[i] for i in plain],
+        [states[i] for i in plain],
+        group,
+    )
 
 
 def begin(fragments: list[Fragment], states: list[State]) -> None:
@@ -100,11 +108,18 @@ def begin(fragments: list[Fragment], states: list[State]) -> None:
             locate(state, fragment.start, torch.Size(fragment.shape).numel())
 
 
+def countable(group: dict[str, Any]) -> CoordinateSubspace:
+    """The subspace of a group whose matrices are stepped entry by entry."""
+    subspace = subspace_of(group)
+    assert isinstance(subspace, CoordinateSubspace)
+    return subspace
+
+
 def on_fragment(group: dict[str, Any], fragment: Fragment, state: State) -> dict[str, Any]:
     """The group of a matrix as one fragment of it sees it; blocks, which choose whole matrices, look the same."""
     if group["subspace"] == "blocks":
         return group
-    return {**group, "subspace": FragmentSubspace(subspace_of(group), fragment, state)}
+    return {**group, "subspace": FragmentSubspace(countable(group), fragment, state)}
 
 
 # What a checkpoint sees: each tensor of a fragment's state as a piece of the whole tensor's.
@@ -116,7 +131,7 @@ def pieces(
     """(key, shape of the whole, where the piece starts in it, piece [n]), row-major."""
     shape = fragment.shape
     if basis := basis_of(state):
-        shape = subspace_of(group).small_shape(shape, basis)
+        shape = countable(group).small_shape(shape, basis)
     for key, tensor in state.items():
         if is_moment(key, tensor.shape):
             yield key, shape, int(state["whole.first"]), tensor.flatten()
@@ -139,7 +154,7 @@ def take_up(
     first, stop = fragment.start, fragment.stop
     locate(state, first, torch.Size(fragment.shape).numel())
     if basis := basis_of(state):
-        basis = FragmentSubspace(subspace_of(group), fragment, state).within(basis)
+        basis = FragmentSubspace(countable(group), fragment, state).within(basis)
         state.update({f"basis.{key}": tensor for key, tensor in basis.items()})
         first, stop = int(basis["first"]), int(basis["stop"])
     for key, shape in shapes.items():

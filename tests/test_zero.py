@@ -29,7 +29,7 @@ CASES = {
     2: {
         "bitwise": [
             *((method, 3, {}) for method in METHODS),
-            *((method, 1, {}) for method in METHODS if method not in ("frugal columns", "badam", "apollo")),
+            *((method, 1, {}) for method in ("adamw, 8 bit", "frugal rows", "frugal coordinates", "fira", "muon")),
             *((method, stage, {}) for method in ("galore", "frugal blocks") for stage in (0, 2)),
             ("galore", 3, {"settings": SMALL, "checkpointing": True}),
             ("muon", 3, {"chunk": 700}),
