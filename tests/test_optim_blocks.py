@@ -31,6 +31,8 @@ def test_a_layer_is_active_as_a_whole(order):
             assert numbers == {str((7 - 2 * count - i) % 8) for i in range(2)}
         if order == "mirror":
             assert numbers == {str(count % 4), str(7 - count % 4)}
+        if order == "random":
+            assert chosen == active_blocks(NAMES[::-1], 0.25, order, 0, count, unit="layer")
 
 
 @given(
@@ -65,13 +67,16 @@ def test_every_block_comes_equally_often(order, balance):
 
 def test_frugal_takes_units_and_balance():
     params = {name: torch.nn.Parameter(torch.ones(4, n // 4)) for name, n in zip(NAMES, SIZES, strict=True)}
-    for hyper in ({"unit": "layer"}, {"balance": "bytes"}, {"unit": "layer", "balance": "bytes"}):
+    for hyper, active in (
+        ({"density": 0.1}, 2), ({"density": 0.1, "balance": "bytes"}, 3),
+        ({"unit": "layer"}, 6), ({"unit": "layer", "balance": "bytes"}, 6),
+    ):  # fmt: skip
         optimizer = Frugal(params.items(), order="ascending", **hyper)
         for p in params.values():
             p.grad = torch.ones_like(p)
         optimizer.step()
         stateful = {name for name, p in params.items() if "exp_avg" in optimizer.state[p]}
-        assert stateful == set(NAMES[:6]), hyper
+        assert stateful == set(NAMES[:active]), hyper
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -141,10 +141,10 @@ def test_frugal_in_blocks(order, rule):
     def chosen(optimizer, name, count):
         return list(range(math.prod(SHAPES[name]))) if name in sets[count] else []
 
-    references = make_references(params, rule, "sign", free_scale=0.3)
+    references = make_references(params, rule, "sign", scale=0.5, free_scale=0.3)
     optimizer = run_frugal(
         params, grads, chosen, references,
-        subspace="blocks", density=0.6, order=argument, rule=rule, seed=3, free_lr_scale=0.3,
+        subspace="blocks", density=0.6, order=argument, rule=rule, seed=3, split_lr_scale=0.5, free_lr_scale=0.3,
     )  # fmt: skip
     stateful = {name for name in MATRICES if any(t.ndim for t in optimizer.state[params[name]].values())}
     assert stateful == sets[3], "state-free matrices have no moments"
@@ -190,7 +190,8 @@ def test_frugal_in_a_subspace_of_ones_own(side, free):
 
     params, grads = problem(1, {"w": shape})
     w, (b1, b2), lr = params["w"].detach().numpy().copy(), HYPER["betas"], HYPER["lr"]
-    optimizer = Frugal(params.items(), subspace=Rotating(), gap=GAP, free=free, free_lr_scale=0.3, **HYPER)
+    scales = dict(split_lr_scale=0.5, free_lr_scale=0.3)
+    optimizer = Frugal(params.items(), subspace=Rotating(), gap=GAP, free=free, **scales, **HYPER)
     for t in range(STEPS):
         set_grads(params, grads[t])
         optimizer.step()
@@ -203,7 +204,7 @@ def test_frugal_in_a_subspace_of_ones_own(side, free):
         up = (lambda x: p @ x) if side == "left" else (lambda x: x @ p.T)  # noqa: B023
         residual = g - up(r)
         rest = {"sign": np.sign(residual), "sgd": residual, "none": 0.0}[free]
-        w = (1 - lr * HYPER["weight_decay"]) * w - lr * up(n) - lr * 0.3 * rest
+        w = (1 - lr * HYPER["weight_decay"]) * w - lr * 0.5 * (up(n) + 0.3 * rest)
         assert np.allclose(params["w"].detach().numpy(), w, rtol=EXACT, atol=EXACT)
 
 

@@ -89,7 +89,7 @@ class Reference:
         up, h = self.p.T, self.h
         norm = np.linalg.norm
         if self.method == "frugal":
-            return n @ up + h["free_lr_scale"] * np.sign(g - r @ up)
+            return h["split_lr_scale"] * (n @ up + h["free_lr_scale"] * np.sign(g - r @ up))
         if self.method == "galore":
             return h["scale"] * c * n @ up
         if self.method == "fira" and h["residual"] == "exact":
@@ -109,7 +109,7 @@ METHODS = {
     "fira exact": (Fira, dict(rank=RANK, alpha=0.3, gamma=1.05, residual="exact")),
     "apollo": (Apollo, dict(rank=RANK, scale=2.0, gamma=1.05, granularity="channel")),
     "mini": (Apollo, dict(rank=RANK, scale=2.0, gamma=1.05, granularity="tensor")),
-    "frugal": (Frugal, dict(density=0.4, free_lr_scale=0.3)),
+    "frugal": (Frugal, dict(density=0.4, split_lr_scale=0.5, free_lr_scale=0.3)),
 }
 
 
@@ -265,6 +265,8 @@ def test_staggered_refreshes_come_once_in_a_gap_each_at_its_own_time():
         assert due[0] == 0 and 1 <= due[1] <= 10 and {b - a for a, b in zip(due[1:], due[2:], strict=False)} == {10}
         assert [due_refresh(name, t, group) for t in due] == list(range(len(due)))
     assert len({due[1] for due in times.values()}) > 3
+    other = {**group, "seed": 1}
+    assert any(due_refresh(name, due[1], other) is None for name, due in times.items()), "the seed counts"
     group["stagger"] = False
     assert [t for t in range(41) if due_refresh("a", t, group) is not None] == [0, 10, 20, 30, 40]
 

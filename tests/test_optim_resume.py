@@ -96,16 +96,17 @@ def test_randomness_is_private_and_keyed_by_name(make):
         assert same(got, dict(reversed(train(others, make(others.items()), range(10)).items())))
 
 
-def test_the_seed_and_the_name_choose_the_subspace():
-    def index(seed, name):
+def test_the_seed_the_name_and_the_count_choose_the_subspace():
+    def index(seed, name, count=0):
         p = torch.nn.Parameter(torch.zeros(4, 50))
         p.grad = torch.ones_like(p)
-        optimizer = Frugal([(name, p)], subspace="columns", seed=seed)
-        optimizer.step()
+        optimizer = Frugal([(name, p)], subspace="columns", seed=seed, gap=1)
+        for _ in range(count + 1):
+            optimizer.step()
         return tuple(optimizer.state[p]["basis.index"].tolist())
 
     assert index(0, "a") == index(0, "a")
-    assert len({index(0, "a"), index(0, "b"), index(1, "a")}) == 3
+    assert len({index(0, "a"), index(0, "b"), index(1, "a"), index(0, "a", 1)}) == 4
 
 
 @every_method

@@ -14,7 +14,9 @@ from thriftlab.optim import (
     predicted_state_bytes,
     state_bytes,
 )
+from thriftlab.optim.bases import Orthogonal
 from thriftlab.optim.listing import listing, remarks
+from thriftlab.optim.split import basis_of
 
 SHAPES = {"small": (8, 4), "wide": (4, 9), "column": (6, 1), "none": (0, 3), "large": (12, 10), "bias": (4,)}
 LOW_RANK = {
@@ -90,6 +92,19 @@ def test_a_subspace_of_ones_own_is_taken_at_its_word():
     optimizer = Fira(params.items(), subspace=Own())  # and the default rank of 128 means nothing
     train(params, optimizer, 1)
     assert left_to_adamw(optimizer) == {} and "basis.p" in optimizer.state[params["w"]]
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (4, 3), (3, 4)])
+def test_in_a_basis_of_the_whole_space_projected_moments_are_adams(shape):
+    """Taken up, the first moment is the mean of the gradients whatever the bases were, also where nothing is small."""
+    p, subspace, mean = torch.nn.Parameter(torch.zeros(shape).double()), Orthogonal(rank=3), 0.0
+    optimizer = GaLore([("w", p)], subspace=subspace, gap=2, on_refresh="project")
+    for t in range(7):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t)).double()
+        optimizer.step()
+        mean = 0.9 * mean + 0.1 * p.grad
+        state = optimizer.state[p]
+        assert torch.allclose(subspace.up(state["exp_avg"], basis_of(state)), mean, rtol=0, atol=1e-12)
 
 
 def test_who_splits_nothing_is_told():
