@@ -66,11 +66,6 @@ class Method(torch.optim.Optimizer):
         """Whether a tensor of this shape is stepped entry by entry, so that pieces of it can be (fragments.py)."""
         return False
 
-    def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
-        """Scalars that a method tells of its tensors, by name; `fresh`: only those that the last step found out, mostly
-        none, which is known without waiting for the device."""
-        return {}
-
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError where the hyper-parameters of a new group do not go together."""
 
@@ -92,7 +87,7 @@ class Method(torch.optim.Optimizer):
         if any(hasattr(p, "device_mesh") for _, p in due):
             due = self.step_sharded(due, group)
         names, weights = [name for name, _ in due], [p for _, p in due]
-        grads = [downhill(p, p.grad, group["maximize"]) for p in weights]
+        grads = [downhill(p, p.grad, group["maximize"]) for p in weights if p.grad is not None]
         self.update(names, weights, grads, [self.state[p] for p in weights], group)
 
     def step_sharded(self, due: list[tuple[str, Any]], group: dict[str, Any]) -> list[tuple[str, Tensor]]:

@@ -21,6 +21,7 @@ GAP = 1.04  # a ratio of neighbouring singular values from which on they are tol
 ANGLE = 5e-4  # the largest principal angle to the singular vectors where there is such a gap; promised: 1e-3
 ENERGY = 5e-4  # the largest part of their energy that is missed where there is none; promised: 1e-3
 TRUST = 0.12  # the largest residual, relative to its Ritz value, by which a gap is judged
+NEVER = 2**62  # rounds: more than anybody runs
 
 
 class DenseSubspace:
@@ -173,8 +174,8 @@ def subspace_iteration(gram: Tensor, block: Tensor, rank: int) -> tuple[bool, Te
     return False, block
 
 
-def missing_rounds(values: Tensor, residuals: Tensor, rank: int) -> float:
-    """How many more rounds it takes until the `rank` leading Ritz vectors are near enough; inf if rounding forbids it.
+def missing_rounds(values: Tensor, residuals: Tensor, rank: int) -> int:
+    """How many more rounds it takes until the `rank` leading Ritz vectors are near enough; NEVER if rounding forbids it.
 
     The residuals |A x - value x| bound their angle where there is a gap below the last wanted value (Davis and Kahan),
     and what each may gain in energy. A round shrinks them by the ratio of the least value to the last wanted one.
@@ -188,13 +189,13 @@ def missing_rounds(values: Tensor, residuals: Tensor, rank: int) -> float:
     excess = gain.sum() / wanted.sum().clamp(min=1e-300) / ENERGY
     if last > 2 * rounding:  # the last one is resolved, but its ratio to the next only where it is much larger
         if last < 5 * rounding or (separate := last > GAP**2 * below) and rounding / 8 > ANGLE * (last - below):
-            return math.inf
+            return NEVER
         angle = (residuals[:rank].norm() - math.sqrt(rank) * rounding) / (last - below) / ANGLE
         excess = torch.maximum(excess, angle if separate else residuals[rank - 1] / last / TRUST)
     if excess <= 1:
         return 0
     shrinking = max(float(values[-1] / last), 1e-9)
-    return math.ceil(math.log(excess) / -math.log(shrinking)) if shrinking < 1 else math.inf
+    return math.ceil(math.log(excess) / -math.log(shrinking)) if shrinking < 1 else NEVER
 
 
 def gaussian(grad: Tensor, rank: int, generator: torch.Generator) -> Tensor:

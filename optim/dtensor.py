@@ -24,13 +24,12 @@ def step_sharded(method: Method, names: list[str], weights: list[DTensor], group
     """
     for name, p in zip(names, weights, strict=True):
         check_placement(name, p)
-    here, owned = [], []
-    for name, p in zip(names, weights, strict=True):
-        (here if method.elementwise(tuple(p.shape), group) else owned).append((name, p))
-    step_fragments(method, here, group)
-    owners = assign(group, dist.get_world_size(weights[0].device_mesh.get_group()))
-    for name, p in owned:
-        step_owned(method, name, p, owners[name], group)
+    named = list(zip(names, weights, strict=True))
+    step_fragments(method, [pair for pair in named if method.elementwise(tuple(pair[1].shape), group)], group)
+    owners = assign(group, weights[0].device_mesh.size())
+    for name, p in named:
+        if not method.elementwise(tuple(p.shape), group):
+            step_owned(method, name, p, owners[name], group)
 
 
 def step_fragments(method: Method, named: list[tuple[str, DTensor]], group: dict[str, Any]) -> None:

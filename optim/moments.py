@@ -9,6 +9,7 @@ that bf16 weights or 8-bit moments never have a whole fp32 tensor beside them.
 """
 
 from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Adam(Rule):
         direction = torch.zeros_like(grad)  # from here a step of length -1 leads to N: one pass for six
         hyper = _hyper(-1.0, group["betas"], group["eps"], weight_decay=0.0)
         alike = _one_layout(direction, grad, *moments)
-        _torch_adamw([direction], [grad], *([m] for m in moments), [_steps_before(age, grad)], alike, hyper)
+        _torch_adamw(([direction], [grad], *([m] for m in moments), [_steps_before(age, grad)]), alike, hyper)
         return direction
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, age: int, group: dict[str, Any], lr) -> None:
@@ -142,7 +143,7 @@ def _adamw(weights, grads, states, steps, hyper: dict[str, Any]) -> None:
     for fused in (True, False):
         alike = [row for row, no in zip(rows, mixed, strict=True) if not no and _one_layout(*row[:4]) == fused]
         if alike:
-            _torch_adamw(*map(list, zip(*alike, strict=True)), fused, hyper)
+            _torch_adamw(map(list, zip(*alike, strict=True)), fused, hyper)
     for i, (weight, grad, _, _, step) in enumerate(rows):
         if mixed[i]:
             _adamw_in_pieces(weight, grad, states[i], step, hyper)
@@ -159,7 +160,7 @@ def _adamw_in_pieces(
         w, g = (flat[start:stop].to(m.dtype, copy=True) for flat in (flat_weight, flat_grad))
         before, behind = frame(state, start, stop)
         framed = [pad(t, (before, behind)) if before or behind else t for t in (w, g, m, v)]
-        _torch_adamw(*([t] for t in framed), [step.clone()], True, hyper)
+        _torch_adamw((*([t] for t in framed), [step.clone()]), True, hyper)
         if before or behind:
             for t, padded in zip((w, g, m, v), framed, strict=True):
                 t.copy_(padded[before : before + stop - start])
@@ -191,9 +192,10 @@ def frame(state: State, start: int, stop: int) -> tuple[int, int]:
     return (first + start) % LINE, min(-(-(first + stop) // LINE) * LINE, size) - first - stop
 
 
-def _torch_adamw(weights, grads, firsts, seconds, steps, fused: bool, hyper: dict[str, Any]) -> None:
-    """torch's AdamW on lists of tensors; counts `steps` on."""
-    options = dict(fused=fused, foreach=False, amsgrad=False, maximize=False)
+def _torch_adamw(lists: Iterable[list[Tensor]], fused: bool, hyper: dict[str, Any]) -> None:
+    """torch's AdamW on lists of weights, gradients, first and second moments and steps; counts the steps on."""
+    weights, grads, firsts, seconds, steps = lists
+    options: dict[str, Any] = dict(fused=fused, foreach=False, amsgrad=False, maximize=False)
     torch_adamw(weights, grads, firsts, seconds, [], steps, **options, **hyper)
 
 

@@ -82,10 +82,11 @@ class GaLoreFloor(torch.optim.Optimizer):
         self.state.update(zip(split + plain, self.moments + self.plain_moments, strict=True))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         fused_adam(self.plain, [p.grad for p in self.plain], self.plain_moments)
         for (p, basis), moments in zip(self.matrices, self.moments, strict=True):
             normalized = torch.zeros_like(moments["m"])
+            assert p.grad is not None
             fused_adam([normalized], [down(p.grad, basis)], [moments])
             left, right = (normalized, basis.T) if p.shape[0] >= p.shape[1] else (basis, normalized)
             p.addmm_(left, right, alpha=-1e-6)
@@ -103,7 +104,7 @@ def fused_adam(weights: Tensors, grads: list, moments: list[dict[str, Tensor]]) 
     """W <- W - 1e-6 N, as the other rows do it."""
     m, v, steps = ([one[key] for one in moments] for key in ("m", "v", "step"))
     hyper = dict(lr=1e-6, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
-    torch._fused_adamw_(weights, grads, m, v, [], steps, **hyper)
+    torch._fused_adamw_(weights, grads, m, v, [], steps, **hyper)  # type: ignore[call-overload]
 
 
 def held_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -94,9 +94,9 @@ class Owned(Group):
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         place = {p: i for i, p in enumerate(p for p in self.parameters if p in self.has_gradient)}
         norms = torch.zeros(len(place), device=self.device, dtype=self.parameters[0].dtype)
-        own = [p for p in place if p.grad is not None]
-        if own:
-            norms[[place[p] for p in own]] = torch.stack(torch._foreach_norm([p.grad for p in own])).to(norms)
+        if grads:
+            mine = [place[p] for p in place if p.grad is not None]  # the parameters of `grads`
+            norms[mine] = torch.stack(torch._foreach_norm(grads)).to(norms)
         return torch.linalg.vector_norm(self.sum(norms))
 
     def update(self) -> None:

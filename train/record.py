@@ -143,8 +143,8 @@ def birth_certificate(out: Path | None = None) -> dict[str, Any]:
 def code() -> tuple[str | None, bytes]:
     """The commit of this code, and what was changed since. A snapshot that `thriftlab submit` took carries both."""
     here = Path(__file__).resolve()
-    if (commit := here.parents[1] / "COMMIT").exists():
-        return commit.read_text() or None, commit.with_name("code.diff").read_bytes()
+    if (snapshot := here.parents[1] / "COMMIT").exists():
+        return snapshot.read_text() or None, snapshot.with_name("code.diff").read_bytes()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None, b""  # not the project's own checkout, though perhaps inside somebody else's
     root = Path(os.fsdecode((_git(here.parent, "rev-parse", "--show-toplevel") or b"").strip()))
