@@ -175,7 +175,7 @@ def subspace_iteration(gram: Tensor, block: Tensor, rank: int) -> tuple[bool, Te
 
 
 def missing_rounds(values: Tensor, residuals: Tensor, rank: int) -> int:
-    """How many more rounds it takes until the `rank` leading Ritz vectors are near enough; NEVER if rounding forbids it.
+    """How many more rounds it takes until the `rank` leading Ritz vectors are near enough; NEVER if rounding forbids.
 
     The residuals |A x - value x| bound their angle where there is a gap below the last wanted value (Davis and Kahan),
     and what each may gain in energy. A round shrinks them by the ratio of the least value to the last wanted one.

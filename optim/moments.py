@@ -8,8 +8,7 @@ moments are alike in dtype and lie alike in memory. Where dtypes are mixed it st
 that bf16 weights or 8-bit moments never have a whole fp32 tensor beside them.
 """
 
-from collections.abc import Iterator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
