@@ -13,51 +13,50 @@ from thriftlab.optim import AdamW, Frugal, Muon, state_bytes
 from thriftlab.train.backend import BackendError, make_backend
 from thriftlab.train.owned import Item, assign, items
 
+EXACT = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
+FP64 = {"steps": 6, "dtype": torch.float64}  # here a first Adam step on a tiny gradient, or a sign, amplifies nothing
+RUNS = {  # world -> what -> (methods, tolerance, how)
+    2: {
+        "all": (list(MAKERS), 0, {"steps": 10}),
+        "clipped": (["adamw", "columns", "galore"], 0, {"steps": 6, "max_norm": 0.05}),
+        "accumulated": (["adamw", "rows, keep", "fira"], 1e-6, {"steps": 6, "max_norm": 0.5, "micro_batches": 3}),
+    },
+    3: {"long": (["adamw", "fira"], 5e-6, {"steps": 50}), "fp64": (EXACT[::2], 1e-7, FP64)},
+    4: {"long": (["adamw", "fira"], 5e-6, {"steps": 20}), "fp64": (EXACT[1::2], 1e-7, FP64)},
+}
 
-def together(cases, steps, dtype=torch.float32, **how):
-    """Weights and norms of each named method on this rank."""
-    backend, results = make_backend("owned"), {}
-    for name in cases:
-        model, optimizer = make(MAKERS[name], dtype)
-        backend.prepare(model, optimizer)
-        norms = [one_step(backend, [batch(t, backend.rank, backend.world)], **how)[0] for t in range(steps)]
-        results[name] = {k: w.numpy() for k, w in weights_of(model).items()}, norms
+
+@pytest.fixture(scope="module")
+def gangs():
+    """What all ranks make of all runs: one group of processes for each world."""
+    return {world: gang.ranks(world, together, runs) for world, runs in RUNS.items()}
+
+
+def together(runs):
+    """Weights and norms of each run's methods on this rank."""
+    backend = make_backend("owned")
+    results = {what: {name: trained(backend, name, **how) for name in names} for what, (names, _, how) in runs.items()}
     backend.close()
     return results
 
 
-def held_against_one_process(world, cases, steps, tolerance, **how):
-    ranks = gang.ranks(world, functools.partial(together, **how), cases, steps)
-    for name in cases:
-        weights, norms = alone(MAKERS[name], world, steps, **how)
-        for rank in ranks:
-            got, got_norms = rank[name]
+def trained(backend, name, steps, dtype=torch.float32, **how):
+    model, optimizer = make(MAKERS[name], dtype)
+    backend.prepare(model, optimizer)
+    norms = [one_step(backend, [batch(t, backend.rank, backend.world)], **how)[0] for t in range(steps)]
+    return {k: w.numpy() for k, w in weights_of(model).items()}, norms
+
+
+@pytest.mark.parametrize(("world", "what"), [(world, what) for world, runs in RUNS.items() for what in runs])
+def test_ranks_are_one_process(gangs, world, what):
+    """To the bit at two, also clipped; to the noise of sums taken in another order at more, and with accumulation."""
+    names, tolerance, how = RUNS[world][what]
+    for name in names:
+        weights, norms = alone(MAKERS[name], world, **how)
+        for rank in gangs[world]:
+            got, got_norms = rank[what][name]
             assert distance(got, weights) <= tolerance, name
             assert got_norms == norms if tolerance == 0 else got_norms == pytest.approx(norms, rel=1e-5), name
-
-
-def test_two_ranks_are_bitwise_one_process():
-    held_against_one_process(2, list(MAKERS), steps=10, tolerance=0)
-
-
-def test_clipping_keeps_that():
-    held_against_one_process(2, ["adamw", "columns", "galore"], steps=6, tolerance=0, max_norm=0.05)
-
-
-def test_accumulation_is_summation_noise():
-    held_against_one_process(2, ["adamw", "rows, keep", "fira"], 6, tolerance=1e-6, max_norm=0.5, micro_batches=3)
-
-
-@pytest.mark.parametrize("world", [3, 4])
-def test_more_ranks_are_summation_noise(world):
-    held_against_one_process(world, ["adamw", "fira"], steps={3: 50, 4: 20}[world], tolerance=5e-6)
-
-
-@pytest.mark.parametrize("world", [3, 4])
-def test_more_ranks_are_summation_noise_however_it_is_amplified(world):
-    """In fp64, where a first Adam step on a tiny gradient, or a sign, makes of noise no more than noise."""
-    exact = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
-    held_against_one_process(world, exact[world == 4 :: world - 2], 6, tolerance=1e-7, dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------------ no pretence
@@ -136,9 +135,15 @@ def test_work_is_balanced_and_no_rank_has_more_state_than_its_share():
 # ---------------------------------------------------------------------------------------------------- what goes wrong
 
 
-def with_a_bad_number(where):
-    """Three steps, the second with a NaN in one gradient of the last rank: what counted, and the weights."""
+def with_bad_numbers(places):
     backend = make_backend("owned")
+    results = {where: with_a_bad_number(backend, where) for where in places}
+    backend.close()
+    return results
+
+
+def with_a_bad_number(backend, where):
+    """Three steps, the second with a NaN in one gradient of the last rank: what counted, and the weights."""
     model, optimizer = make(AdamW)
     backend.prepare(model, optimizer)
     counted = []
@@ -148,15 +153,16 @@ def with_a_bad_number(where):
         counted.append(one_step(backend, [batch(t, backend.rank, backend.world)], max_norm=1.0)[1])
         if hook:
             hook.remove()
-    backend.close()
     return counted, {k: w.numpy() for k, w in weights_of(model).items()}
 
 
-@pytest.mark.parametrize("where", ["embed.weight", "layers.1.mlp.up.weight"])
-def test_a_bad_number_on_one_rank_is_one_decision(where):
-    (counted, weights), (other, other_weights) = gang.ranks(2, with_a_bad_number, where)
-    assert counted == other == [True, False, True]
-    assert distance(weights, other_weights) == 0
+def test_a_bad_number_on_one_rank_is_one_decision():
+    places = ["embed.weight", "layers.1.mlp.up.weight"]  # of either rank
+    ours, theirs = gang.ranks(2, with_bad_numbers, places)
+    for where in places:
+        (counted, weights), (other, other_weights) = ours[where], theirs[where]
+        assert counted == other == [True, False, True]
+        assert distance(weights, other_weights) == 0
 
 
 def in_all_modes(steps):

@@ -1,8 +1,6 @@
 """DeepSpeed's stages beside one process: bitwise at two ranks, summation noise at three; nothing runs twice."""
 
-import dataclasses
 from collections import Counter
-from types import SimpleNamespace
 
 import gang
 import pytest
@@ -15,11 +13,7 @@ from tiny import tiny_config
 from zero_cases import METHODS, ROWS
 
 from thriftlab.optim.fragments import Fragment
-from thriftlab.train.backend import BackendError, make_backend
-from thriftlab.train.config import RunConfig
-from thriftlab.train.zero import engine_settings, merged
-from thriftlab.train.zero_layout import VERSION, Layout, refuse, verify
-from thriftlab.train.zero_optimizer import ShardedMethod
+from thriftlab.train.backend import make_backend
 from thriftlab.train.zero_plan import make_plan
 
 STEPS = 9  # the subspaces of zero_cases.METHODS are refreshed in the first and the eighth
@@ -112,7 +106,7 @@ def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, kind, i):
     ran = Counter(name for rank in seen for name in rank["ran"])
     assert all(ran[name] == taken for name in seen[0]["owned"])
     if stage == 3 and method in ("galore", "muon"):
-        assert len(seen[0]["owned"]) == 4
+        assert list(seen[0]["owned"].values()) == [world] * 4  # each matrix lies across all ranks
     if method in ("adamw", "signsgd", "frugal blocks", "frugal rows", "badam"):
         assert all(rank["sent"] == 0 for rank in seen)
     if "chunk" in options:
@@ -195,130 +189,23 @@ def test_plans_are_balanced(sizes, world, one_by_one, chunk):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
-
-
-def layout(*places, flat=None):
-    flat = torch.arange(12.0) if flat is None else flat
-    return Layout(flat, {f.name: (f, at) for f, at in places})
-
-
-MODEL = {"a": torch.arange(6.0), "b": torch.arange(6.0, 12.0)}
-SHAPES = {"a": (2, 3), "b": (6,)}
-RIGHT = [(Fragment("a", (2, 3), 0, 6), 0), (Fragment("b", (6,), 0, 6), 6)]
-
-
-def test_a_layout_is_compared_with_the_model():
-    assert verify(layout(*RIGHT), SHAPES, MODEL.__getitem__, lambda said: [said]) == [[f for f, _ in RIGHT]]
-
-
-@pytest.mark.parametrize(
-    "places, message",
-    [
-        ([RIGHT[0], (RIGHT[1][0], 5)], "'b': entries 0 to 6 are not the model's"),
-        ([RIGHT[0]], "'b': entries 0 to 6 are held by nobody"),
-        ([RIGHT[0], (Fragment("b", (6,), 2, 6), 8)], "'b': entries 0 to 2 are held by nobody"),
-        ([*RIGHT, (Fragment("c", (6,), 0, 6), 6)], "'c'.* not parameters"),
-    ],
-)
-def test_a_layout_that_is_not_the_models_is_refused(places, message):
-    with pytest.raises(BackendError, match=message):
-        verify(layout(*places), SHAPES, MODEL.__getitem__, lambda said: [said])
-
-
-def test_entries_that_two_ranks_hold_are_refused():
-    with pytest.raises(BackendError, match="held twice"):
-        verify(layout(*RIGHT), SHAPES, MODEL.__getitem__, lambda said: [said, said])
-
-
-def test_values_that_differ_on_another_rank_only_are_refused_here_too():
-    with pytest.raises(BackendError, match="'b': entries 0 to 3 are not"):
-        share = lambda said: [said, ([], ["'b': entries 0 to 3 are not the model's"])]  # noqa: E731
-        verify(layout(*RIGHT), SHAPES, MODEL.__getitem__, share)
-
-
-@dataclasses.dataclass
-class Zero:
-    offload_optimizer: object = None
-    offload_param: object = None
-    round_robin_gradients: bool = False
-    zero_hpz_partition_size: int = 1
-    zero_quantized_gradients: bool = False
-    zero_quantized_weights: bool = False
-
-
-def engine(load_universal_checkpoint=False, has_moe_layers=False, mpu=None, optimizer=None, **zero):
-    config = SimpleNamespace(load_universal_checkpoint=load_universal_checkpoint, zero_config=Zero(**zero))
-    ours = object()
-    return SimpleNamespace(
-        _config=config, has_moe_layers=has_moe_layers, mpu=mpu, sequence_parallel_size=1,
-        basic_optimizer=ours, optimizer=optimizer or ours,
-    )  # fmt: skip
-
-
-class DeepSpeedZeroOptimizer:
-    pass
-
-
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ({"load_universal_checkpoint": True}, "universal checkpoint"),
-        ({"has_moe_layers": True}, "mixture of experts"),
-        ({"mpu": object()}, "parallelism"),
-        ({"optimizer": SimpleNamespace()}, "SimpleNamespace.*torch_autocast"),
-        ({"optimizer": DeepSpeedZeroOptimizer()}, f"has no single_partition.*deepspeed=={VERSION}"),
-        ({"offload_optimizer": SimpleNamespace(device="cpu")}, "offloading"),
-        ({"round_robin_gradients": True}, "round_robin"),
-        ({"zero_hpz_partition_size": 2}, "hpZ"),
-        ({"zero_quantized_weights": True}, "quantised"),
-    ],
-)
-def test_what_is_not_proved_is_refused(what, message):
-    refuse(engine())
-    with pytest.raises(BackendError, match=message):
-        refuse(engine(**what))
-
-
-def test_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr("deepspeed.__version__", "0.20.0")
-    with pytest.raises(BackendError, match=f"version 0.20.0.*deepspeed=={VERSION}"):
-        refuse(engine())
-
-
-def test_an_optimizer_that_nobody_attached_does_not_stand_still():
-    net, method = zero_cases.build("galore")
-    sharded = ShardedMethod(method, net)
-    sharded.step()  # as DeepSpeed does once, before there are gradients
-    net(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)).sum().backward()
-    with pytest.raises(RuntimeError, match="attach"):
-        sharded.step()
-
-
-def test_a_parameter_that_nobody_trains_is_refused():
-    net, method = zero_cases.build("galore")
-    net.norm.weight.requires_grad_(False)
-    with pytest.raises(BackendError, match="norm.weight"):
-        ShardedMethod(method, net)
-
-
-def test_deepspeeds_own_checkpoint_is_refused():
-    net, method = zero_cases.build("galore")
-    with pytest.raises(RuntimeError, match="save_checkpoint"):
-        ShardedMethod(method, net).state_dict()
-
-
-def test_settings_of_the_user_are_added_and_ours_stay():
-    ours = engine_settings(1, "fp32")
-    assert merged(ours, OVERLAP)["zero_optimization"] == {**ours["zero_optimization"], "overlap_comm": True}
-    for theirs in ({"gradient_clipping": 1.0}, {"zero_optimization": {"stage": 2}}):
-        with pytest.raises(BackendError, match="backend.settings"):
-            merged(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    "backend", [{"name": "ddp", "stage": 1}, {"stage": 2}, {"name": "owned", "settings": {"a": 1}}]
-)
-def test_a_stage_belongs_to_a_backend_that_has_stages(backend):
-    with pytest.raises(ValueError, match="belongs to deepspeed"):
-        RunConfig(backend=backend)
+@pytest.mark.parametrize("world", [3, 4, 5])
+def test_a_matrix_across_three_ranks_has_one_owner(world):
+    """In a row, each rank 20 entries: of a matrix the last 5 of the first, all of the second and 7 of the third."""
+    shapes = {"before": (15,), "matrix": (4, 8), "after": (20 * world - 47,)}
+    held, at = [[] for _ in range(world)], 0
+    for name, shape in shapes.items():
+        n = torch.Size(shape).numel()
+        ends = [(rank, max(20 * rank - at, 0), min(20 * rank + 20 - at, n)) for rank in range(world)]
+        for rank, start, stop in ends:
+            if start < stop:
+                held[rank].append(Fragment(name, shape, start, stop))
+        at += n
+    by_entry = {name: name != "matrix" for name in shapes}
+    plan = make_plan(held, by_entry, work={"before": 1, "matrix": 9, "after": 1}, state_bytes=dict.fromkeys(shapes, 8))
+    assert plan.holders == {"matrix": [(0, 0, 5), (1, 5, 25), (2, 25, 32)]}
+    owner = plan.owner["matrix"]
+    assert owner in range(3) and plan.chunks == [["matrix"]]
+    theirs = {0: 5, 1: 20, 2: 7}
+    expected = {rank: 2 * n for rank, n in theirs.items()} | {owner: 32 - theirs[owner]}
+    assert [plan.sent(rank) for rank in range(world)] == [expected.get(rank, 0) for rank in range(world)]

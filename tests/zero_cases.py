@@ -147,7 +147,7 @@ def measured(backend):
         "sent": exchange.sent if exchange else 0,
         "planned": exchange.plan.sent(backend.rank) if exchange else 0,
         "chunks": len(exchange.plan.chunks) if exchange else 0,
-        "owned": sorted(exchange.plan.owner) if exchange else [],
+        "owned": {name: len(some) for name, some in exchange.plan.holders.items()} if exchange else {},
         "state_bytes": state_bytes(backend.optimizer),
         "predicted_bytes": backend.sharded.predicted_state_bytes(),
     }

@@ -28,6 +28,24 @@ from thriftlab.train.zero_layout import VERSION
 from thriftlab.train.zero_optimizer import ShardedMethod
 from thriftlab.train.zero_plan import CHUNK
 
+BF16 = "weights and gradients stay fp32; use train.precision=bf16"
+OFFLOAD = "owners could not step what is not on their device; use a higher stage, or a method with less state"
+DENSE = "fragments of experts and of sliced tensors are not known here; use a dense model, whole on every rank"
+SUMS = "gradients must arrive as sums over tokens; leave it out, and set train.batch_size and train.micro_batch_size"
+REFUSED = {  # keys of DeepSpeed's JSON: why, and the nearest that works
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp"), BF16),
+    **dict.fromkeys((f"zero_optimization.{k}" for k in ("offload_optimizer", "offload_param")), OFFLOAD),
+    **dict.fromkeys((f"zero_optimization.{k}" for k in ("cpu_offload", "cpu_offload_param")), OFFLOAD),
+    **dict.fromkeys(("expert_parallel", "tensor_parallel", "sequence_parallel_size"), DENSE),
+    **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps"), SUMS),
+    **dict.fromkeys(("prescale_gradients", "gradient_predivide_factor"), SUMS),
+    "communication_data_type": "sums over ranks are taken in fp32; leave it out",
+    "checkpoint": "DeepSpeed's own, universal ones included, lose the method's state; resume the run itself",
+    "elasticity": "DeepSpeed has removed it; resume the run on another number of ranks",
+    "optimizer": "the method is the run's own; use optim.name",
+    "scheduler": "the method's rates are the run's own; use optim.lr and schedule",
+}
+
 
 class DeepSpeed(Group):
     """DeepSpeed's engine.
@@ -42,6 +60,7 @@ class DeepSpeed(Group):
 
     def __init__(self, stage: int = 1, settings: dict[str, Any] | None = None):
         self.stage, self.settings = stage, settings or {}
+        merged(engine_settings(stage, "fp32"), self.settings)  # refused before ranks meet
         load_deepspeed(cuda=torch.cuda.is_available())
         super().__init__()
 
@@ -210,9 +229,11 @@ def engine_settings(stage: int, precision: str) -> dict[str, Any]:
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Both, one inside the other. BackendError for a key of theirs that is ours."""
+    """Both, one inside the other. BackendError for a key of theirs that is ours, or that cannot be used here."""
     result = dict(ours)
     for key, value in theirs.items():
+        if reason := REFUSED.get(path + key):
+            raise BackendError(f"backend.settings cannot set {path}{key}: {reason}")
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             result[key] = merged(ours[key], value, f"{path}{key}.")
         elif key in ours:

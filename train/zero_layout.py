@@ -48,6 +48,7 @@ def refuse(engine: Any) -> None:
     config, zero = engine._config, engine._config.zero_config
     offloads = [part.device for part in (zero.offload_optimizer, zero.offload_param) if part is not None]
     unknown = wrapper not in FIELDS and engine.optimizer is not engine.basic_optimizer
+    few_bits = config.bfloat16_config.enabled or config.float16_config.enabled
     for wrong, what, instead in (
         (version != VERSION, f"version {version}", f"install the one whose layout is known: deepspeed=={VERSION}"),
         (engine.has_moe_layers, "a mixture of experts", "use a dense model"),
@@ -57,6 +58,7 @@ def refuse(engine: Any) -> None:
         (zero.zero_hpz_partition_size > 1, "a second partition (hpZ)", "leave it out"),
         (zero.zero_quantized_gradients or zero.zero_quantized_weights, "quantised communication", "leave it out"),
         (engine.mpu is not None or engine.sequence_parallel_size > 1, "model or sequence parallelism", "use neither"),
+        (few_bits, "the bf16 or fp16 section", "keep fp32 weights, and use torch_autocast for bf16"),
         (unknown, f"its {wrapper}", "keep fp32 weights, and use torch_autocast for bf16"),
     ):
         if wrong:
