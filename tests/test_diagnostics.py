@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from thriftlab.optim import GaLore
+from thriftlab.optim import Frugal, GaLore
 from thriftlab.optim.split import SplitOptimizer
 from thriftlab.train import tracking
 from thriftlab.train.loop import run
@@ -90,3 +90,20 @@ def test_a_step_that_was_skipped_tells_nothing(tiny_data, tmp_path, monkeypatch)
     monkeypatch.setattr(GPT, "forward", spoiled)
     optim, train = {"name": "galore", "rank": 4, "gap": 3}, {"micro_batch_size": 8}
     assert list(refreshes(tiny_data, tmp_path / "out", optim=optim, train=train)) == [1, 5, 8]
+
+
+@pytest.mark.parametrize("subspace", ["columns", "rows", "coordinates"])
+def test_residual_and_overlap_of_chosen_entries(subspace):
+    """The energy of the gradient's other entries, and the share of the new entries that were chosen before."""
+    w = torch.nn.Parameter(torch.zeros(12, 10))
+    w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    optimizer = Frugal([("w", w)], subspace=subspace, density=0.4, gap=1, free="none", lr=1.0)
+    chosen = []
+    for _ in range(2):
+        w.data.zero_()
+        optimizer.step()
+        chosen.append(w.data != 0)  # Adam moves just these
+    told = optimizer.diagnostics()["w"]
+    old, new = chosen
+    assert float(told["residual"]) == pytest.approx(float((w.grad[~new] ** 2).sum() / (w.grad**2).sum()), abs=1e-5)
+    assert float(told["overlap"]) == pytest.approx(float((old & new).sum() / new.sum()), abs=1e-6)
