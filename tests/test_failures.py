@@ -105,7 +105,11 @@ def meet_twice(word):
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     store = ranks.meet(int(os.environ["RANK"]), 2)
     store.set(f"{word}/{os.environ['RANK']}", os.environ["RANK"])
-    return [store.get(f"{word}/{rank}") for rank in range(2)]
+    met = [store.get(f"{word}/{rank}") for rank in range(2)]
+    store.set(f"{word}/{os.environ['RANK']} has read", "")
+    if os.environ["RANK"] == "0":  # the store ends with its host
+        store.wait([f"{word}/1 has read"])
+    return met
 
 
 def test_a_new_start_does_not_meet_the_dead(monkeypatch):
