@@ -1,5 +1,6 @@
 """Batches from a plan: gathered from memory maps, one ahead, without state."""
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -27,6 +28,16 @@ def gather(plan: Plan, step: int, rank: int = 0, world: int = 1) -> Batch:
         where = np.flatnonzero(source == p)
         plan.windows[p].gather(window[where], tokens, where)
     return Batch(*map(torch.from_numpy, (tokens, source.copy(), plan.offsets[source] + window)))
+
+
+def batches(plan: Plan, rank: int, world: int, device: torch.device) -> Callable[[int], Batch]:
+    """`gather` as a function of the step: one batch ahead for a GPU, whose host waits in the meantime.
+
+    On a CPU there is nobody to read ahead: a thread would take the training's own core and Python's lock from it.
+    """
+    return (
+        functools.partial(gather, plan, rank=rank, world=world) if device.type == "cpu" else prefetch(plan, rank, world)
+    )
 
 
 def prefetch(plan: Plan, rank: int = 0, world: int = 1) -> Callable[[int], Batch]:

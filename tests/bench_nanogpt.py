@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from thriftlab.data.loader import prefetch
+from thriftlab.data.loader import batches
 from thriftlab.data.mixture import plan
 from thriftlab.data.shards import open_dataset
 from thriftlab.optim import METHODS, split_groups
@@ -100,11 +100,11 @@ def ours(dataset, shape):
     model.init_weights(0)
     backend = make_backend("single")
     backend.prepare(model, METHODS["adamw"](split_groups(model, [r"\.(attn|mlp)\."]), lr=1e-3))
-    batches, count = prefetch(plan(dataset, length, rows, seed=0)), iter(range(10**9))
+    batch, count = batches(plan(dataset, length, rows, seed=0), 0, 1, backend.device), iter(range(10**9))
     micro_batch = micro_batch_rows(backend.device, length, dim)
 
     def step():
-        train_step(backend, batches(next(count)), None, micro_batch, "fp32", 1.0)
+        train_step(backend, batch(next(count)), None, micro_batch, "fp32", 1.0)
 
     return model, step
 

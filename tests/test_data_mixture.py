@@ -206,6 +206,14 @@ def test_prefetch_is_gather_in_any_order(dataset):
         assert torch.equal(batch(step).tokens, gather(p, step, 1, 2).tokens)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_gathered_for_any_device(dataset, device):
+    p = plan(dataset, LENGTH, 8, 0)
+    batch = loader.batches(p, 1, 2, torch.device(device))
+    for step in (0, 1, 7):
+        assert all(map(torch.equal, batch(step), gather(p, step, 1, 2)))
+
+
 def test_prefetch_raises_where_the_step_is_asked_for(dataset, monkeypatch):
     def gather_but_one(plan, step, rank, world):
         if step == 3:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from thriftlab.data.loader import Batch, prefetch
+from thriftlab.data.loader import Batch, batches
 from thriftlab.optim import state_bytes
 from thriftlab.optim.base import keyed_generator
 from thriftlab.optim.listing import listing, remarks
@@ -65,7 +65,7 @@ def steps(
     config, backend, horizon = run.config, run.backend, run.horizon
     birth = {"started": time.time(), **record.birth_certificate(run.out if run.chief else None)}
     first = counters.step
-    batches = prefetch(run.plan, backend.rank, backend.world)
+    batch = batches(run.plan, backend.rank, backend.world, backend.device)
     saver, log = Saver(run), Log(run, counters, history)
     announce(run, counters)
 
@@ -84,7 +84,7 @@ def steps(
             group["lr"] = lr * factor
         seed_step(run, counters.step)
         clock = time.perf_counter()
-        result = one_step(run, batches(counters.step))
+        result = one_step(run, batch(counters.step))
         seconds = time.perf_counter() - clock
 
         counters.add(result, seconds, timed=counters.step - first >= WARM_STEPS)
