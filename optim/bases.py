@@ -10,6 +10,7 @@ float64, because singular values of gradients fall over four decades and more, a
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -129,16 +130,18 @@ def leading_vectors(grad: Tensor, rank: int, start: Tensor | None = None) -> Ten
     tall = tall / tall.abs().max().clamp(min=torch.finfo(tall.dtype).tiny)
     spare = max(16, rank // 8)  # further directions: the more, the faster the wanted ones converge
     if not 0 < rank < tall.shape[1] // 2 - spare:
-        return decomposed(gram_matrix(tall), rank)
+        return decomposed(tall.T @ tall, rank)
     draw = torch.randn(tall.shape[1], rank + spare, generator=torch.Generator().manual_seed(0), device="cpu")
     block = draw.to(tall.device) / math.sqrt(tall.shape[1])
     if start is not None:
         block[:, :rank].mul_(0.1).add_(start)  # not the start alone: what is orthogonal to it would stay hidden
-        found, block = subspace_iteration(gram_matrix(tall.float()), block, rank)
+        found, block = subspace_iteration((tall.T.float() @ tall.float()).matmul, block, rank)
+        if not found:  # but near, so that a round is cheaper than a Gram matrix
+            found, block = subspace_iteration(lambda x: tall.T @ (tall @ x), block.double(), rank, rounds=1)
         if found:
             return block[:, :rank].double()
-    gram = gram_matrix(tall)
-    found, block = subspace_iteration(gram, block.double(), rank)
+    gram = tall.T @ tall
+    found, block = subspace_iteration(gram.matmul, block.double(), rank)
     return block[:, :rank] if found else decomposed(gram, rank)
 
 
@@ -147,23 +150,19 @@ def decomposed(gram: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
 
 
-def gram_matrix(tall: Tensor, width: int = 128) -> Tensor:
-    """A^T A, by strips of its lower half, which is mirrored  # [n, n]"""
-    n = tall.shape[1]
-    lower = tall.new_zeros(n, n)
-    for i in range(0, n, width):
-        lower[i:, i : i + width] = tall[:, i:].T @ tall[:, i : i + width]
-    return lower.tril() + lower.tril(-1).T
+def subspace_iteration(
+    gram: Callable[[Tensor], Tensor], block: Tensor, rank: int, rounds: int = 2
+) -> tuple[bool, Tensor]:
+    """(whether they are found, Ritz vectors of gram^k block, largest first), k as large as it takes and is worth it.
 
-
-def subspace_iteration(gram: Tensor, block: Tensor, rank: int) -> tuple[bool, Tensor]:
-    """(whether they are found, Ritz vectors of gram^k block, largest first), k as large as it takes and is worth it."""
-    budget, rounds = 3 * len(gram) // block.shape[1], 2  # what it costs to decompose the matrix
+    `gram` multiplies by the Gram matrix; `rounds` are made before the first look.
+    """
+    budget = 3 * len(block) // block.shape[1]  # what it costs to decompose the matrix
     while rounds < budget:
         budget -= rounds + 1
         for _ in range(rounds):
-            block = torch.linalg.qr(gram @ block).Q
-        image = gram @ block
+            block = torch.linalg.qr(gram(block)).Q
+        image = gram(block)
         values, turn = torch.linalg.eigh(block.T @ image)
         values, turn = values.flip(0), turn.flip(1)
         block, image = block @ turn, image @ turn

@@ -10,11 +10,11 @@ One surprise: a rank's `state_dict()` is its own part. Save one per rank, and re
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from thriftlab.optim.base import Method, downhill
 from thriftlab.optim.fragments import Fragment, update_fragments
+from thriftlab.optim.owners import assign, items
 
 
 def step_sharded(method: Method, names: list[str], weights: list[DTensor], group: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def step_sharded(method: Method, names: list[str], weights: list[DTensor], group
         check_placement(name, p)
     named = list(zip(names, weights, strict=True))
     step_fragments(method, [pair for pair in named if method.elementwise(tuple(pair[1].shape), group)], group)
-    owners = assign(group, weights[0].device_mesh.size())
+    owners = assign(items(method), weights[0].device_mesh.size())
     for name, p in named:
         if not method.elementwise(tuple(p.shape), group):
             step_owned(method, name, p, owners[name], group)
@@ -59,21 +59,6 @@ def entries(p: DTensor) -> tuple[int, int]:
     most = -(-p.shape[0] // mesh.size())
     start = min(most * mesh.get_local_rank(), p.shape[0]) * row
     return start, start + p.to_local().numel()
-
-
-def assign(group: dict[str, Any], world: int) -> dict[str, int]:
-    """The owner of every tensor of the group: the heaviest first, each to the rank with the least so far."""
-    heavy = sorted(zip(group["names"], group["params"], strict=True), key=lambda pair: (-work(pair[1]), pair[0]))
-    owners, load = {}, [0] * world
-    for name, p in heavy:
-        owners[name] = load.index(min(load))
-        load[owners[name]] += work(p)
-    return owners
-
-
-def work(p: Tensor) -> int:
-    """Operations of a matrix product."""
-    return p.numel() * (min(p.shape) if p.ndim == 2 else 1)
 
 
 def check_placement(name: str, p: DTensor) -> None:

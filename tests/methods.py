@@ -64,9 +64,7 @@ every_method = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys(
 
 def parameters(dtype=torch.float32):
     draw = torch.Generator().manual_seed(0)
-    return {
-        name: torch.nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for name, shape in SHAPES.items()
-    }
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for name, shape in SHAPES.items()}
 
 
 def gradient(name, step):

@@ -14,9 +14,9 @@ import torch
 from thriftlab.data.loader import Batch
 from thriftlab.optim import METHODS, Muon, split_groups
 from thriftlab.optim.fragments import Fragment
+from thriftlab.optim.owners import state_bytes, work
 from thriftlab.train.backend import DDP, make_backend
 from thriftlab.train.model import GPT, ModelConfig
-from thriftlab.train.owned import state_bytes, work
 from thriftlab.train.step import train_step
 from thriftlab.train.zero import DeepSpeed, engine_settings
 from thriftlab.train.zero_plan import make_plan

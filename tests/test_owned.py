@@ -10,8 +10,8 @@ from methods import MAKERS
 from scale import alone, batch, distance, make, one_step, weights_of
 
 from thriftlab.optim import AdamW, Frugal, Muon, state_bytes
+from thriftlab.optim.owners import Item, assign, items
 from thriftlab.train.backend import BackendError, make_backend
-from thriftlab.train.owned import Item, assign, items
 
 EXACT = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
 FP64 = {"steps": 6, "dtype": torch.float64}  # here a first Adam step on a tiny gradient, or a sign, amplifies nothing

@@ -7,9 +7,9 @@ from methods import MAKERS
 from scale import CONFIG, SEQ, batch, make, one_step
 
 from thriftlab.optim import AdamW, Frugal
+from thriftlab.optim.owners import assign, items
 from thriftlab.train import zero  # noqa: F401  (a backend)
 from thriftlab.train.backend import make_backend
-from thriftlab.train.owned import assign, items
 from thriftlab.train.witness import WitnessError, witness
 
 BACKENDS = [("ddp", {}), ("owned", {}), ("deepspeed", {"stage": 1}), ("deepspeed", {"stage": 3})]

@@ -9,7 +9,7 @@ more. One surprise: DDP is told to add and not, as it likes to, to average.
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from thriftlab.train.channel import Channel
 from thriftlab.train.errors import UserError
 from thriftlab.train.layerwise import Layerwise
 from thriftlab.train.optim_state import pack_optimizer, unpack_optimizer
-from thriftlab.train.pieces import Pieces, Source, read_whole, whole
+from thriftlab.train.pieces import Piece, Pieces, Source, read_whole, whole
 from thriftlab.train.ranks import meet
 
 BACKENDS: dict[str, type["Backend"]] = {}
@@ -144,8 +144,7 @@ class Backend:
 
     def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
         """Take what this rank holds from a checkpoint of any backend, stage and world size."""
-        for name, p in self.model.named_parameters():
-            p.data.copy_(read_whole(weights, name))
+        self.put_weights(lambda name, piece: weights.read(name, piece.start, piece.stop))
         unpack_optimizer(self.optimizer, {key: read_whole(states, key) for key in states.shapes}, options)
 
     def predicted_state_bytes(self) -> int:
@@ -161,7 +160,7 @@ class Backend:
     def rehearsal(self) -> Iterator[None]:
         """Steps inside start from the present weights and an empty state, and are undone: every bit is as it was."""
         optimizer = self.optimizer
-        weights = {p: p.detach().to("cpu", copy=True) for p in self.model.parameters()}
+        weights = {name: piece.tensor.to("cpu", copy=True) for name, piece in self.weights().items()}
         groups = [dict(group) for group in optimizer.param_groups]
         states, optimizer.state = optimizer.state, type(optimizer.state)(dict)
         try:
@@ -170,8 +169,12 @@ class Backend:
             optimizer.state = states
             for group, old in zip(optimizer.param_groups, groups, strict=True):
                 group.update(old)
-            for p, before in weights.items():
-                p.data.copy_(before)
+            self.put_weights(lambda name, piece: weights[name])
+
+    def put_weights(self, value: Callable[[str, Piece], Tensor]) -> None:
+        """Overwrite what this rank holds of the parameters; `value(name, piece)` is flat, as the piece is."""
+        for name, piece in self.weights().items():
+            piece.tensor.copy_(value(name, piece))
 
     def close(self) -> None:
         """Leave the group."""
@@ -243,6 +246,17 @@ def sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 
 class BackendError(UserError):
     """A backend that cannot run here; says why and what can."""
+
+
+def as_method(optimizer: torch.optim.Optimizer, backend: str) -> Method:
+    """The optimizer, if its parameters can be stepped on different ranks; else BackendError."""
+    if not isinstance(optimizer, Method):
+        raise BackendError(
+            f"backend {backend} has each rank step a part of the model, and {type(optimizer).__name__} does not "
+            "promise that its parameters can be stepped apart; make it a thriftlab.optim.Method, or use "
+            "backend.name=ddp"
+        )
+    return optimizer
 
 
 def make_backend(name: str, **options: Any) -> Backend:

@@ -19,23 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thriftlab.optim import Method
-from thriftlab.optim.split import SplitOptimizer, is_split, subspace_of
-from thriftlab.optim.subspace import CoordinateSubspace
-from thriftlab.train.backend import BackendError, Group
+from thriftlab.optim.owners import assign, items
+from thriftlab.train.backend import Group, as_method
 from thriftlab.train.optim_state import unpack_optimizer
 from thriftlab.train.pieces import Source, read_whole
 
 BUCKET = 2**22  # entries that travel together; a tensor that is larger travels alone
 IN_FLIGHT = 4  # buckets
-
-
-class Item(NamedTuple):
-    """What owning one parameter means."""
-
-    name: str
-    work: int  # operations of its step, up to a constant
-    state_bytes: int
 
 
 class Bucket(NamedTuple):
@@ -54,12 +44,8 @@ class Owned(Group):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
     ) -> None:
         super().prepare(model, optimizer, compiled)
-        if not isinstance(optimizer, Method):
-            raise BackendError(
-                f"backend owned has each rank step a part of the parameters, and {type(optimizer).__name__} does not "
-                "promise that they can be stepped apart; make it a thriftlab.optim.Method, or use backend.name=ddp"
-            )
-        self.owners = assign(items(optimizer), self.world)
+        self.method = as_method(optimizer, self.name)
+        self.owners = assign(items(self.method), self.world)
         named = dict(model.named_parameters())
         self.buckets = make_buckets([(self.owners[name], p) for name, p in named.items() if name in self.owners])
         self.mine = {p for name, p in named.items() if self.owners.get(name) == self.rank}
@@ -140,10 +126,9 @@ class Owned(Group):
         return self.owners.get(name, 0) == self.rank
 
     def predicted_state_bytes(self) -> int:
-        assert isinstance(self.optimizer, Method)
         specs = (
-            self.optimizer.expected_spec(name, p, group)
-            for group in self.optimizer.param_groups
+            self.method.expected_spec(name, p, group)
+            for group in self.method.param_groups
             for name, p in zip(group["names"], group["params"], strict=True)
             if self.owns(name)
         )
@@ -154,53 +139,11 @@ class Owned(Group):
         return {**super().options(), "state": {}}
 
     def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
-        for name, p in self.model.named_parameters():
-            p.data.copy_(read_whole(weights, name))
+        self.put_weights(lambda name, piece: weights.read(name, piece.start, piece.stop))
         mine = [key for key in states.shapes if self.answers(key) or key.rpartition("/")[0] not in self.owners]
         tree = {name: state for name, state in options["state"].items() if self.owns(name)}
         tensors = {key: read_whole(states, key) for key in mine}
         unpack_optimizer(self.optimizer, tensors, {**options, "state": tree})
-
-
-def items(optimizer: Method) -> list[Item]:
-    """The parameters of all groups that take gradients, in order."""
-    return [
-        Item(name, work(optimizer, p, group), state_bytes(optimizer, p, group))
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"], strict=True)
-        if p.requires_grad
-    ]
-
-
-def work(optimizer: Method, weight: Tensor, group: dict[str, Any]) -> int:
-    """Operations of one tensor's step, up to a constant: products with a matrix, or a walk over its entries."""
-    if not (isinstance(optimizer, SplitOptimizer) and is_split(weight, group)):
-        return weight.numel()
-    subspace = group.get("subspace")
-    walks = subspace == "blocks" or subspace and isinstance(subspace_of(group), CoordinateSubspace)
-    return weight.numel() * (1 if walks else min(weight.shape))
-
-
-def state_bytes(optimizer: Method, weight: Tensor, group: dict[str, Any]) -> int:
-    """Bytes of one tensor's state by the method's spec; of an active one, where that comes and goes."""
-    spec = optimizer.spec(tuple(weight.shape), weight.dtype, **group)
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in spec.values() if shape)
-
-
-def assign(items: list[Item], world: int) -> dict[str, int]:
-    """The owner of every parameter: the heaviest first, each to the rank with the least work that has room.
-
-    A rank has room while its state is at most the mean over ranks; one with the least state always has. So no rank has
-    more than total / world + the largest of one tensor, and with that the work is balanced (Graham's LPT, 1969).
-    """
-    mean = sum(item.state_bytes for item in items) / world
-    owners, work, held = {}, [0] * world, [0] * world
-    for item in sorted(items, key=lambda item: (-item.work, item.name)):
-        rank = min((r for r in range(world) if held[r] <= mean), key=lambda r: (work[r], held[r]))
-        owners[item.name] = rank
-        work[rank] += item.work
-        held[rank] += item.state_bytes
-    return owners
 
 
 def make_buckets(owned: list[tuple[int, Tensor]]) -> list[Bucket]:

@@ -13,15 +13,15 @@ give the same bits there, too.
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thriftlab.optim import Method, fragments
-from thriftlab.train.backend import BackendError, Group
+from thriftlab.optim import fragments
+from thriftlab.train.backend import BackendError, Group, as_method
 from thriftlab.train.optim_state import unpack_optimizer
 from thriftlab.train.pieces import Piece, Pieces, Source, whole
 from thriftlab.train.zero_layout import VERSION
@@ -69,13 +69,8 @@ class DeepSpeed(Group):
     ) -> None:
         import deepspeed
 
-        if not isinstance(optimizer, Method):
-            raise BackendError(
-                f"backend deepspeed has each rank step a part of the model, and {type(optimizer).__name__} does not "
-                "promise that its parameters can be stepped apart; make it a thriftlab.optim.Method, or use backend ddp"
-            )
         super().prepare(model, optimizer)
-        self.sharded = ShardedMethod(optimizer, model, self.chunk)
+        self.sharded = ShardedMethod(as_method(optimizer, self.name), model, self.chunk)
         config = merged(engine_settings(self.stage, precision), self.settings)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.sharded, config=config)
         self.sharded.attach(self.engine)
@@ -148,9 +143,7 @@ class DeepSpeed(Group):
         return {**super().options(), "state": {}}
 
     def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
-        for name, piece in self.weights().items():
-            piece.tensor.copy_(weights.read(name, piece.start, piece.stop))
-        self.publish()
+        self.put_weights(lambda name, piece: weights.read(name, piece.start, piece.stop))
         unpack_optimizer(self.optimizer, {}, {**options, "state": {}})
         keys: dict[str, list[str]] = {name: [] for name in self.sharded.shapes}
         for key in states.shapes:
@@ -171,20 +164,9 @@ class DeepSpeed(Group):
             return fragments.take_up(fragment, group, shapes, read)
         return {key: read(key).view(shapes[key]) for key in keys} if self.sharded.keeps(name) else {}
 
-    @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        before = {name: piece.tensor.to("cpu", copy=True) for name, piece in self.weights().items()}
-        groups = [dict(group) for group in self.optimizer.param_groups]
-        states, self.optimizer.state = self.optimizer.state, type(self.optimizer.state)(dict)
-        try:
-            yield
-        finally:
-            self.optimizer.state = states
-            for group, old in zip(self.optimizer.param_groups, groups, strict=True):
-                group.update(old)
-            for name, piece in self.weights().items():
-                piece.tensor.copy_(before[name])
-            self.publish()
+    def put_weights(self, value: Callable[[str, Piece], Tensor]) -> None:
+        super().put_weights(value)
+        self.publish()
 
     def publish(self) -> None:
         """Bring the master weights of all ranks into the model."""

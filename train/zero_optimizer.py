@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from thriftlab.optim import Method
 from thriftlab.optim.fragments import Fragment, is_moment, update_fragments
+from thriftlab.optim.owners import state_bytes, work
 from thriftlab.train.backend import BackendError, clip_factor
 from thriftlab.train.channel import share
-from thriftlab.train.owned import state_bytes, work
 from thriftlab.train.zero_layout import Layout, read_layout, refuse, verify
 from thriftlab.train.zero_plan import CHUNK, Exchange, is_aligned, make_plan
 
