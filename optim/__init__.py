@@ -1,26 +1,31 @@
-"""Update rules: ordinary `torch.optim.Optimizer`s, usable in anyone's loop. Adding a method is adding a file."""
+"""Update rules and layers, usable in anyone's loop: ordinary `torch.optim.Optimizer`s and `nn.Module`s.
+
+Adding a method is adding a file.
+"""
 
 import importlib
 import pkgutil
 
 from thriftlab.optim.base import METHODS, Method, predicted_state_bytes, state_bytes
+from thriftlab.optim.layers import LAYERS, Conversion, Layer, convert
 from thriftlab.optim.listing import left_to_adamw
+from thriftlab.optim.lost import convert_lost
 from thriftlab.optim.split import SplitOptimizer, split_groups
 from thriftlab.optim.subspace import Subspace
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-_classes = {cls.__name__: cls for cls in METHODS.values()}  # AdamW, Frugal, SignSGD ...
+_classes = {cls.__name__: cls for cls in (*METHODS.values(), *LAYERS.values())}  # AdamW, Frugal, LostLinear ...
 
 
-def __getattr__(name: str) -> type[Method]:
+def __getattr__(name: str) -> type[Method | Layer]:
     if name in _classes:
         return _classes[name]
     raise AttributeError(f"thriftlab.optim has no {name!r}; its methods are {sorted(_classes)}")
 
 
 __all__ = [  # noqa: PLE0604
-    "METHODS", "Method", "SplitOptimizer", "Subspace", "left_to_adamw", "predicted_state_bytes", "split_groups",
-    "state_bytes", *_classes
+    "LAYERS", "METHODS", "Conversion", "Layer", "Method", "SplitOptimizer", "Subspace", "convert", "convert_lost",
+    "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes", *_classes
 ]  # fmt: skip

@@ -14,10 +14,10 @@ from torch import nn
 
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
-from thriftlab.optim import METHODS, Method, split_groups
+from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
 from thriftlab.train.backend import Backend
 from thriftlab.train.budget import SCHEDULES, Horizon
-from thriftlab.train.config import RunConfig, fingerprint
+from thriftlab.train.config import LAYER, RunConfig, fingerprint
 from thriftlab.train.errors import ConfigError, UserError
 from thriftlab.train.model import GPT
 
@@ -97,9 +97,23 @@ def make_model(config: RunConfig, dataset: Dataset, device: torch.device) -> GPT
         )
     with torch.device("meta"):
         model = GPT(config.model.model_copy(update={"vocab_size": vocab_size}), config.train.activation_checkpointing)
-    model.to_empty(device=device)
-    model.init_weights(config.seed)
+    replace_layers(config, model)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.init_weights(config.seed)
     return model
+
+
+def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
+    """Puts the layers that the configuration names in the place of Linears, not yet filled."""
+    layer = config.layer
+    if layer.name == LAYER.default:
+        return Conversion([], {})
+    make = functools.partial(LAYERS[layer.name], **layer.hyperparameters())
+    try:
+        return convert(model, make, layer.include, layer.exclude)
+    except ValueError as error:  # a pattern that matches nothing, hyper-parameters that do not go together
+        raise ConfigError(f"layer: {error}") from error
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> Method:

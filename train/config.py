@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from thriftlab.optim import METHODS
+from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train import owned, zero  # noqa: F401  (backends)
 from thriftlab.train.backend import BACKENDS
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
@@ -44,6 +44,15 @@ class OptimConfig(Choice):
     exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never split")
 
 
+class LayerConfig(Choice):
+    """What stands in the place of the Linears, and of which."""
+
+    include: tuple[Pattern, ...] = Field(
+        (r"\.(attn|mlp)\.",), description="regular expressions: Linears whose weight has a matching name are replaced"
+    )
+    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never replaced")
+
+
 class ScheduleConfig(Choice):
     """The factor of the learning rate over the budget."""
 
@@ -54,6 +63,7 @@ class ScheduleConfig(Choice):
 
 
 OPTIM = Registry(METHODS, OptimConfig, "adamw")
+LAYER = Registry(LAYERS, LayerConfig, "dense")
 SCHEDULE = Registry(SCHEDULES, ScheduleConfig, "cosine")
 
 
@@ -181,6 +191,7 @@ class RunConfig(Section):
         (), description="Python files that are run first and may register methods and schedules"
     )
     model: ModelConfig = ModelConfig()
+    layer: Annotated[LayerConfig, LAYER] = Field({"name": LAYER.default}, validate_default=True)
     data: DataConfig = DataConfig()
     optim: Annotated[OptimConfig, OPTIM] = Field({"name": OPTIM.default}, validate_default=True)
     schedule: Annotated[ScheduleConfig, SCHEDULE] = Field({"name": SCHEDULE.default}, validate_default=True)
@@ -190,6 +201,17 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+
+# What a method is made of: a layer, an update rule, or both, as in "lost+frugal".
+SEAMS: dict[str, Registry] = {"layer": LAYER, "optim": OPTIM}
+
+
+def method_name(config: RunConfig) -> str:
+    """The method of a run: the names of all that is not the default, or the default update rule's."""
+    chosen = {section: getattr(config, section).name for section in SEAMS}
+    names = [name for section, name in chosen.items() if name != SEAMS[section].default]
+    return "+".join(names) or chosen["optim"]
 
 
 # What does not change the result of a run: its name and place and what is written on the way; and how fast it is.

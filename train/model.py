@@ -22,6 +22,7 @@ from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim.base import keyed_generator
+from thriftlab.optim.layers import Layer
 
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -205,16 +206,24 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Norms 1; all else normal(0, init_std), the two projections back into the residual stream / sqrt(2 layers)."""
+        """Norms 1; all else normal(0, init_std), the two projections back into the residual stream / sqrt(2 layers).
+
+        A layer in the place of a Linear starts from the weight that the Linear would have.
+        """
         self.tie()
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, Layer)}
+        for name, layer in layers.items():
+            shape = torch.Size((layer.out_features, layer.in_features))
+            weight = self.first_weight(f"{name}.weight", shape, seed)
+            layer.load_dense(weight, keyed_generator(seed, f"{name}.weight", 1))
         for name, p in self.named_parameters():
-            if p.ndim == 1:
-                p.fill_(1.0)
-                continue
-            into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-            std = self.config.init_std / (math.sqrt(2 * self.config.layers) if into_residual else 1.0)
-            draw = torch.randn(p.shape, generator=keyed_generator(seed, name, 0)) * std
-            p.copy_(draw)
+            if name.rpartition(".")[0] not in layers:
+                p.copy_(torch.ones(p.shape) if p.ndim == 1 else self.first_weight(name, p.shape, seed))
+
+    def first_weight(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+        std = self.config.init_std / (math.sqrt(2 * self.config.layers) if into_residual else 1.0)
+        return torch.randn(shape, generator=keyed_generator(seed, name, 0)) * std
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Training FLOPs of one token, forward and backward, counted from the modules (2204.02311, appendix B).
@@ -222,8 +231,9 @@ class GPT(nn.Module):
         Six per weight of every Linear (an embedding is a look-up) and twelve per attended position and channel. By that
         paper's convention all `sequence_length` positions count, though the causal mask leaves half of them out.
         """
-        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * linear + 12 * self.config.layers * self.config.dim * sequence_length
+        linear = sum(6 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        replaced = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Layer))
+        return linear + replaced + 12 * self.config.layers * self.config.dim * sequence_length
 
 
 def document_mask(documents: Tensor) -> Tensor:
