@@ -1,8 +1,8 @@
 """Layer methods: what stands in the place of a Linear. Adding one is adding a file.
 
-A layer method is a module made from the shape of a Linear and filled from its weight; its constructor's signature is its
-only declaration of hyper-parameters, as with update rules. `convert` puts it wherever a name asks for it and it saves
-something, and says what it left and why.
+A layer method is a module made from the shape of a Linear and filled from its weight; its constructor's signature is
+its only declaration of hyper-parameters, as with update rules. `convert` puts it wherever a name asks for it and it
+saves something, and says what it left and why.
 
 One surprise: the modules are built from shapes alone and filled afterwards. So a converted model can be built on the
 meta device, loaded from a state dict, and sharded before it exists.
