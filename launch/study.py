@@ -59,7 +59,7 @@ class Setting:
 
     def steps(self, config: RunConfig) -> int | None:
         """Steps that the budget allows; None under a budget of seconds."""
-        model = make_model(config, self.dataset, torch.device("meta"))
+        model, _ = make_model(config, self.dataset)
         flops_per_token = model.flops_per_token(config.data.sequence_length)
         return config.budget.horizon(tokens_per_step(config), flops_per_token).steps
 

@@ -1,4 +1,4 @@
-"""What a split method leaves to full AdamW, and why: a memory bill that is not as expected is explained here.
+"""What a method leaves as it was, and why: a memory bill that is not as expected is explained here.
 
 The surprise: most of a small model is on this list: embedding and head of a 60M model are over half of it.
 """
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from thriftlab.optim.frugal import blocks
+from thriftlab.optim.layers import Conversion
 from thriftlab.optim.split import SplitOptimizer, is_split, subspace_of
 
 
@@ -64,12 +65,24 @@ def left_line(optimizer: torch.optim.Optimizer) -> str:
         return ""
     groups = optimizer.param_groups
     sizes = {name: p.numel() for g in groups for name, p in zip(g["names"], g["params"], strict=True)}
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        by_reason.setdefault(reason, []).append(name)
     share = sum(sizes[name] for name in left) / max(sum(sizes.values()), 1)
-    parts = [f"{reason}: {shortened(names)}" for reason, names in by_reason.items()]
-    return f"full AdamW for {len(left)} of {len(sizes)} tensors ({share:.0%} of the parameters): {'; '.join(parts)}"
+    return f"full AdamW for {len(left)} of {len(sizes)} tensors ({share:.0%} of the parameters): {by_reason(left)}"
+
+
+def replaced(layer: str, conversion: Conversion) -> str:
+    """How many Linears a layer method stands for, and which it was to and does not; empty where none was meant."""
+    done, left = conversion.converted, conversion.left
+    if not done and not left:
+        return ""
+    rest = f"; left as they are: {by_reason(left)}" if left else ""
+    return f"{layer} in the place of {len(done)} of {len(done) + len(left)} Linears{rest}"
+
+
+def by_reason(left: dict[str, str]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        reasons.setdefault(reason, []).append(name)
+    return "; ".join(f"{reason}: {shortened(names)}" for reason, names in reasons.items())
 
 
 def shortened(names: list[str], shown: int = 3) -> str:

@@ -76,6 +76,9 @@ class Backend:
         """Small values of all ranks, in their order."""
         return [value]
 
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """The tensor of rank `source`, in place of every rank's."""
+
     def channel(self) -> Channel:
         """A way of its own to share, which a thread may use while training goes on."""
         return channel.ALONE
@@ -212,6 +215,9 @@ class Group(Backend):
     def share(self, value: Any) -> list[Any]:
         return channel.share(value)
 
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        dist.broadcast(tensor, source)
+
     def channel(self) -> Channel:
         group = dist.new_group(backend="gloo")
         return Channel(self.rank, lambda value: channel.share(value, group))
@@ -230,7 +236,9 @@ class DDP(Group):
     ) -> None:
         super().prepare(model, optimizer, compiled)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        self.module = self.replica = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
+        self.module = self.replica = DistributedDataParallel(
+            self.module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         self.replica.register_comm_hook(None, sum_gradients)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:

@@ -15,11 +15,13 @@ from torch import nn
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
+from thriftlab.optim.listing import by_reason
 from thriftlab.train.backend import Backend
 from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.config import LAYER, RunConfig, fingerprint
 from thriftlab.train.errors import ConfigError, UserError
 from thriftlab.train.model import GPT
+from thriftlab.train.replicas import refuse_differences
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Run:
     dataset: Dataset
     plan: Plan
     model: GPT
+    conversion: Conversion
     optimizer: Method
     schedule: Callable[[float], float]
     horizon: Horizon
@@ -67,7 +70,9 @@ def build(config: RunConfig, backend: Backend) -> Run:
         torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(config.train.deterministic)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
-    model = make_model(config, dataset, backend.device)
+    model, conversion = make_model(config, dataset)
+    model.to_empty(device=backend.device)
+    fill(model, config.seed, backend)
     optimizer = make_optimizer(config, model)
     backend.prepare(model, optimizer, config.train.compile, config.train.precision)
     if config.train.layerwise:
@@ -80,6 +85,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
         dataset,
         make_plan(config, dataset, horizon.steps),
         model,
+        conversion,
         optimizer,
         functools.partial(SCHEDULES[config.schedule.name], **config.schedule.hyperparameters()),
         horizon,
@@ -87,8 +93,8 @@ def build(config: RunConfig, backend: Backend) -> Run:
     )
 
 
-def make_model(config: RunConfig, dataset: Dataset, device: torch.device) -> GPT:
-    """The model on `device`, its weights a function of the seed."""
+def make_model(config: RunConfig, dataset: Dataset) -> tuple[GPT, Conversion]:
+    """The model on the meta device, and which of its Linears became layers."""
     vocab_size = config.model.vocab_size or dataset.tokenizer.vocab_size
     if vocab_size < dataset.tokenizer.vocab_size:
         raise UserError(
@@ -97,23 +103,35 @@ def make_model(config: RunConfig, dataset: Dataset, device: torch.device) -> GPT
         )
     with torch.device("meta"):
         model = GPT(config.model.model_copy(update={"vocab_size": vocab_size}), config.train.activation_checkpointing)
-    replace_layers(config, model)
-    if device.type != "meta":
-        model.to_empty(device=device)
-        model.init_weights(config.seed)
-    return model
+    return model, replace_layers(config, model)
 
 
 def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
-    """Puts the layers that the configuration names in the place of Linears, not yet filled."""
+    """Puts the layers that the configuration names in the place of Linears, not yet filled. ConfigError if it cannot,
+    or if that would save nothing anywhere."""
     layer = config.layer
     if layer.name == LAYER.default:
         return Conversion([], {})
     make = functools.partial(LAYERS[layer.name], **layer.hyperparameters())
     try:
-        return convert(model, make, layer.include, layer.exclude)
+        done = convert(model, make, layer.include, layer.exclude)
     except ValueError as error:  # a pattern that matches nothing, hyper-parameters that do not go together
         raise ConfigError(f"layer: {error}") from error
+    if not done.converted:
+        raise ConfigError(
+            f"layer.name = {layer.name} is in the place of no Linear: {by_reason(done.left) or 'all are excluded'}"
+        )
+    return done
+
+
+def fill(model: GPT, seed: int, backend: Backend) -> None:
+    """First weights, a function of the seed and equal on all ranks; they divide the layers that are more work."""
+    model.init_weights(seed, slice(backend.rank, None, backend.world))
+    for turn, layer in enumerate(model.replaced().values()):
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            backend.broadcast(tensor.detach(), turn % backend.world)
+    if backend.world > 1:
+        refuse_differences(model, backend.share)
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> Method:

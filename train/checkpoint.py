@@ -207,8 +207,8 @@ class Checkpoint:
     meta: dict[str, Any]
 
     def source(self, group: str) -> Shards:
-        """The tensors of a group, to be read in pieces."""
-        return Shards(self.path, group, self.index[group])
+        """The tensors of a group, to be read in pieces; none where it was not written."""
+        return Shards(self.path, group, self.index.get(group, {}))
 
     @cached_property
     def tensors(self) -> Tensors:

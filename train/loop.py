@@ -15,17 +15,19 @@ import torch
 from thriftlab.data.loader import Batch, batches
 from thriftlab.optim import state_bytes
 from thriftlab.optim.base import keyed_generator
-from thriftlab.optim.listing import listing, remarks
+from thriftlab.optim.listing import listing, remarks, replaced
 from thriftlab.train import checkpoint, record
 from thriftlab.train.backend import Backend, make_backend
 from thriftlab.train.build import Run, build
 from thriftlab.train.channel import Channel
-from thriftlab.train.config import RunConfig
+from thriftlab.train.config import RunConfig, method_name
 from thriftlab.train.errors import UserError
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
+from thriftlab.train.pieces import whole
 from thriftlab.train.ranks import named_losses, set_timeout
+from thriftlab.train.replicas import buffers, take_up_buffers
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
 from thriftlab.train.stop import Interrupted, status, stop_file, stop_signals
 from thriftlab.train.witness import witness
@@ -117,10 +119,10 @@ def examine(run: Run) -> None:
 
 
 def announce(run: Run, counters: Counters) -> None:
-    """Says once what the method leaves to full AdamW."""
-    lines = listing(run.optimizer)
+    """Says once which layers are replaced, and what the method leaves to full AdamW."""
+    lines = [line for line in (replaced(run.config.layer.name, run.conversion), listing(run.optimizer)) if line]
     if lines and run.chief and counters.step == 0:
-        print(lines, file=sys.stderr, flush=True)
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def due(step: int, every: int) -> bool:
@@ -176,7 +178,8 @@ class Saver:
 
     def save(self, counters: Counters) -> None:
         backend, metrics = self.run.backend, self.run.out / "metrics.jsonl"
-        groups = {"model": backend.weights(), "optim": backend.states()}
+        kept = {name: whole(tensor) for name, tensor in buffers(self.run.model).items()}
+        groups = {"model": backend.weights(), "buffers": kept, "optim": backend.states()}
         ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
         meta = {
             "fingerprint": self.run.fingerprint,
@@ -200,6 +203,7 @@ def restore(run: Run) -> tuple[Counters, str | None]:
             f"choose another out=, or remove that folder to start anew"
         )
     run.backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
+    take_up_buffers(run.model, found.source("buffers"))
     return Counters(**found.meta["counters"]), found.meta["history"]
 
 
@@ -219,7 +223,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
     speed, tokenizer = counters.tokens_per_second(), run.dataset.tokenizer
     entry = {
         "status": "done",
-        "method": run.config.optim.name,
+        "method": method_name(run.config),
         "fingerprint": run.fingerprint,
         "seed": run.config.seed,
         "config": run.config.model_dump(mode="json"),
@@ -228,7 +232,9 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
         "data": {"fingerprint": run.dataset.fingerprint, "plan": run.plan.fingerprint, "tokenizer": tokenizer.name},
         "model": {
             "parameters": sum(p.numel() for p in run.model.parameters()),
+            "trained": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
             "flops_per_token": run.flops_per_token,
+            "layers": {"converted": run.conversion.converted, "left": run.conversion.left},
         },
         "budget": {
             "steps": counters.step,
@@ -239,6 +245,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
         "results": {**results, "perplexity": math.exp(min(results["loss"], 700)), "train_loss": counters.loss},
         "memory": {
             "parameter_bytes": sum(p.nbytes for p in run.model.parameters()),
+            "buffer_bytes": sum(b.nbytes for b in run.model.buffers()),
             "state_bytes": state_bytes(run.optimizer),
             "predicted_state_bytes": run.backend.predicted_state_bytes(),
             "peak_bytes": record.peak_bytes(),

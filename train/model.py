@@ -205,20 +205,25 @@ class GPT(nn.Module):
         return linear_cross_entropy(x, self.lm_head.weight, targets.flatten()).view(tokens.shape)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, share: slice = slice(None)) -> None:
         """Norms 1; all else normal(0, init_std), the two projections back into the residual stream / sqrt(2 layers).
 
-        A layer in the place of a Linear starts from the weight that the Linear would have.
+        A layer in the place of a Linear starts from the weight that the Linear would have. That can be much work, so of
+        these layers only a share is filled where ranks divide them.
         """
         self.tie()
-        layers = {name: module for name, module in self.named_modules() if isinstance(module, Layer)}
-        for name, layer in layers.items():
+        layers = self.replaced()
+        for name, layer in list(layers.items())[share]:
             shape = torch.Size((layer.out_features, layer.in_features))
             weight = self.first_weight(f"{name}.weight", shape, seed)
             layer.load_dense(weight, keyed_generator(seed, f"{name}.weight", 1))
         for name, p in self.named_parameters():
             if name.rpartition(".")[0] not in layers:
                 p.copy_(torch.ones(p.shape) if p.ndim == 1 else self.first_weight(name, p.shape, seed))
+
+    def replaced(self) -> dict[str, Layer]:
+        """The layers in the place of Linears, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Layer)}
 
     def first_weight(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -232,7 +237,7 @@ class GPT(nn.Module):
         paper's convention all `sequence_length` positions count, though the causal mask leaves half of them out.
         """
         linear = sum(6 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        replaced = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Layer))
+        replaced = sum(layer.flops_per_token() for layer in self.replaced().values())
         return linear + replaced + 12 * self.config.layers * self.config.dim * sequence_length
 
 
