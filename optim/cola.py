@@ -1,7 +1,7 @@
 """CoLA (2502.10940), y = B act(A x), and without its activation the plain low-rank layer y = B A x.
 
-Both are LOST without its channels. One surprise: CoLA puts SiLU into every projection and keeps the one of SwiGLU as
-well, in its smaller models; the larger ones drop that (`model.gate=none`).
+One surprise: CoLA puts SiLU into every projection and keeps the one of SwiGLU as well, in its smaller models; the
+larger ones (350M and above) drop that: `model.gate=none`.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,33 +10,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.hyper import Search
-from thriftlab.optim.lost import Act, Gain, LostLinear, Rank
+from thriftlab.optim.factored import Act, Factored, Gain, Rank, svd
+from thriftlab.optim.hyper import Search, check
 
 Start = Literal["gauss", "svd"]
-
-
-class Factored(LostLinear):
-    """Two factors alone. Beside LOST's start from the SVD they know CoLA's: normal, std rank^-1/4 (in + out)^-1/4."""
-
-    init: Start
-
-    def load_factors(self, weight: Tensor, generator: torch.Generator) -> None:
-        if self.init == "svd":
-            return super().load_factors(weight, generator)
-        std = (self.rank * (self.in_features + self.out_features)) ** -0.25
-        for factor in (self.lr_in, self.lr_out):
-            factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * std)
 
 
 class CoLA(Factored, name="cola"):
     """CoLA: a low-rank layer with an activation between its factors.
 
     Args:
-        rank: below 1 a share of the layer's smaller side.
+        rank: below 1 a share of the layer's smaller side, above that side that side.
         act: the activation between the factors.
-        init: gauss as in the paper, or svd: the best approximation of the Linear's first weight.
-        init_gain: dense: scale the layer so that its first output is as large as the Linear's; or a number.
+        init: gauss as in the paper, std rank^-1/4 (in + out)^-1/4; or svd: the Linear's best approximation.
+        init_gain: scales lr_out once. A number: the layer starts as this many times B act(A x); dense: its output on
+            normal noise starts as large as the Linear's; null: as published.
     """
 
     def __init__(
@@ -49,17 +37,26 @@ class CoLA(Factored, name="cola"):
         init_gain: Annotated[Gain, Field()] = None,
         **place: Any,
     ):
-        super().__init__(in_features, out_features, rank, density=0, gamma=1, act=act, init_gain=init_gain, **place)
+        check(type(self), locals())
+        super().__init__(in_features, out_features, rank, act, init_gain, **place)
         self.init = init
 
+    def load_branches(self, weight: Tensor, generator: torch.Generator) -> None:
+        if self.init == "svd":
+            return self.load_factors(*svd(weight))
+        std = (self.rank * (self.in_features + self.out_features)) ** -0.25
+        for factor in (self.lr_in, self.lr_out):
+            factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * std)
 
-class LowRank(Factored, name="lowrank"):
+
+class LowRank(CoLA, name="lowrank"):
     """Low-rank: W = B A.
 
     Args:
-        rank: below 1 a share of the layer's smaller side.
-        init: svd, the best approximation of the Linear's first weight, or gauss.
-        init_gain: dense: scale the layer so that its first output is as large as the Linear's; or a number.
+        rank: below 1 a share of the layer's smaller side, above that side that side.
+        init: svd, the Linear's best approximation; or gauss, std rank^-1/4 (in + out)^-1/4.
+        init_gain: scales lr_out once. A number: the layer starts as this many times B A x; dense: its output on normal
+            noise starts as large as the Linear's; null: as it is.
     """
 
     def __init__(
@@ -71,5 +68,4 @@ class LowRank(Factored, name="lowrank"):
         init_gain: Annotated[Gain, Field()] = None,
         **place: Any,
     ):
-        super().__init__(in_features, out_features, rank, density=0, gamma=1, act="none", init_gain=init_gain, **place)
-        self.init = init
+        super().__init__(in_features, out_features, rank, "none", init, init_gain, **place)

@@ -9,35 +9,29 @@ One surprise: the layer does not begin as W. The activation and gamma leave abou
 more than anything else measured here wins; `init_gain="dense"` gives it back.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from thriftlab.kernels.lost_linear import activate, lost_linear
-from thriftlab.optim.hyper import Search
-from thriftlab.optim.layers import Conversion, Layer, convert, size_of
+from thriftlab.optim.factored import Act, Factored, Gain, Rank, svd
+from thriftlab.optim.hyper import Search, check
+from thriftlab.optim.layers import EXCLUDED, Conversion, convert
 
-Act = Literal["silu", "gelu", "relu2", "none"]
-Rank = int | float
 Score = Literal["rest_l2", "rest_l1", "weight_l2", "random"]
 Values = Literal["orig", "comp", "zero"]
-Start = Literal["svd", "gauss"]
 Split = Literal["both", "in", "out"]
-Gain = Literal["dense"] | float | None
-PROBES = 1024  # rows of normal noise by which the output of a fresh layer is measured
 
 
-class LostLinear(Layer, name="lost"):
+class LostLinear(Factored, name="lost"):
     """LOST: low-rank with an activation inside, plus a few dense input channels.
 
     Args:
-        rank: of the low-rank branch; below 1 a share of the layer's smaller side.
-        density: share of the input channels that stay dense; at least one does.
+        rank: of the low-rank branch; below 1 a share of the layer's smaller side, above that side that side.
+        density: share of the input channels that stay dense, rounded down; at least one does.
         gamma: weight of the low-rank branch, a constant; the sparse branch has 1 - gamma.
         act: the activation between the factors.
         score: norms by which channels are chosen: of the columns of W_comp (rest_l2, rest_l1), of W, or drawn.
@@ -45,24 +39,21 @@ class LostLinear(Layer, name="lost"):
         window: singular values that W_comp is made of: null: all after the rank; k > 0: the next k; k < 0: the last -k.
         sigma: where the singular values go: both factors take the root, or one takes all.
         multiple: the number of channels is rounded to a multiple of this; 8 suits tensor cores.
-        init_gain: dense: scale the low-rank branch so that the fresh layer's output is as large as the Linear's; a
-            number: so that it is that many times the branch with gamma = 1; null: the paper's.
-    """
+        init_gain: scales lr_out once. A number: the low-rank branch, gamma included, starts as this many times
+            B act(x A^T); dense: the layer's output on normal noise starts as large as the Linear's; null: as published.
 
-    lr_in: Tensor  # [rank, in]
-    lr_out: Tensor  # [out, rank]
-    sp_weight: Tensor  # [out, channels]
-    sp_index: Tensor  # [channels] int64, sorted
+    In Python `score` is also a tensor [in] of your own; the largest stay dense.
+    """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         rank: Annotated[Rank, Field(gt=0), Search(choices=[0.125, 0.25, 0.5])] = 0.25,
-        density: Annotated[float, Field(ge=0, le=1), Search(choices=[0.01, 0.03, 0.1])] = 0.01,
+        density: Annotated[float, Field(gt=0, le=1), Search(choices=[0.01, 0.03, 0.1])] = 0.01,
         gamma: Annotated[float, Field(ge=0, le=1), Search(choices=[0.25, 0.5, 0.7, 0.9])] = 0.7,
         act: Annotated[Act, Field()] = "silu",
-        score: Annotated[Score, Field()] = "rest_l2",
+        score: Annotated[Score | Tensor, Field()] = "rest_l2",
         values: Annotated[Values, Field()] = "orig",
         window: Annotated[int | None, Field()] = None,
         sigma: Annotated[Split, Field()] = "both",
@@ -73,138 +64,89 @@ class LostLinear(Layer, name="lost"):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.gamma, self.act, self.score, self.values = gamma, act, score, values
-        self.window, self.sigma, self.init_gain = window, sigma, init_gain
-        self.rank = size_of(rank, in_features, out_features)
-        self.channels = channels(density, in_features, multiple)
-        like = {"device": device, "dtype": dtype}
-        self.lr_in = nn.Parameter(torch.empty(self.rank, in_features, **like))
-        self.lr_out = nn.Parameter(torch.empty(out_features, self.rank, **like))
-        if self.channels:
-            self.sp_weight = nn.Parameter(torch.empty(out_features, self.channels, **like))
-            self.register_buffer("sp_index", torch.empty(self.channels, dtype=torch.int64, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        sparse = (self.sp_weight, self.sp_index) if self.channels else (None, None)
-        y = lost_linear(x, self.lr_in, self.lr_out, *sparse, self.gamma, self.act)
-        return y if self.bias is None else y + self.bias
-
-    @torch.no_grad()
-    def load_dense(self, weight: Tensor, generator: torch.Generator, bias: Tensor | None = None) -> None:
-        weight = weight.double()
-        self.load_factors(weight, generator)
-        if self.channels:
-            rest = remainder(weight, self.rank, self.window)
-            scores = channel_scores(weight, rest, self.score, generator)
-            index = scores.topk(self.channels).indices.sort().values
-            values = {"orig": weight, "comp": rest, "zero": torch.zeros_like(weight)}[self.values]
-            self.sp_index.copy_(index)
-            self.sp_weight.copy_(values[:, index])
-        if self.bias is not None:
-            self.bias.zero_() if bias is None else self.bias.copy_(bias)
-        if self.init_gain is not None:
-            self.lr_out.mul_(self.gain(weight, generator))
-
-    def load_factors(self, weight: Tensor, generator: torch.Generator) -> None:
-        """A and B from a weight in float64."""
-        left, right, s = truncated_svd(weight, self.rank)
-        share = {"both": 0.5, "in": 1.0, "out": 0.0}[self.sigma]
-        self.lr_in.copy_(s[:, None] ** share * right)
-        self.lr_out.copy_(left * s ** (1 - share))
-
-    def gain(self, weight: Tensor, generator: torch.Generator) -> float:
-        """What `lr_out` is multiplied by, so that `init_gain` holds; "dense": measured on normal noise."""
-        if self.init_gain != "dense":
-            return self.init_gain / self.gamma  # type: ignore[operator]
-        x = torch.randn(PROBES, self.in_features, generator=generator, dtype=torch.float64).to(weight.device)
-        low = self.gamma * activate(x @ self.lr_in.double().T, self.act) @ self.lr_out.double().T
-        sparse = torch.zeros_like(low)
-        if self.channels:
-            sparse = (1 - self.gamma) * x[:, self.sp_index] @ self.sp_weight.double().T
-        # |g low + sparse|^2 = |x W^T|^2
-        a, b, c = low.square().sum(), (low * sparse).sum(), sparse.square().sum() - (x @ weight.T).square().sum()
-        return ((b.square() - a * c).clamp(min=0).sqrt() - b).item() / max(a.item(), 1e-300)
-
-    def flops_per_token(self) -> int:
-        return 6 * (self.lr_in.numel() + self.lr_out.numel() + self.channels * self.out_features)
-
-    @torch.no_grad()
-    def to_dense(self) -> Tensor:
-        """The Linear that this is, [out, in] in float64. ValueError with an activation: then it is none."""
-        if self.act != "none":
-            raise ValueError(f"with act={self.act!r} between its factors this layer is no Linear; use export()")
-        weight = self.gamma * self.lr_out.double() @ self.lr_in.double()
-        if self.channels:
-            weight[:, self.sp_index] += (1 - self.gamma) * self.sp_weight.double()
-        return weight
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, rank={self.rank}, channels={self.channels}, "
-            f"gamma={self.gamma}, act={self.act}"
+        check(LostLinear, locals())
+        if window == 0:
+            raise ValueError("window = 0 leaves nothing of W_comp; give null for all of it")
+        if isinstance(score, Tensor) and score.shape != (in_features,):
+            raise ValueError(f"score: a tensor of shape {[*score.shape]}; one number for each input is [{in_features}]")
+        count = channels(density, in_features, multiple)
+        super().__init__(
+            in_features, out_features, rank, act, init_gain, gamma, count, bias=bias, device=device, dtype=dtype
         )
+        self.density, self.multiple = density, multiple
+        self.score, self.values, self.window, self.sigma = score, values, window, sigma
+
+    def load_branches(self, weight: Tensor, generator: torch.Generator) -> None:
+        left, s, right = svd(weight)
+        self.load_factors(left, s, right, {"both": 0.5, "in": 1.0, "out": 0.0}[self.sigma])
+        kept = window_of(self.window, self.rank, len(s))
+        rest = left[:, kept] * s[kept] @ right[kept]  # W_comp [out, in]
+        index = self.scores(weight, rest, generator).topk(self.channels).indices.sort().values
+        self.sp_index.copy_(index)
+        values = {"orig": weight, "comp": rest, "zero": torch.zeros_like(weight)}[self.values]
+        self.sp_weight.copy_(values[:, index])
+
+    def scores(self, weight: Tensor, rest: Tensor, generator: torch.Generator) -> Tensor:
+        """One number for each input channel, [in]; the largest are kept."""
+        if isinstance(self.score, Tensor):
+            return self.score.to(weight.device)
+        if self.score == "random":
+            return torch.rand(self.in_features, generator=generator, dtype=torch.float64).to(weight.device)
+        order = 1 if self.score == "rest_l1" else 2
+        return torch.linalg.vector_norm(weight if self.score == "weight_l2" else rest, ord=order, dim=0)
 
 
 def channels(density: float, in_features: int, multiple: int) -> int:
-    """density * in, rounded down as the code does; a multiple is rounded to the nearest. At least one, unless none."""
-    if density == 0:
-        return 0
+    """How many inputs stay dense, at least one: rounded down as the code does, or to the nearest multiple."""
     count = round(density * in_features / multiple) if multiple > 1 else math.floor(density * in_features + 1e-9)
     return min(max(1, count) * multiple, in_features)
 
 
-def spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular vectors of the shorter side, [p, p] in descending order, and what they make of the rest, s v^T [p, q].
-
-    By the Gram matrix in float64: faster than an SVD, and as exact for a matrix that is not ill-conditioned. Of two
-    opposite vectors it takes the one whose largest entry is positive: SiLU tells them apart, rounding should not.
-    """
-    short = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    vectors = torch.linalg.eigh(short @ short.T).eigenvectors.flip(1)
-    sign = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    vectors = vectors * sign
-    return vectors, vectors.T @ short
-
-
-def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` largest: left vectors [out, rank], right vectors [rank, in], singular values [rank]."""
-    vectors, rest = spectrum(weight)
-    vectors, rest = vectors[:, :rank], rest[:rank]
-    s = rest.norm(dim=1)
-    other = rest / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
-    return (vectors, other, s) if weight.shape[0] <= weight.shape[1] else (other.T, vectors.T, s)
-
-
-def remainder(weight: Tensor, rank: int, window: int | None) -> Tensor:
-    """W_comp [out, in]: the part of the weight with the singular values after the rank, or a window of those."""
-    vectors, rest = spectrum(weight)
-    last = len(rest)
-    start = max(rank, last + window) if window is not None and window < 0 else rank
-    stop = min(rank + window, last) if window is not None and window > 0 else last
-    found = vectors[:, start:stop] @ rest[start:stop]
-    return found if weight.shape[0] <= weight.shape[1] else found.T
-
-
-def channel_scores(weight: Tensor, rest: Tensor, score: Score, generator: torch.Generator) -> Tensor:
-    """One number for each input channel, [in]; the largest are kept."""
-    if score == "random":
-        return torch.rand(weight.shape[1], generator=generator, dtype=torch.float64).to(weight.device)
-    return torch.linalg.vector_norm(weight if score == "weight_l2" else rest, ord=1 if score == "rest_l1" else 2, dim=0)
+def window_of(window: int | None, rank: int, last: int) -> slice:
+    """The singular values of W_comp among `last`: all after the rank, the next `window`, or the last `-window`."""
+    if window is None:
+        return slice(rank, last)
+    return slice(rank, min(rank + window, last)) if window > 0 else slice(max(rank, last + window), last)
 
 
 def convert_lost(
     model: nn.Module,
-    rank: Rank = 0.25,
-    density: float = 0.01,
-    gamma: float = 0.7,
+    rank: Any = 0.25,
+    density: Any = 0.01,
+    gamma: Any = 0.7,
     include: Sequence[str] = ("",),
-    exclude: Sequence[str] = ("embed", "lm_head", "router"),
+    exclude: Sequence[str] = EXCLUDED,
     seed: int = 0,
     **options: Any,
 ) -> Conversion:
-    """Puts `LostLinear`s in the place of a model's Linears; see `layers.convert` and, for the options, `LostLinear`."""
-    make = functools.partial(LostLinear, rank=rank, density=density, gamma=gamma, **options)
-    return convert(model, make, include, exclude, seed)
+    """Puts `LostLinear`s in the place of a model's Linears, in place.
+
+    Args:
+        rank, density, gamma, options: of `LostLinear`; each is one value, a map {regular expression: value}, of which
+            the first that is found in a name counts, or a function of (name, Linear). So
+            `gamma={"attn": 0.5, "": 0.7}`, `act={"mlp": "silu", "": "none"}`, `rank=lambda name, linear: ...`.
+        include, exclude, seed: of `layers.convert`, as is what is left.
+    """
+    return convert(model, LostLinear, include, exclude, seed, rank=rank, density=density, gamma=gamma, **options)
+
+
+@torch.no_grad()
+def activation_score(model: nn.Module, batches: Iterable[Any]) -> Callable[[str, nn.Linear], Tensor]:
+    """A `score` for `convert_lost` that asks data: the sum over tokens of x_j^2 |W_:j|^2, from `model(batch)`s."""
+    energy: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            energy[name] = energy.get(name, 0) + inputs[0].double().square().flatten(0, -2).sum(0)  # type: ignore[operator]
+
+        return hook
+
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return lambda name, linear: energy[name] * linear.weight.detach().double().square().sum(0)
