@@ -9,7 +9,7 @@ document mask the logits of a document are those of the document alone.
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,9 @@ class ModelConfig(BaseModel):
     heads: Count = Field(4, description="query heads; they divide dim")
     kv_heads: Count | None = Field(None, description="key and value heads; they divide heads; null: as many as heads")
     hidden: Count = Field(352, description="width of the SwiGLU layer")
+    gate: Literal["silu", "none"] = Field(
+        "silu", description="activation of SwiGLU's gate; none, as CoLA has it from 350M on: gate * up"
+    )
     vocab_size: Count | None = Field(None, description="rows of the embedding; null: the tokenizer's")
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     tied: bool = Field(False, description="embedding and head share one tensor")
@@ -136,16 +139,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (2002.05202)."""
+    """SwiGLU (2002.05202), or with `gate="none"` its bilinear relative."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.gate = nn.Linear(c.dim, c.hidden, bias=False)
         self.up = nn.Linear(c.dim, c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.dim, bias=False)
+        self.product = swiglu if c.gate == "silu" else torch.mul
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(self.product(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
