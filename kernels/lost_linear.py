@@ -7,6 +7,8 @@ scalings, a sum). Side by side the branches are summed inside of one product, ga
 beside x only h = x A^T, of rank numbers a token, is kept for backward.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ aten = torch.ops.aten
 ALIGN = 8  # columns of what is multiplied: tensor cores and vector units waste the rest of an uneven row
 
 # name -> act(h), its gradient f(grad, h)
-ACTS = {
+ACTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (F.silu, aten.silu_backward),
     "gelu": (F.gelu, aten.gelu_backward),
     "relu2": (lambda h: F.relu(h).square(), lambda grad, h: grad * F.relu(h) * 2),

@@ -16,7 +16,8 @@ from thriftlab.optim.subspace import Subspace
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-_classes = {cls.__name__: cls for cls in (*METHODS.values(), *LAYERS.values())}  # AdamW, Frugal, LostLinear ...
+_every: tuple[type[Method] | type[Layer], ...] = (*METHODS.values(), *LAYERS.values())
+_classes = {cls.__name__: cls for cls in _every}  # AdamW, Frugal, LostLinear ...
 
 
 def __getattr__(name: str) -> type[Method | Layer]:

@@ -94,7 +94,7 @@ def convert(
     tied = tied_weights(model)
     done = Conversion([], {})
     for name in known:
-        linear = model.get_submodule(name)
+        linear: Any = model.get_submodule(name)
         if isinstance(linear, Layer) or not found(include, name) or found(exclude, name):
             continue
         layer = like(linear, make, {key: option(value, key, name, linear) for key, value in options.items()})
@@ -151,7 +151,7 @@ def like(linear: nn.Linear, make: Callable[..., Layer], options: dict[str, Any])
 
 def put(model: nn.Module, name: str, layer: Layer) -> None:
     """Sets a layer in the place of a Linear, in its mode, and frozen where it is frozen."""
-    linear = model.get_submodule(name)
+    linear: Any = model.get_submodule(name)
     layer.train(linear.training)
     if not linear.weight.requires_grad:
         layer.requires_grad_(False)

@@ -45,6 +45,9 @@ class LostLinear(Factored, name="lost"):
     In Python `score` is also a tensor [in] of your own; the largest stay dense.
     """
 
+    sp_weight: Tensor
+    sp_index: Tensor
+
     def __init__(
         self,
         in_features: int,
