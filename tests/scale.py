@@ -2,7 +2,7 @@
 
 import torch
 
-from thriftlab.optim import split_groups
+from thriftlab.optim import LAYERS, convert, split_groups
 from thriftlab.train import owned  # noqa: F401  (a backend)
 from thriftlab.train.backend import make_backend
 from thriftlab.train.model import GPT, ModelConfig
@@ -11,13 +11,16 @@ from thriftlab.train.step import autocast
 # Odd sizes, tied weights; a hidden size that no world divides.
 CONFIG = ModelConfig(preset=None, dim=10, layers=2, heads=1, hidden=13, vocab_size=17, tied=True, init_std=0.2)
 ROWS, SEQ = 12, 6
+MATRICES = [r"\.(attn|mlp)\."]
 
 
-def make(maker, dtype=torch.float32, checkpointing=False, **hyper):
-    """Model and optimizer, the same everywhere."""
+def make(maker, dtype=torch.float32, checkpointing=False, layer=None, **hyper):
+    """Model and optimizer, the same everywhere; with a layer in the place of every matrix of a block."""
     model = GPT(CONFIG, checkpointing).to(dtype)
+    if layer:
+        convert(model, LAYERS[layer], MATRICES, rank=0.4)
     model.init_weights(0)
-    return model, maker(split_groups(model, include=[r"\.(attn|mlp)\."]), **hyper)
+    return model, maker(split_groups(model, MATRICES), **hyper)
 
 
 def batch(step, rank, world):
@@ -46,9 +49,9 @@ def one_step(backend, parts, max_norm=None, micro_batches=1, precision="fp32"):
     return backend.step(1 / count, max_norm)
 
 
-def alone(maker, world, steps, dtype=torch.float32, **how):
+def alone(maker, world, steps, dtype=torch.float32, layer=None, **how):
     """What one process makes of the ranks' batches, in their order: weights and norms."""
-    model, optimizer = make(maker, dtype)
+    model, optimizer = make(maker, dtype, layer=layer)
     backend = make_backend("single")
     backend.prepare(model, optimizer)
     norms = [one_step(backend, [batch(t, r, world) for r in range(world)], **how)[0] for t in range(steps)]

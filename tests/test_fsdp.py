@@ -7,7 +7,8 @@ import torch.distributed as dist
 from methods import MAKERS
 from scale import ROWS, batch, distance, make
 
-CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "apollo", "muon"]
+CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "apollo", "lost+adamw",
+         "lost+columns", "lost+fira", "muon"]  # fmt: skip
 
 
 def loss_of(model, step, rank, world):
@@ -22,15 +23,16 @@ def sharded(cases, steps, dtype):
     dist.init_process_group("gloo")
     rank, world, results = dist.get_rank(), dist.get_world_size(), {}
     for name in cases:
-        model, _ = make(MAKERS[name], dtype)
-        for layer in model.layers:
-            fully_shard(layer)
+        layer, _, rule = name.rpartition("+")
+        model, _ = make(MAKERS[rule], dtype, layer=layer)
+        for block in model.layers:
+            fully_shard(block)
         fully_shard(model)
-        optimizer = regroup(model, MAKERS[name])
+        optimizer = regroup(model, MAKERS[rule])
         for step in range(steps):
             if step == 3:  # through a state dict
                 saved = optimizer.state_dict()
-                optimizer = regroup(model, MAKERS[name])
+                optimizer = regroup(model, MAKERS[rule])
                 optimizer.load_state_dict(saved)
             loss_of(model, step, rank, world).backward()
             optimizer.step()
@@ -47,7 +49,8 @@ def regroup(model, maker):
 
 
 def alone(name, world, steps, dtype):
-    model, optimizer = make(MAKERS[name], dtype)
+    layer, _, rule = name.rpartition("+")
+    model, optimizer = make(MAKERS[rule], dtype, layer=layer)
     for step in range(steps):
         for rank in range(world):
             loss_of(model, step, rank, world).backward()

@@ -30,6 +30,11 @@ CASES = {
             ("fira", 2, {"settings": OVERLAP, "checkpointing": True}),
             *(("galore", stage, {"precision": "bf16"}) for stage in (1, 2, 3)),
             *(("adamw", stage, {"spoil": (4,)}) for stage in range(4)),
+            *(("lost+adamw", stage, {}) for stage in range(4)),
+            *((f"lost+{rule}", stage, {}) for rule, stage in (("frugal columns", 1), ("fira", 3), ("muon", 1))),
+            ("cola+adamw", 1, {}),
+            ("cola+frugal blocks", 3, {"checkpointing": True}),
+            ("lowrank+galore", 2, {"precision": "bf16"}),
         ],
         "close": [
             *(("fira", stage, {"max_norm": 0.3}) for stage in (1, 3)),
@@ -38,15 +43,19 @@ CASES = {
     },
     3: {
         "bitwise": [],
-        "close": [(method, stage, {}) for method in ("galore", "frugal columns", "adamw, 8 bit") for stage in (1, 3)],
+        "close": [
+            *((method, stage, {}) for method in ("galore", "frugal columns", "adamw, 8 bit") for stage in (1, 3)),
+            ("lost+galore", 3, {}),
+        ],
     },
 }
 TOLERANCE = {"bitwise": 0.0, "close": 5e-6}
-SAVED = [("galore", 1), ("frugal coordinates", 3), ("frugal rows", 1), ("adamw, bf16 state", 3), ("frugal blocks", 2)]
+SAVED = [("galore", 1), ("frugal coordinates", 3), ("frugal rows", 1), ("adamw, bf16 state", 3), ("frugal blocks", 2),
+         ("lost+fira", 3)]  # fmt: skip
 RESUMED = {  # world -> (method, saved, stage)
     2: [("galore", "galore-1-2", 3), ("frugal coordinates", "frugal coordinates-3-2", 1),
         ("frugal rows", "frugal rows-1-2", 0), ("adamw, bf16 state", "adamw, bf16 state-3-2", 2),
-        ("frugal blocks", "frugal blocks-2-2", 3)],
+        ("frugal blocks", "frugal blocks-2-2", 3), ("lost+fira", "lost+fira-3-2", 1)],
     3: [("galore", "galore-1-2", 1), ("frugal rows", "frugal rows-1-2", 3)],
 }  # fmt: skip
 SAVED_AT, END = 9, 12
@@ -96,18 +105,19 @@ def test_one_process_and_many_end_with_the_same_weights(gangs, world, kind, i):
 def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, kind, i):
     seen = [rank[i][1] for rank, _ in gangs[world]]
     method, stage, options = [case for some in CASES[world].values() for case in some][i]
+    rule = method.rpartition("+")[2]
     taken = sum(applied for *_, applied in seen[0]["steps"][0])
     for rank in seen:
         assert rank["sent"] == taken * rank["planned"]
-        if stage and "blocks" not in method and method != "badam":
+        if stage and "blocks" not in rule and rule != "badam":
             assert rank["state_bytes"] <= seen[0]["total_bytes"] / world + 8 * 123 * 11 + 4 * 123
-        if method not in ("frugal columns", "frugal rows", "frugal coordinates"):
+        if rule not in ("frugal columns", "frugal rows", "frugal coordinates"):
             assert rank["state_bytes"] == rank["predicted_bytes"]
     ran = Counter(name for rank in seen for name in rank["ran"])
     assert all(ran[name] == taken for name in seen[0]["owned"])
     if stage == 3 and method in ("galore", "muon"):
         assert list(seen[0]["owned"].values()) == [world] * 4  # each matrix lies across all ranks
-    if method in ("adamw", "signsgd", "frugal blocks", "frugal rows", "badam"):
+    if rule in ("adamw", "signsgd", "frugal blocks", "frugal rows", "badam"):
         assert all(rank["sent"] == 0 for rank in seen)
     if "chunk" in options:
         assert seen[0]["chunks"] > 1

@@ -8,11 +8,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from thriftlab.data.loader import Batch
 from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD, split_groups, state_bytes
+from thriftlab.optim.layers import LAYERS, convert
 from thriftlab.train import checkpoint, zero  # noqa: F401  (a backend)
 from thriftlab.train.backend import Backend
 from thriftlab.train.channel import ALONE, Channel
-from thriftlab.train.pieces import read_whole
+from thriftlab.train.pieces import read_whole, whole
 from thriftlab.train.record import read_record
+from thriftlab.train.replicas import buffers, take_up_buffers
 from thriftlab.train.step import train_step
 
 ROWS, LENGTH, VOCABULARY = 12, 6, 29
@@ -34,6 +36,7 @@ METHODS = {
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
+MATRICES = [r"up|gate|mix|down"]
 
 
 class Net(nn.Module):
@@ -64,9 +67,13 @@ class Net(nn.Module):
 
 
 def build(method, **model):
+    """`method` is one of METHODS, or LAYER+METHOD."""
+    layer, _, rule = method.rpartition("+")
     torch.manual_seed(3)
     net = Net(**model)
-    return net, METHODS[method](split_groups(net, include=[r"up|gate|mix|down"]))
+    if layer:
+        convert(net, LAYERS[layer], MATRICES, rank=0.5)
+    return net, METHODS[rule](split_groups(net, MATRICES))
 
 
 def batch(step, rank, world):
@@ -178,7 +185,8 @@ def compare(backend, cases, count):
 
 
 def save(backend, folder, step):
-    groups = {"model": backend.weights(), "optim": backend.states()}
+    kept = {name: whole(tensor) for name, tensor in buffers(backend.model).items()}
+    groups = {"model": backend.weights(), "buffers": kept, "optim": backend.states()}
     ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
     writer = checkpoint.Writer(folder, 1, False, backend.channel())
     writer.save(step, ours, {"optim": backend.options()})
@@ -186,7 +194,11 @@ def save(backend, folder, step):
 
 
 def resume(backend, folder):
+    """Whatever the buffers were."""
     found = checkpoint.latest(folder, Channel(backend.rank, backend.share))
+    for tensor in buffers(backend.model).values():
+        tensor.zero_()
+    take_up_buffers(backend.model, found.source("buffers"))
     backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
 
 

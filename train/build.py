@@ -15,6 +15,7 @@ from torch import nn
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
+from thriftlab.optim.layers import check_patterns
 from thriftlab.optim.listing import by_reason
 from thriftlab.train.backend import Backend
 from thriftlab.train.budget import SCHEDULES, Horizon
@@ -112,9 +113,9 @@ def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
     layer = config.layer
     if layer.name == LAYER.default:
         return Conversion([], {})
-    make = functools.partial(LAYERS[layer.name], **layer.hyperparameters())
     try:
-        done = convert(model, make, layer.include, layer.exclude)
+        check_patterns(layer.exclude, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
+        done = convert(model, LAYERS[layer.name], layer.include, layer.exclude, **layer.hyperparameters())
     except ValueError as error:  # a pattern that matches nothing, hyper-parameters that do not go together
         raise ConfigError(f"layer: {error}") from error
     if not done.converted:
