@@ -38,6 +38,8 @@ class Factored(Layer):
         channels: int = 0, *, bias: bool = False, device: Any = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
+        if isinstance(init_gain, float | int) and init_gain < 0:
+            raise ValueError(f"init_gain = {init_gain}: give a factor of at least 0, dense or null")
         if init_gain is not None and gamma == 0:
             raise ValueError("gamma = 0 leaves no low-rank branch that init_gain could scale; set init_gain to null")
         self.in_features, self.out_features, self.channels = in_features, out_features, channels
