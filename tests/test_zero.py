@@ -143,13 +143,17 @@ def test_one_process_resumes_what_shards_saved(gangs, folder, method, stage):
     assert zero_cases.difference(expected, {name: p.detach() for name, p in net.named_parameters()}) == 0
 
 
-def test_a_run_at_stage_3_is_the_run_under_ddp(tiny_data, tmp_path):
-    """With evaluation and checkpoints, through the configuration."""
+@pytest.mark.parametrize(
+    ("layer", "settings"), [("dense", {}), ("dense", SMALL), ("lost", {})], ids=["kept gathered", "cut", "layers"]
+)
+def test_a_run_at_stage_3_is_the_run_under_ddp(tiny_data, tmp_path, layer, settings):
+    """With evaluation and checkpoints, through the configuration; after the witness, whose steps are undone."""
     optim = {"name": "galore", "rank": 4, "gap": 3}
     train = {"batch_size": 8, "threads": 1, "clip": None, "micro_batch_size": 4}
-    backends = {"zero": {"name": "deepspeed", "stage": 3, "settings": SMALL}, "ddp": {"name": "ddp"}}
+    backends = {"zero": {"name": "deepspeed", "stage": 3, "settings": settings}, "ddp": {"name": "ddp"}}
     for name, backend in backends.items():
-        config = tiny_config(tiny_data, tmp_path / name, optim=optim, train=train, backend=backend, eval={"every": 5})
+        parts = {"layer": {"name": layer}, "optim": optim, "train": train, "backend": backend}
+        config = tiny_config(tiny_data, tmp_path / name, eval={"every": 5}, **parts)
         assert gang.ranks(2, run_status, config.model_dump()) == ["done", "done"]
     ours, theirs = ({**zero_cases.read_run(tmp_path / name)} for name in backends)
     assert ours["results"] == theirs["results"] and ours["model"] == theirs["model"]

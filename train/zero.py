@@ -172,6 +172,7 @@ class DeepSpeed(Group):
         """Bring the master weights of all ranks into the model."""
         zero = self.engine.optimizer
         if self.stage == 3:
+            zero._partition_all_parameters()  # what is gathered already would be thought to be new
             zero._reassign_or_swap_out_partitioned_parameters(0)
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

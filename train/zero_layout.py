@@ -26,7 +26,7 @@ FIELDS = {  # of DeepSpeed's optimizer, by its type: what is read here
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
         "fp32_partitioned_groups_flat", "fp16_groups", "dp_process_group", "averaged_gradients",
-        "persistent_parameters", "_reassign_or_swap_out_partitioned_parameters",
+        "persistent_parameters", "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters",
     ),
 }  # fmt: skip
 
