@@ -1,9 +1,11 @@
 """The arguments of `thriftlab compare`: which methods, how often, one base configuration and what differs by method.
 
-    thriftlab compare adamw frugal --seeds 5 --budget tokens=1e7 model.preset=micro optim.weight_decay=0.1 frugal.gap=50
+    thriftlab compare adamw lost+frugal --seeds 5 --budget tokens=1e7 model.preset=micro optim.weight_decay=0.1 \\
+        lost+frugal.gap=50
 
-`optim.KEY` is meant for every method and `METHOD.KEY` for one. One surprise: where a file names a method, as one for
-`thriftlab train` does, the `optim` keys are that method's alone.
+A METHOD is the parts of a method joined by "+". `optim.KEY` is meant for every method that has such a part and
+`METHOD.KEY` for one method; `METHOD.SECTION.KEY` says of which part, where two have the key. One surprise: where a file
+names a part, as one for `thriftlab train` does, the keys of that section are that part's alone.
 """
 
 import functools
@@ -13,12 +15,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, create_model
 
-from thriftlab.optim import METHODS
+from thriftlab.launch.arms import Arm, Request, is_method, parts_of, refuse_unequal_tuning
 from thriftlab.train import surface
 from thriftlab.train.choice import Plugins, Section
-from thriftlab.train.config import OPTIM, RunConfig
+from thriftlab.train.config import SEAMS, RunConfig
 from thriftlab.train.errors import ConfigError
 from thriftlab.train.settings import COMMAND_LINE, Settings, build, read
+
+Path = tuple[str, ...]
 
 
 def split_commas(value: Any) -> Any:
@@ -26,13 +30,14 @@ def split_commas(value: Any) -> Any:
 
 
 Rate = Annotated[float, Field(gt=0)]
+Grid = Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(split_commas)]
 
 
 class CompareConfig(Section):
     """How the methods are compared."""
 
     seeds: int = Field(3, ge=1, description="runs of each method, paired by initialisation and order of the data")
-    lr_grid: Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(split_commas)] | None = Field(
+    lr_grid: Grid | None = Field(
         None,
         description="learning rates, as 3e-4,1e-3: every method first picks its own in short trials; null: none",
     )
@@ -42,19 +47,30 @@ class CompareConfig(Section):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was asked for, validated. `overrides` holds what was set for each method, without defaults."""
+    """What was asked for, validated. `overrides` holds what was set for each method by section, without defaults."""
 
-    methods: list[str]
+    methods: dict[str, dict[str, str]]  # METHOD -> section -> name
     base: RunConfig
-    overrides: dict[str, dict[str, Any]]
+    overrides: dict[str, dict[str, dict[str, Any]]]
     options: CompareConfig
+
+    def request(self) -> Request:
+        o = self.options
+        shared = {key: value for key, value in self.base.model_dump(mode="json").items() if key not in SEAMS}
+        arms = [
+            Arm(method, {s: {"name": name, **self.overrides[method][s]} for s, name in parts.items()}, o.seeds,
+                tuple(sorted(set(o.lr_grid or ()))))
+            for method, parts in self.methods.items()
+        ]  # fmt: skip
+        refuse_unequal_tuning(arms)
+        return Request(arms, shared, shared["budget"], o.out, o.jobs)
 
 
 def describe() -> str:
     """The keys of `thriftlab compare` that `thriftlab train` does not have."""
     keys = surface.describe(CompareConfig)
-    methods = surface.describe_choice("optim", OPTIM)
-    return "\n".join([keys, "", *methods])
+    parts = [line for section, registry in SEAMS.items() for line in surface.describe_choice(section, registry)]
+    return "\n".join([keys, "", *parts])
 
 
 def arguments(argv: Sequence[str]) -> Comparison:
@@ -67,53 +83,93 @@ def comparison(settings: Settings) -> Comparison:
     build(Plugins, settings.pick(["plugins"]))
     methods = known_methods(settings.words)
     options = [*CompareConfig.model_fields]
+    own = [key for key in settings.tree if key in SEAMS or key not in RunConfig.model_fields and is_method(key)]
     return Comparison(
         methods,
-        build(RunConfig, settings.drop([*options, "optim", *METHODS])),
+        build(RunConfig, settings.drop([*options, *own])),
         method_overrides(methods, settings),
         build(CompareConfig, settings.pick(options)),
     )
 
 
-def known_methods(words: Sequence[str]) -> list[str]:
+def known_methods(words: Sequence[str]) -> dict[str, dict[str, str]]:
     if not words:
-        raise ConfigError(f"{COMMAND_LINE}: name the methods to compare, the baseline first: {', '.join(METHODS)}")
-    for word in words:
-        if word not in METHODS:
-            known = ", ".join(METHODS) + surface.nearest(word, METHODS)
-            raise ConfigError(f"{COMMAND_LINE}: method {word!r} is unknown; there are {known}")
+        known = "; ".join(f"{section}: {', '.join(registry.entries)}" for section, registry in SEAMS.items())
+        raise ConfigError(f"{COMMAND_LINE}: name the methods to compare, the baseline first: {known}")
     if len(set(words)) < len(words):
         raise ConfigError(f"{COMMAND_LINE}: a method is named twice: {' '.join(words)}")
-    return list(words)
+    return {word: parts_of(word) for word in words}
 
 
-def method_overrides(methods: list[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    """What `optim.KEY` and `METHOD.KEY` set, for each method and without defaults."""
-    own = Settings()
+def method_overrides(methods: dict[str, dict[str, str]], settings: Settings) -> dict[str, dict[str, dict[str, Any]]]:
+    """What `SECTION.KEY` and `METHOD.KEY` set, for each method and section, without defaults."""
+    own = {section: Settings() for section in SEAMS}
     for path, source in settings.origin.items():
-        for method in meant(path, source, methods, settings):
-            own.put((method, *path[1:]), functools.reduce(dict.__getitem__, path, settings.tree), source)
-    fields = {method: (OPTIM.model(method), Field({}, validate_default=True)) for method in methods}
-    built = build(create_model("Methods", __base__=Section, **fields), own)  # type: ignore[call-overload]
-    return {method: getattr(built, method).model_dump(mode="json", exclude_unset=True) for method in methods}
+        value = functools.reduce(dict.__getitem__, path, settings.tree)
+        for method, section, rest in meant(path, source, methods, settings):
+            own[section].put((method, *rest), value, source)
+    found: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in methods}
+    for section, given in own.items():
+        registry = SEAMS[section]
+        fields = {m: (registry.model(parts[section]), Field({}, validate_default=True)) for m, parts in methods.items()}
+        built = build(create_model("Methods", __base__=Section, **fields), given)  # type: ignore[call-overload]
+        for method in methods:
+            found[method][section] = getattr(built, method).model_dump(mode="json", exclude_unset=True)
+    return found
 
 
-def meant(path: tuple[str, ...], source: str, methods: list[str], settings: Settings) -> list[str]:
-    """The methods for which a key is meant: those of `optim.KEY`, or the one of `METHOD.KEY`; none for other keys."""
-    key = ".".join(path)
-    if path[0] in METHODS and path[0] not in methods:
-        raise ConfigError(f"{source}: {key} is for a method that is not compared; compared: {', '.join(methods)}")
-    if path[0] != "optim":
-        return [path[0]] if path[0] in METHODS else []
-    section = settings.tree["optim"]
-    name = section.get("name") if isinstance(section, dict) else None
-    if name is not None and name not in methods:
-        raise ConfigError(f"{source}: {key} is for {name!r}, which is not compared; compared: {', '.join(methods)}")
-    if path == ("optim", "name"):
+def meant(
+    path: Path, source: str, methods: dict[str, dict[str, str]], settings: Settings
+) -> list[tuple[str, str, Path]]:
+    """The methods, sections and keys for which a leaf of the settings is meant; none where it is for all runs."""
+    if path[0] in SEAMS:
+        return meant_by_section(path, source, methods, settings)
+    if path[0] in RunConfig.model_fields or path[0] in CompareConfig.model_fields or not is_method(path[0]):
         return []
-    for method in [name] if name else methods:
-        takes = OPTIM.model(method).model_fields
-        if len(path) > 1 and path[1] not in takes:
-            hint = surface.nearest(path[1], takes) or f"; METHOD.{path[1]} is for one method"
+    if path[0] not in methods:
+        raise ConfigError(
+            f"{source}: {'.'.join(path)} is for a method that is not compared; compared: {', '.join(methods)}"
+        )
+    return [(path[0], *part_of(path, source, methods[path[0]]))]
+
+
+def part_of(path: Path, source: str, parts: dict[str, str]) -> tuple[str, Path]:
+    """Section and key of METHOD.KEY or METHOD.SECTION.KEY."""
+    method, *rest = path
+    if len(rest) > 1 and rest[0] in SEAMS:
+        return rest[0], tuple(rest[1:])
+    takers = [section for section, name in parts.items() if rest and rest[0] in own_keys(section, name)]
+    takers = takers or [s for s, name in parts.items() if rest and rest[0] in SEAMS[s].model(name).model_fields]
+    if len(takers) > 1:
+        ways = " or ".join(f"{method}.{section}.{rest[0]}" for section in takers)
+        raise ConfigError(f"{source}: {'.'.join(path)} may be of two parts; write {ways}")
+    chosen = [section for section, name in parts.items() if name != SEAMS[section].default]
+    return (takers or chosen or [*SEAMS])[-1], tuple(rest)
+
+
+def own_keys(section: str, name: str) -> dict[str, Any]:
+    return surface.own(SEAMS[section], name)
+
+
+def meant_by_section(
+    path: Path, source: str, methods: dict[str, dict[str, str]], settings: Settings
+) -> list[tuple[str, str, Path]]:
+    """SECTION.KEY: the methods whose part takes keys of its own, or those with the part that the file names."""
+    section, *rest = path
+    key, tree = ".".join(path), settings.tree[section]
+    name = tree.get("name") if isinstance(tree, dict) else None
+    having = [m for m, parts in methods.items() if parts[section] == name] if name else [*methods]
+    if not having:
+        raise ConfigError(f"{source}: {key} is for {name!r}, which is not compared; compared: {', '.join(methods)}")
+    if rest == ["name"]:
+        return []
+    shared = rest and rest[0] in SEAMS[section].base.model_fields
+    concerned = [m for m in having if shared or own_keys(section, methods[m][section])]
+    if not concerned:
+        raise ConfigError(f"{source}: {key} is for no method that is compared; compared: {', '.join(methods)}")
+    for method in concerned:
+        takes = SEAMS[section].model(methods[method][section]).model_fields
+        if rest and rest[0] not in takes:
+            hint = surface.nearest(rest[0], takes) or f"; METHOD.{rest[0]} is for one method"
             raise ConfigError(f"{source}: unknown key {key!r} with {method}, which takes {', '.join(takes)}{hint}")
-    return [name] if name else methods
+    return [(method, section, tuple(rest)) for method in concerned]

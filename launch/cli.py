@@ -1,4 +1,4 @@
-"""thriftlab prepare | train | compare | submit | launch | report | bench.
+"""thriftlab prepare | train | compare | study | submit | launch | report | bench.
 
 One surprise: nothing heavy is imported here but inside a command, so that `thriftlab --help` is quick.
 """
@@ -19,7 +19,10 @@ USAGE = {
     "train": """thriftlab train [--config FILE] [key=value ...]
     One run. The same command again resumes it.""",
     "compare": """thriftlab compare METHOD ... [--budget tokens=1e7] [--seeds 3] [--lr-grid 3e-4,1e-3] [key=value ...]
-    Many runs under one budget, paired by seed with those of the first method, and a report.""",
+    Many runs under one budget, paired by seed with those of the first method, and a report.
+    METHOD: adamw, frugal, lost ...; a layer and an update rule combine, as in lost+frugal.""",
+    "study": """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
+    An experiment that is written down: arms, questions, tuning. Without a name: which there are.""",
     "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
 thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
     A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
@@ -38,7 +41,8 @@ register methods and schedules. Below: key=default, what it means (what it takes
 """
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
-optim.KEY is meant for every method and METHOD.KEY for one, as in frugal.gap=50.
+optim.KEY is meant for every method, layer.KEY for every one with a layer, and METHOD.KEY for one,
+as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two keys of one name apart.
 --budget tokens=1e7 is short for the section `budget` with tokens alone.
 """
 
@@ -136,21 +140,11 @@ def train_help(argv: list[str]) -> None:
 def compare(argv: list[str]) -> None:
     from thriftlab.launch import arguments
 
-    asked = arguments.arguments(argv)
+    asked = arguments.arguments(argv).request()
 
     from thriftlab.launch import study
 
-    base = asked.base.model_dump(mode="json")
-    study.compare(
-        methods=asked.methods,
-        base=base,
-        budget=base["budget"],
-        seeds=asked.options.seeds,
-        lr_grid=asked.options.lr_grid,
-        jobs=asked.options.jobs,
-        out=Path(asked.options.out),
-        method_overrides=asked.overrides,
-    )
+    study.run(asked)
 
 
 def compare_help(argv: list[str]) -> None:
@@ -159,6 +153,32 @@ def compare_help(argv: list[str]) -> None:
 
     settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
     print(SYNTAX, COMPARE, arguments.describe(), sep="\n")
+
+
+def study(argv: list[str]) -> None:
+    from thriftlab.launch import experiment
+
+    if not argv:
+        print(f"The studies:\n{experiment.listing()}")
+        return
+    asked = experiment.request(argv)
+
+    from thriftlab.launch import study
+
+    study.run(asked)
+
+
+def study_help(argv: list[str]) -> None:
+    from thriftlab.launch import experiment
+    from thriftlab.train.surface import describe
+
+    print(
+        SYNTAX,
+        describe(experiment.StudyOptions),
+        "\nThe keys of `thriftlab train` change the base of the study.",
+        sep="\n",
+    )
+    print(f"\nThe studies:\n{experiment.listing()}\n\nA file of one's own:\n{describe(experiment.StudyConfig)}")
 
 
 def submit(argv: list[str]) -> None:
@@ -233,12 +253,13 @@ def bench_help(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = dict(
-    prepare=prepare, train=train, compare=compare, submit=submit, launch=launch, report=report, bench=bench
+    prepare=prepare, train=train, compare=compare, study=study, submit=submit, launch=launch, report=report, bench=bench
 )
 HELP: dict[str, Callable[[list[str]], None]] = dict(
     prepare=prepare_help,
     train=train_help,
     compare=compare_help,
+    study=study_help,
     submit=submit_help,
     launch=launch_help,
     report=lambda _: None,

@@ -6,6 +6,7 @@ one has to tell colours apart.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,10 +47,13 @@ class Picture:
 
 
 def pictures(rows: Sequence[Row]) -> list[Picture]:
-    """The figures that the finished runs of a study allow; rows[0] is the baseline."""
+    """The figures that the finished runs of a study allow; rows[0] is the baseline. Of many rows the best are drawn."""
     finished = [(i, row) for i, row in enumerate(rows) if row.done]
     if not finished:
         return []
+    if len(finished) > len(SERIES):  # more cannot be told apart
+        best = sorted(finished[1:], key=lambda pair: pair[1].loss[0] or math.inf)[: len(SERIES) - 1]
+        finished = [(i, row) for i, (_, row) in enumerate([finished[0], *best])]
     held_out = all(len(lines) > 2 for _, row in finished for lines in evaluations(row.done))
     shown, what = (evaluation_curve, "held-out") if held_out else (training_curve, "training")
     drawn = [curves(finished, shown, what, "tokens")] if held_out else []

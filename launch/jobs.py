@@ -47,6 +47,7 @@ class Job:
     config: RunConfig
     fingerprint: str
     tokens: int | None
+    arm: str = ""
 
     @property
     def folder(self) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 from thriftlab.launch.figures import Picture, pictures
 from thriftlab.launch.results import Row, Study, read_study
+from thriftlab.launch.stats import Paired
 from thriftlab.launch.summary import (
     LR_WORDS,
     answers,
@@ -46,7 +47,9 @@ def report(folder: Path) -> Path:
 
 
 def title(study: Study) -> str:
-    baseline, *others = study.plan["methods"]
+    if study.plan["question"]:
+        return study.folder.resolve().name
+    baseline, *others = study.plan["arms"]
     return f"{', '.join(others)} against {baseline}" if others else baseline
 
 
@@ -59,7 +62,7 @@ HEAD = (
 
 
 def main_table(study: Study) -> Table:
-    head = [text.format(study.plan["methods"][0]) for text in HEAD]
+    head = [text.format(study.rows[0].method) for text in HEAD]
     return head, [[*main_row(row)] for row in study.rows]
 
 
@@ -98,6 +101,48 @@ def trial_cost(row: Row) -> Cell:
     return f"{tokens:,.0f} tokens", f"{seconds:,.0f} s in {len(trials)} trials"
 
 
+def contrast_table(study: Study) -> Table | None:
+    if not study.contrasts:
+        return None
+    rows = [
+        [(c.name,), (f"{c.arms[0]} − {c.arms[1]}",), contrast_cell(c.difference), (number(c.adjusted, ".3g"),),
+         (", ".join(f"{d:+.3f}" for d in c.by_seed.values()),)]
+        for c in study.contrasts
+    ]  # fmt: skip
+    return ["question", "arms", "difference, nats/token", "p", "by seed"], rows
+
+
+def contrast_cell(d: Paired | None) -> Cell:
+    if d is None:
+        return ("–",)
+    return (signed(d.mean), f"95 % t: {signed(d.t[0])} to {signed(d.t[1])}") if d.t else (signed(d.mean), "no interval")
+
+
+def arm_table(study: Study) -> Table | None:
+    """Sizes of arms, where they are not all the same model."""
+    rows = [[(row.method,), (settings(study.plan["arms"][row.method]["tree"]),), *sizes(row)] for row in study.rows]
+    head = ["method", "settings", "parameters", "FLOPs per token"]
+    return (head, rows) if len({row[2] for row in rows}) > 1 else None
+
+
+def settings(tree: dict[str, Any], prefix: str = "") -> str:
+    """A tree as key=value, in the words of the command line."""
+    parts = [
+        settings(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key}={value}"
+        for key, value in tree.items()
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def sizes(row: Row) -> list[Cell]:
+    """Trained parameters, and FLOPs of a token."""
+    model = next((result.record["model"] for result in row.done if result.record), {})
+    return [
+        (number(model.get("trained", model.get("parameters")), ","),),
+        (number(model.get("flops_per_token"), ",.0f"),),
+    ]
+
+
 def source_table(study: Study) -> Table | None:
     """Loss by source; None where the text has one source only."""
     names = sorted({name for record in study.records for name in record["results"].get("sources", {})})
@@ -130,9 +175,11 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
     found: dict[str, Any] = {
         "command": plan["command"],
         "budget of a run": ", ".join(f"{amount:,.12g} {kind}" for kind, amount in plan["budget"].items()),
-        "seeds": f"{', '.join(map(str, plan['seeds']))}: the same data order and initial weights for every method",
+        "seeds": f"{seeds(plan)}: the same data order and initial weights for every method",
         "side by side": f"{plan['jobs']} runs at a time, threads each: {plan['threads'] or 'as torch chooses'}",
-        "model": model and f"{model['parameters']:,} parameters, {model['flops_per_token']:,.0f} FLOPs per token",
+        "model": model
+        and f"{model['parameters']:,} parameters, {model['flops_per_token']:,.0f} FLOPs per token, "
+        f"of {study.rows[0].method}",
         "data": data and f"tokenizer {data.get('tokenizer')}, fingerprint {data['fingerprint']}",
         "code": commit and commit + (", with uncommitted changes" if first["diff_sha256"] else ""),
         "machine": ", ".join(
@@ -142,6 +189,13 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
         "when": period(study),
     }
     return [(term, text) for term, text in found.items() if text]
+
+
+def seeds(plan: dict[str, Any]) -> str:
+    """0, 1, 2 for most arms, and for how many more seeds which."""
+    fewest = min(arm["seeds"] for arm in plan["arms"].values())
+    more = [f"{name} to {arm['seeds'] - 1}" for name, arm in plan["arms"].items() if arm["seeds"] > fewest]
+    return ", ".join(map(str, range(fewest))) + (f" ({', '.join(more)})" if more else "")
 
 
 def period(study: Study) -> str:
@@ -166,8 +220,14 @@ def sections(study: Study) -> list[tuple[str, Table, str]]:
     """Title, table and note of every table of the report."""
     side_by_side = f"tokens/s: mean over seeds, with {study.plan['jobs']} runs side by side."
     trials = "Final held-out loss, nats/token, of one short run each, under a seed that is none of the study's."
+    adjusted = (
+        "Questions that were asked before the runs. p: two-sided t test of no difference, adjusted for the number of "
+        "questions (Holm); the intervals are not. Differences by seed in the order of the seeds."
+    )
     tables = [
+        ("Questions", contrast_table(study), adjusted),
         ("Comparison", main_table(study), f"{NOTES} {side_by_side}"),
+        ("Arms", arm_table(study), "What differs from the study's base, and what the model then is."),
         ("Held-out loss by source", source_table(study), "nats/token, mean ± standard deviation over seeds."),
         ("Learning-rate trials", trial_table(study), trials),
     ]
@@ -175,15 +235,15 @@ def sections(study: Study) -> list[tuple[str, Table, str]]:
 
 
 def body(study: Study) -> str:
-    (name, comparison, note), *others = sections(study)
+    tables, lead = sections(study), 2 if study.contrasts else 1
     parts = [
         f"<h1>{html.escape(title(study))}</h1>",
         f'<p class="question">{html.escape(question(study))}</p>',
-        '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in answers(study.rows)), "</ul>",
+        '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in answers(study)), "</ul>",
         warning_box(warnings(study)),
-        html_section(name, comparison, note),
+        *(html_section(*section) for section in tables[:lead]),
         '<h2>Figures</h2><div class="figures">', *map(html_figure, pictures(study.rows)), "</div>",
-        *(html_section(*section) for section in others),
+        *(html_section(*section) for section in tables[lead:]),
         "<h2>How it was run</h2><dl>", *(html_fact(*fact) for fact in circumstances(study)), "</dl>",
     ]  # fmt: skip
     return "\n".join(parts)
@@ -225,7 +285,7 @@ def html_fact(term: str, text: str) -> str:
 
 
 def markdown(study: Study) -> str:
-    parts = [f"# {title(study)}", question(study), "\n".join(f"- {line}" for line in answers(study.rows))]
+    parts = [f"# {title(study)}", question(study), "\n".join(f"- {line}" for line in answers(study))]
     if found := warnings(study):
         parts.append("**Keep in mind**\n\n" + "\n".join(f"- {line}" for line in found))
     parts += [f"## {name}\n\n{markdown_table(rows)}\n\n{note}" for name, rows, note in sections(study)]

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from thriftlab.launch.stats import Paired, paired
+from thriftlab.launch.stats import Paired, holm, paired
 from thriftlab.train.errors import UserError
 from thriftlab.train.files import unseal
 from thriftlab.train.record import RecordError, read_metrics, read_record
@@ -75,6 +75,17 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the runs say to a question that was asked beforehand: loss of the first arm minus that of the second."""
+
+    name: str
+    arms: tuple[str, str]
+    by_seed: dict[int, float]
+    difference: Paired | None
+    adjusted: float | None  # Holm's p over the questions of the study that have one
+
+
+@dataclass(frozen=True)
 class Study:
     folder: Path
     plan: dict[str, Any]
@@ -83,14 +94,14 @@ class Study:
     @cached_property
     def rows(self) -> list[Row]:
         """One row a method; the first is the baseline."""
-        methods = self.plan["methods"]
+        methods = [*self.plan["arms"]]
         losses = {method: self.losses(method) for method in methods}
         return [self.row(method, paired(losses[method], losses[methods[0]])) for method in methods]
 
     def row(self, method: str, difference: Paired | None) -> Row:
         planned = [result for result in self.results if result.method == method]
         done = [result for result in planned if result.record]
-        baseline = method == self.plan["methods"][0]
+        baseline = method == next(iter(self.plan["arms"]))
         return Row(method, len(planned), done, self.plan["lr"][method], None if baseline else difference)
 
     def losses(self, method: str) -> dict[int, float]:
@@ -98,6 +109,23 @@ class Study:
         done = [result for result in self.results if result.method == method and result.record]
         found = {result.seed: dig(result.record, "results", "loss") for result in done}
         return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    @cached_property
+    def contrasts(self) -> list[Answer]:
+        pairs = [(self.losses(first), self.losses(second)) for first, second in (c["arms"] for c in self.asked)]
+        found = [paired(*pair) for pair in pairs]
+        adjusted = iter(holm([d.p for d in found if d and d.p is not None]))
+        return [
+            Answer(
+                c["name"], tuple(c["arms"]), {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}, d,
+                next(adjusted) if d and d.p is not None else None,
+            )
+            for c, (a, b), d in zip(self.asked, pairs, found, strict=True)
+        ]  # fmt: skip
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        return self.plan["contrasts"]
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -110,8 +138,8 @@ def read_study(folder: Path) -> Study:
     plan = read_plan(folder)
     results = [
         read_result(folder / method / f"seed-{seed}", method, seed, plan["failures"])
-        for method in plan["methods"]
-        for seed in plan["seeds"]
+        for method, arm in plan["arms"].items()
+        for seed in range(arm["seeds"])
     ]
     study = Study(folder, plan, results)
     refuse_mixture(study, "data", "fingerprint")
@@ -122,11 +150,14 @@ def read_study(folder: Path) -> Study:
 def read_plan(folder: Path) -> dict[str, Any]:
     path = folder / STUDY
     try:
-        return unseal(path.read_bytes())
+        plan = unseal(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: not a folder of `thriftlab compare`") from None
+        raise UserError(f"{path} is missing: not a folder of a study") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); run the same `thriftlab compare` again to rewrite it") from None
+        raise UserError(f"{path} is damaged ({error}); run the same command again to rewrite it") from None
+    if plan["format"] != 2:
+        raise UserError(f"{path} is of an older version; run the same command again to rewrite it: no run is lost")
+    return plan
 
 
 def read_result(folder: Path, method: str, seed: int, failures: dict[str, str]) -> Result:

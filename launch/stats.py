@@ -33,6 +33,7 @@ class Paired:
     sd: float | None
     t: tuple[float, float] | None
     bootstrap: tuple[float, float] | None
+    p: float | None  # of the t test of no difference, two-sided
 
     @property
     def resolved(self) -> bool:
@@ -54,6 +55,7 @@ def paired(treatment: Mapping[int, float], baseline: Mapping[int, float], level:
         sd=float(differences.std(ddof=1)) if enough else None,
         t=t_interval(differences, level) if enough else None,
         bootstrap=bootstrap_interval(differences, level) if enough else None,
+        p=t_test(differences) if enough else None,
     )
 
 
@@ -62,6 +64,25 @@ def t_interval(sample: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
     values = np.asarray(sample, dtype=np.float64)
     mean, half = float(values.mean()), half_width(float(values.std(ddof=1)), len(values), level)
     return mean - half, mean + half
+
+
+def t_test(sample: ArrayLike) -> float:
+    """Two-sided p of Student's test that the mean of two or more values is 0."""
+    values = np.asarray(sample, dtype=np.float64)
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p values (Holm 1979): to reject those below 0.05 is to reject wrongly, once or more, in 5 % at most."""
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for turn, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - turn) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def bootstrap_interval(sample: ArrayLike, level: float = LEVEL, seed: int = 0) -> tuple[float, float]:

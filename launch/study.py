@@ -1,6 +1,6 @@
-"""Methods x seeds under one budget, and before that, if a grid is given, the same short trials for every method.
+"""Arms x seeds under one budget, and before that, if a grid is given, as many short trials for every arm.
 
-Runs that share a seed share data order and initialisation. Methods take turns within a seed, so that a study that was
+Runs that share a seed share data order and initialisation. Arms take turns within a seed, so that a study that was
 cut short still compares, and slow drift of the machine falls on all of them alike. Finished runs are skipped by
 fingerprint. One surprise: the trials use a seed that is none of the study's, so nobody's learning rate is chosen on the
 runs that then count.
@@ -9,7 +9,7 @@ runs that then count.
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from thriftlab.data.shards import Dataset, open_dataset
+from thriftlab.launch.arms import Arm, Request
 from thriftlab.launch.jobs import Bar, Job, Unfinished, claimed, refuse_other_run, run_all, slots
 from thriftlab.launch.report import report, table
 from thriftlab.launch.results import STUDY, read_study
@@ -28,7 +29,6 @@ from thriftlab.train.files import replace_atomically, seal
 from thriftlab.train.settings import Settings, build
 
 TRIAL_SEED = 1_000_000
-TRIAL_FRACTION = 0.25  # of the budget of a run
 TRIAL_STEPS = 50  # at least, where the budget of a run has as many
 
 
@@ -38,24 +38,28 @@ class Setting:
 
     base: dict[str, Any]
     budget: dict[str, float]
-    overrides: Mapping[str, dict[str, Any]]
     out: Path
     dataset: Dataset
     threads: int | None
+    trial_fraction: float = 0.25
 
-    def job(self, name: str, method: str, seed: int, budget: dict[str, float], lr: float | None = None) -> Job:
+    def job(self, name: str, arm: Arm, seed: int, budget: dict[str, float], lr: float | None = None) -> Job:
         """One run, checked as far as that goes without training."""
-        optim = {"name": method, **self.overrides.get(method, {}), **({} if lr is None else {"lr": lr})}
-        own = {"seed": seed, "out": str(self.out / name), "optim": optim, "budget": budget}
-        train = {**self.base.get("train", {}), "threads": self.threads}
-        log = {"group": self.out.name, **drop_nones(self.base.get("log", {})), "progress": False}
+        own = {"seed": seed, "out": str(self.out / name), "budget": budget}
         settings = Settings()
-        settings.put((), {**self.base, **own, "train": train, "log": log}, "study")
+        settings.put((), {**self.base, **own}, "study")
+        for key in arm.tree.keys() - own.keys():
+            settings.put((key,), arm.tree[key], arm.name)
+        if lr is not None:
+            settings.put(("optim", "lr"), lr, "study")
+        settings.put(("train", "threads"), self.threads, "study")
+        log = {"group": self.out.name, **drop_nones(settings.tree.get("log", {})), "progress": False}
+        settings.put(("log",), log, "study")
         config = build(RunConfig, settings)
         steps = self.steps(config)
         make_plan(config, self.dataset, steps)
         tokens = steps and steps * tokens_per_step(config)
-        return Job(name, config, fingerprint(config, self.dataset.fingerprint), tokens)
+        return Job(name, config, fingerprint(config, self.dataset.fingerprint), tokens, arm.name)
 
     def steps(self, config: RunConfig) -> int | None:
         """Steps that the budget allows; None under a budget of seconds."""
@@ -72,27 +76,11 @@ def drop_nones(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value is not None}
 
 
-def compare(
-    methods: Sequence[str],
-    base: dict[str, Any],
-    budget: dict[str, float],
-    seeds: int,
-    lr_grid: Sequence[float] | None,
-    jobs: int | None,
-    out: Path,
-    method_overrides: Mapping[str, dict[str, Any]],
-) -> Path:
+def run(request: Request) -> Path:
     """Run a study, or what is left of it, print its table and write its report.
 
-    Args:
-        methods: names of optim.METHODS, the baseline first.
-        base: keys of RunConfig that all runs share; its seed, out, optim and budget are not looked at.
-        budget: of one run, {"tokens": n} or {"flops": n} or {"seconds": n}.
-        seeds: runs of each method, seeds 0 ... seeds - 1.
-        lr_grid: learning rates that every method tries first, unless its lr is in `method_overrides`; None: no trials.
-        jobs: runs side by side; None: one a GPU, or as many as the usable cores bear.
-        out: folder of the study; resumed if it holds this very one.
-        method_overrides: method -> hyper-parameters that were set for it.
+    Its keys `seed`, `out` and `budget` of an arm or of the base are not looked at: the study has its own. Jobs of None
+    are one a GPU, or as many as the usable cores bear.
 
     Returns:
         The page OUT/report.html.
@@ -100,72 +88,73 @@ def compare(
     Errors: UserError for what the user can mend, before anything runs; Unfinished (`code` 130 after Ctrl-C, 1 if runs
     failed, then with the report of the others).
     """
-    grid = checked_grid(lr_grid)
-    setting = make_setting(base, budget, method_overrides, Path(out), torch.cuda.is_available())
-    with claimed(Path(out)) as lock:
+    setting, out = make_setting(request, torch.cuda.is_available()), Path(request.out)
+    with claimed(out) as lock:
         try:
-            failures = run_study(setting, methods, range(seeds), grid, slots(jobs, setting.threads), lock)
+            failures = run_study(setting, request, slots(request.jobs, setting.threads), lock)
         except Unfinished as stopped:
             raise Unfinished(f"{stopped}\nresume with: {command()}", stopped.code) from None
-        page = report(Path(out))
-    study = read_study(Path(out))
-    print("", table(study), "", *answers(study.rows), "", f"report: {page}", sep="\n")
+        page = report(out)
+    study = read_study(out)
+    print("", table(study), "", *answers(study), "", f"report: {page}", sep="\n")
     if failures:
         lines = [f"{name} failed, {words}" for name, words in failures.items()]
         raise Unfinished("\n".join([*lines, f"try the failed runs again with: {command()}"]), 1)
     return page
 
 
-def make_setting(
-    base: dict[str, Any], budget: dict[str, float], overrides: Mapping[str, dict[str, Any]], out: Path, on_gpu: bool
-) -> Setting:
+def make_setting(request: Request, on_gpu: bool) -> Setting:
+    for arm in request.arms:
+        refuse_one_rate(arm.lr_grid)
+    base = request.base
     dataset = open_dataset(base.get("data", {}).get("path") or RunConfig().data.path, verify=False)
     threads = base.get("train", {}).get("threads") or (None if on_gpu else 1)
-    return Setting(base, drop_nones(budget), overrides, out, dataset, threads)
+    return Setting(base, drop_nones(request.budget), Path(request.out), dataset, threads, request.trial_fraction)
 
 
-def run_study(
-    setting: Setting, methods: Sequence[str], seeds: range, grid: list[float], places: list[dict[str, str]], lock: int
-) -> dict[str, str]:
+def run_study(setting: Setting, request: Request, places: list[dict[str, str]], lock: int) -> dict[str, str]:
     """Trials, then runs; keeps study.json up to date. Returns {name: last words} of the runs that failed."""
-    trials, runs, lr = draft(setting, methods, seeds, grid)
-    tuned = take_turns([trials[method] for method in methods])
-    write_plan(setting, methods, seeds, lr, len(places), {})
-    bar = Bar([*tuned, *take_turns(list(runs.values()))], " ".join(methods))
+    arms = request.arms
+    trials, runs, lr = draft(setting, arms)
+    tuned = take_turns([trials[arm.name] for arm in arms])
+    write_plan(setting, request, lr, len(places), {})
+    bar = Bar([*tuned, *take_turns(list(runs.values()))], setting.out.name)
     try:
         lost = run_all(tuned, places, lock, bar)
-        for method in methods:
-            if trials[method]:
-                lr[method] = choose(trials[method], lost)
-                runs[method] = make_runs(setting, method, seeds, lr[method]["lr"]) if lr[method]["lr"] else []
-        write_plan(setting, methods, seeds, lr, len(places), {})
-        for job in (job for method in methods for job in runs[method]):
+        for arm in arms:
+            if trials[arm.name]:
+                lr[arm.name] = choose(trials[arm.name], lost)
+                rate = lr[arm.name]["lr"]
+                runs[arm.name] = make_runs(setting, arm, rate) if rate else []
+        write_plan(setting, request, lr, len(places), {})
+        for job in (job for jobs in runs.values() for job in jobs):
             refuse_other_run(job, setting.dataset.fingerprint)
-        failures = run_all(take_turns([runs[method] for method in methods]), places, lock, bar)
+        failures = run_all(take_turns([*runs.values()]), places, lock, bar)
     finally:
         bar.close()
-    for method in methods:
-        if not runs[method]:
-            failures |= {f"{method}/seed-{seed}": "not run: every trial of its learning rate failed" for seed in seeds}
-    write_plan(setting, methods, seeds, lr, len(places), failures)
+    for arm in arms:
+        if not runs[arm.name]:
+            why = "not run: every trial of its learning rate failed"
+            failures |= {f"{arm.name}/seed-{seed}": why for seed in range(arm.seeds)}
+    write_plan(setting, request, lr, len(places), failures)
     return failures
 
 
 def draft(
-    setting: Setting, methods: Sequence[str], seeds: range, grid: list[float]
+    setting: Setting, arms: Sequence[Arm]
 ) -> tuple[dict[str, list[Job]], dict[str, list[Job]], dict[str, dict[str, Any]]]:
-    """Trials, runs and learning rates of each method, as far as they are known before anything has run."""
-    runs = {method: make_runs(setting, method, seeds) for method in methods}
-    trials = {method: make_trials(setting, method, grid, runs[method][0]) for method in methods}
-    for method in methods:
-        for job in trials[method] or runs[method]:
+    """Trials, runs and learning rates of each arm, as far as they are known before anything has run."""
+    runs = {arm.name: make_runs(setting, arm) for arm in arms}
+    trials = {arm.name: make_trials(setting, arm, runs[arm.name][0]) for arm in arms}
+    for arm in arms:
+        for job in trials[arm.name] or runs[arm.name]:
             refuse_other_run(job, setting.dataset.fingerprint)
-    lr = {method: untuned(setting, method, runs[method][0], pending=bool(trials[method])) for method in methods}
+    lr = {arm.name: untuned(arm, runs[arm.name][0], pending=bool(trials[arm.name])) for arm in arms}
     return trials, runs, lr
 
 
-def make_runs(setting: Setting, method: str, seeds: range, lr: float | None = None) -> list[Job]:
-    return [setting.job(f"{method}/seed-{seed}", method, seed, setting.budget, lr) for seed in seeds]
+def make_runs(setting: Setting, arm: Arm, lr: float | None = None) -> list[Job]:
+    return [setting.job(f"{arm.name}/seed-{seed}", arm, seed, setting.budget, lr) for seed in range(arm.seeds)]
 
 
 def take_turns(columns: list[list[Job]]) -> list[Job]:
@@ -177,30 +166,29 @@ def take_turns(columns: list[list[Job]]) -> list[Job]:
 # ------------------------------------------------------------------------------------------------------------ tuning
 
 
-def checked_grid(lr_grid: Sequence[float] | None) -> list[float]:
-    grid = sorted(set(lr_grid or []))
+def refuse_one_rate(grid: Sequence[float]) -> None:
     if len(grid) == 1:
         raise UserError(f"lr_grid has one value, {grid[0]:g}; give two or more, or set optim.lr={grid[0]:g} by hand")
-    return grid
 
 
-def make_trials(setting: Setting, method: str, grid: list[float], run: Job) -> list[Job]:
-    """One run for each learning rate, shorter than `run`; none for a method whose rate was set by hand."""
-    if "lr" in setting.overrides.get(method, {}):
+def make_trials(setting: Setting, arm: Arm, run: Job) -> list[Job]:
+    """One run for each learning rate, shorter than `run`; none for an arm whose rate was set by hand."""
+    if arm.lr is not None:
         return []
-    budget = trial_budget(setting.budget, run.tokens and run.tokens // tokens_per_step(run.config))
-    return [setting.job(f"trials/{method}/lr-{lr:g}", method, TRIAL_SEED, budget, lr) for lr in grid]
+    steps = run.tokens and run.tokens // tokens_per_step(run.config)
+    budget = trial_budget(setting.budget, steps, setting.trial_fraction)
+    return [setting.job(f"trials/{arm.name}/lr-{lr:g}", arm, TRIAL_SEED, budget, lr) for lr in arm.lr_grid]
 
 
-def trial_budget(budget: dict[str, float], steps: int | None) -> dict[str, float]:
-    """TRIAL_FRACTION of the budget of a run of so many steps, at least TRIAL_STEPS steps, at most the whole."""
+def trial_budget(budget: dict[str, float], steps: int | None, fraction: float) -> dict[str, float]:
+    """A fraction of the budget of a run of so many steps, at least TRIAL_STEPS steps, at most the whole."""
     ((kind, amount),) = budget.items()
-    share = amount * min(1.0, max(TRIAL_FRACTION, TRIAL_STEPS / steps if steps else 0.0))
+    share = amount * min(1.0, max(fraction, TRIAL_STEPS / steps if steps else 0.0))
     return {kind: math.ceil(share) if kind == "tokens" else share}
 
 
-def untuned(setting: Setting, method: str, run: Job, pending: bool) -> dict[str, Any]:
-    how = "pending" if pending else "hand" if "lr" in setting.overrides.get(method, {}) else "default"
+def untuned(arm: Arm, run: Job, pending: bool) -> dict[str, Any]:
+    how = "pending" if pending else "default" if arm.lr is None else "hand"
     lr = None if pending else run.config.optim.hyperparameters().get("lr")
     return {"how": how, "lr": lr, "edge": None, "trials": []}
 
@@ -227,22 +215,20 @@ def outcome(job: Job, problem: str) -> dict[str, Any]:
 
 
 def write_plan(
-    setting: Setting,
-    methods: Sequence[str],
-    seeds: range,
-    lr: dict[str, dict[str, Any]],
-    jobs: int | None,
-    failures: dict[str, str],
+    setting: Setting, request: Request, lr: dict[str, dict[str, Any]], jobs: int | None, failures: dict[str, str]
 ) -> None:
     """OUT/study.json: what was asked for, sealed."""
+    asked = request.to_json()
     plan = {
-        "format": 1,
+        "format": 2,
         "command": command(),
-        "methods": list(methods),
-        "seeds": list(seeds),
+        "question": request.question,
+        "arms": {arm.pop("name"): arm for arm in asked["arms"]},
+        "contrasts": asked["contrasts"],
+        "base": request.base,
         "budget": setting.budget,
-        "overrides": dict(setting.overrides),
         "trial_seed": TRIAL_SEED,
+        "trial_fraction": request.trial_fraction,
         "lr": lr,
         "jobs": jobs,
         "threads": setting.threads,

@@ -27,34 +27,43 @@ BITS = (  # key in `versions` or `machine`, or of the record itself -> what a di
 
 
 def question(study: Study) -> str:
-    baseline, *others = study.plan["methods"]
+    if study.plan["question"]:
+        return study.plan["question"]
+    baseline, *others = study.plan["arms"]
     budget = " and ".join(f"{amount:,.12g} {kind}" for kind, amount in study.plan["budget"].items())
     if not others:
         return f"What does {baseline} reach with {budget} a run?"
     return f"With {budget} a run, which of {', '.join(others)} ends at a lower held-out loss than {baseline}?"
 
 
-def answers(rows: Sequence[Row]) -> list[str]:
-    """One sentence for each method after the first, the baseline."""
+def answers(study: Study) -> list[str]:
+    """One sentence for each question that was asked beforehand; else for each method after the first, the baseline."""
+    rows = study.rows
+    if study.contrasts:
+        return [f"{c.name[0].upper()}{c.name[1:]}: {claim(c.difference, *c.arms)}" for c in study.contrasts]
     return [" ".join(filter(None, (verdict(row, rows[0]), cost(row, rows[0]), *said(row)))) for row in rows[1:]]
 
 
 def verdict(row: Row, baseline: Row) -> str:
-    d, name = row.difference, row.method
+    return claim(row.difference, row.method, baseline.method)
+
+
+def claim(d: Paired | None, name: str, baseline: str) -> str:
+    """What a paired difference says of two arms."""
     if d is None:
-        return f"{name}: no claim, no seed has finished under both it and {baseline.method}."
+        return f"{name}: no claim, no seed has finished under both it and {baseline}."
     if d.t is None:
         return (
             f"{name}: no claim. On the one seed that both have it ends {nats(d.mean)} nats/token "
-            f"{side(d.mean)} {baseline.method}, and one seed has no interval."
+            f"{side(d.mean)} {baseline}, and one seed has no interval."
         )
     if d.sd == 0 and d.mean == 0:
-        return f"{name} ends at exactly the loss of {baseline.method} on all {d.n} seeds."
+        return f"{name} ends at exactly the loss of {baseline} on all {d.n} seeds."
     interval = f"(95 % CI {signed(d.t[0])} to {signed(d.t[1])}, {d.n} seeds)"
     if d.resolved:
-        return f"{name} ends {nats(d.mean)} nats/token {side(d.mean)} {baseline.method} {interval}."
+        return f"{name} ends {nats(d.mean)} nats/token {side(d.mean)} {baseline} {interval}."
     return (
-        f"{name}: no claim. Its difference to {baseline.method} is {signed(d.mean)} nats/token and the interval "
+        f"{name}: no claim. Its difference to {baseline} is {signed(d.mean)} nats/token and the interval "
         f"contains 0 {interval}; {more_seeds(d)}."
     )
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from thriftlab.data.tokens import DataError
 from thriftlab.launch import arguments, cli
-from thriftlab.optim import METHODS
+from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.hyper import hyperparameters
 from thriftlab.train import surface
 from thriftlab.train.config import RunConfig
@@ -307,26 +307,45 @@ def test_help_shows_what_a_plugin_brings(tmp_path, capsys):
 def test_compare_takes_methods_options_and_a_base():
     line = "adamw frugal --seeds 5 --lr-grid 3e-4,1e-3 --jobs=2 --out runs/x --budget tokens=1e6 model.preset=micro"
     asked = arguments.arguments(line.split())
-    assert asked.methods == ["adamw", "frugal"]
+    assert asked.methods == {m: {"layer": "dense", "optim": m} for m in ("adamw", "frugal")}
     assert asked.options == arguments.CompareConfig(seeds=5, lr_grid=(3e-4, 1e-3), jobs=2, out="runs/x")
     assert asked.base == RunConfig(budget={"tokens": 10**6}, model={"preset": "micro"})
-    assert asked.overrides == {"adamw": {}, "frugal": {}}
+    assert asked.overrides == {m: {"layer": {}, "optim": {}} for m in ("adamw", "frugal")}
 
 
 def test_compare_gives_every_method_what_is_meant_for_it():
     words = "frugal adamw optim.lr=0.5 frugal.gap=50 frugal.lr=0.25 optim.include=[x]".split()
     asked = arguments.arguments(words)
-    assert asked.overrides == {
+    assert {method: found["optim"] for method, found in asked.overrides.items()} == {
         "frugal": {"include": ["x"], "lr": 0.25, "gap": 50},
         "adamw": {"include": ["x"], "lr": 0.5},
     }
     named = arguments.arguments("adamw signsgd --config adamw.yaml".split())
-    assert named.overrides == {"adamw": {"betas": [0.8, 0.9]}, "signsgd": {}}
+    assert [named.overrides[m]["optim"] for m in ("adamw", "signsgd")] == [{"betas": [0.8, 0.9]}, {}]
+
+
+def test_a_layer_and_an_update_rule_combine():
+    words = "adamw lost lost+fira cola layer.rank=0.5 lost.density=0.1 lost+fira.layer.rank=8 lost+fira.optim.rank=4"
+    arms = {arm.name: arm.tree for arm in arguments.arguments(words.split()).request().arms}
+    assert [(tree["layer"]["name"], tree["optim"]["name"]) for tree in arms.values()] == [
+        ("dense", "adamw"), ("lost", "adamw"), ("lost", "fira"), ("cola", "adamw")
+    ]  # fmt: skip
+    assert arms["adamw"]["layer"] == {"name": "dense"}
+    assert arms["lost"]["layer"] == {"name": "lost", "rank": 0.5, "density": 0.1}
+    assert arms["lost+fira"]["layer"]["rank"] == 8 and arms["lost+fira"]["optim"]["rank"] == 4
+    assert arms["cola"]["layer"]["rank"] == 0.5
 
 
 COMPARE_MISTAKES = {
-    "": f"command line: name the methods to compare, the baseline first: {', '.join(METHODS)}",
-    "adamww": f"command line: method 'adamww' is unknown; there are {', '.join(METHODS)}; did you mean 'adamw'?",
+    "": f"command line: name the methods to compare, the baseline first: "
+    f"layer: {', '.join(LAYERS)}; optim: {', '.join(METHODS)}",
+    "adamww": f"command line: method 'adamww' is unknown; there are {', '.join([*LAYERS, *METHODS])}; "
+    "did you mean 'adamw'?",
+    "adamw lost+cola": "command line: lost+cola names two of layer: lost and cola",
+    "adamw lost+fira lost+fira.rank=3": "command line: lost+fira.rank may be of two parts; write lost+fira.layer.rank "
+    "or lost+fira.optim.rank",
+    "adamw layer.rank=3": "command line: layer.rank is for no method that is compared; compared: adamw",
+    "adamw lost lost.gama=1": "command line: unknown key 'lost.gama'; did you mean 'lost.gamma'?",
     "adamw adamw": "command line: a method is named twice: adamw adamw",
     "adamw signsgd.lr=1": "command line: signsgd.lr is for a method that is not compared; compared: adamw",
     "adamw --config signsgd.yaml": "signsgd.yaml: optim.name is for 'signsgd', which is not compared; compared: adamw",

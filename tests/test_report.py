@@ -58,7 +58,8 @@ def write_run(folder, method, seed, loss, **changes):
 
 def write_plan(folder, methods, seeds, **changes):
     plan = {
-        "format": 1, "command": "thriftlab compare adamw frugal", "methods": methods, "seeds": seeds,
+        "format": 2, "command": "thriftlab compare adamw frugal", "question": "", "contrasts": [],
+        "arms": {method: {"tree": {"optim": {"name": method}}, "seeds": len(seeds)} for method in methods},
         "budget": {"tokens": 1_000_000}, "jobs": 2, "threads": 1,
         "lr": {method: {"how": "default", "lr": None, "edge": None, "trials": []} for method in methods},
         "failures": {}, **changes,
@@ -124,9 +125,9 @@ def test_the_same_study_gives_the_same_page(tmp_path):
 
 
 def test_text_from_outside_is_escaped(tmp_path):
-    write_run(tmp_path, "adamw", 3, 2.5, machine={**make_record("adamw", 3, 2.5)["machine"], "cpu": "<script>"})
-    failures = {"<i>/seed-3": "<b>"}
-    write_plan(tmp_path, ["adamw", "<i>"], [3], command="compare <script>alert(1)</script>", failures=failures)
+    write_run(tmp_path, "adamw", 0, 2.5, machine={**make_record("adamw", 0, 2.5)["machine"], "cpu": "<script>"})
+    failures = {"<i>/seed-0": "<b>"}
+    write_plan(tmp_path, ["adamw", "<i>"], [0], command="compare <script>alert(1)</script>", failures=failures)
     page = report(tmp_path).read_text()
     assert not re.search("<script|<i>|<b>", page)
     assert page.count("&lt;script&gt;") == 2 and "&lt;b&gt;" in page and "&lt;i&gt;" in page
@@ -134,7 +135,7 @@ def test_text_from_outside_is_escaped(tmp_path):
 
 def test_answers_say_direction_interval_and_cost(tmp_path):
     study = read_study(make_study(tmp_path))
-    frugal, signsgd = answers(study.rows)
+    frugal, signsgd = answers(study)
     # frugal - adamw is 0.012 + 0.001 * (seed - 1): mean 0.012, sd 0.001, half-width 4.3027 * 0.001 / sqrt(3) = 0.0025
     assert frugal == (
         "frugal ends 0.0120 nats/token above adamw (95 % CI +0.0095 to +0.0145, 3 seeds). "
@@ -155,14 +156,14 @@ def test_an_interval_with_0_is_no_claim(tmp_path):
     for seed, shift in enumerate([0.01, -0.01, 0.003]):
         write_run(tmp_path, "adamw", seed, 2.5)
         write_run(tmp_path, "frugal", seed, 2.5 + shift)
-    (answer,) = answers(read_study(tmp_path).rows)
+    (answer,) = answers(read_study(tmp_path))
     assert answer.startswith("frugal: no claim.") and "contains 0" in answer
     # sd 0.010149, t(398) = 1.966: n > (1.966 * 0.010149 / 0.001) ** 2 = 398.1
     assert "needs about 399 seeds" in answer
 
 
 def test_one_seed_is_no_claim(tmp_path):
-    (answer,) = answers(read_study(make_study(tmp_path, ("adamw", "frugal"), (0,))).rows)
+    (answer,) = answers(read_study(make_study(tmp_path, ("adamw", "frugal"), (0,))))
     assert "no claim" in answer and "one seed has no interval" in answer
 
 

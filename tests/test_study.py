@@ -13,10 +13,12 @@ import pytest
 from tiny import tiny_config
 
 from thriftlab.launch import jobs, study
+from thriftlab.launch.arms import Arm, Request
 from thriftlab.launch.cli import main
 from thriftlab.launch.jobs import Unfinished, claimed, slots, usable_cores
 from thriftlab.launch.results import read_plan, read_study
-from thriftlab.launch.study import TRIAL_SEED, checked_grid, compare, take_turns, trial_budget
+from thriftlab.launch.study import TRIAL_SEED, take_turns, trial_budget
+from thriftlab.train.config import SEAMS
 from thriftlab.train.errors import UserError
 
 STEP = 256  # tokens
@@ -28,19 +30,18 @@ def stand_in_fingerprint(config, data_fingerprint):
 
 @pytest.fixture
 def run(tmp_path, tiny_data, monkeypatch):
-    """compare() over the stand-in trainer; keyword arguments replace the defaults."""
+    """A study over the stand-in trainer; keyword arguments replace the defaults."""
     monkeypatch.setattr(jobs, "TRAINER", (sys.executable, str(Path(__file__).with_name("stand_in_trainer.py"))))
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(jobs, "fingerprint", stand_in_fingerprint)
     monkeypatch.setattr(study, "fingerprint", stand_in_fingerprint)
 
-    def run(methods=("adamw", "frugal"), **changes):
+    def run(methods=("adamw", "frugal"), budget=200 * STEP, seeds=2, lr_grid=(), jobs=2, **overrides):
         base = tiny_config(tiny_data, tmp_path, train={"threads": None}).model_dump(mode="json")
-        asked = {
-            "base": base, "budget": {"tokens": 200 * STEP}, "seeds": 2, "lr_grid": None, "jobs": 2, "out": tmp_path,
-            "method_overrides": {},
-        }  # fmt: skip
-        return compare(list(methods), **{**asked, **changes})
+        base = {key: value for key, value in base.items() if key not in SEAMS}
+        grid = tuple(sorted(lr_grid))
+        arms = [Arm(m, {"optim": {"name": m, **overrides.get(m, {})}}, seeds, grid) for m in methods]
+        return study.run(Request(arms, base, {"tokens": budget}, str(tmp_path), jobs))
 
     return run
 
@@ -84,11 +85,11 @@ def test_finished_runs_are_skipped_and_a_study_grows(run, tmp_path):
     run(seeds=3)
     assert all(len(events(folder, "start")) == 1 for folder in tmp_path.glob("*/seed-*"))
     assert len(list(tmp_path.glob("*/seed-*"))) == 6
-    assert read_plan(tmp_path)["seeds"] == [0, 1, 2]
+    assert [arm["seeds"] for arm in read_plan(tmp_path)["arms"].values()] == [3, 3]
 
 
 def test_overrides_belong_to_their_method(run, tmp_path):
-    run(method_overrides={"frugal": {"density": 0.5, "lr": 0.01}}, seeds=1)
+    run(frugal={"density": 0.5, "lr": 0.01}, seeds=1)
     config = json.loads((tmp_path / "frugal/seed-0/config.json").read_text())
     assert config["optim"]["density"] == 0.5 and config["optim"]["lr"] == 0.01
     assert [read_plan(tmp_path)["lr"][method]["how"] for method in ("adamw", "frugal")] == ["default", "hand"]
@@ -97,10 +98,10 @@ def test_overrides_belong_to_their_method(run, tmp_path):
 def test_another_run_in_the_folder_is_refused(run, tmp_path):
     run(seeds=1)
     with pytest.raises(UserError, match=r"frugal/seed-0 holds another run \(optim.density: .* there, 0.5 now\)"):
-        run(seeds=1, method_overrides={"frugal": {"density": 0.5}})
+        run(seeds=1, frugal={"density": 0.5})
     (tmp_path / "adamw/seed-0/record.json").unlink()  # not finished: config.json tells
     with pytest.raises(UserError, match=r"adamw/seed-0 holds another run \(budget.tokens: 51200 there, 76800 now\)"):
-        run(seeds=1, budget={"tokens": 300 * STEP})
+        run(seeds=1, budget=300 * STEP)
 
 
 def test_damage_is_found_before_anything_runs(run, tmp_path):
@@ -114,11 +115,11 @@ def test_damage_is_found_before_anything_runs(run, tmp_path):
 
 def test_mistakes_are_found_before_anything_runs(run, tmp_path):
     with pytest.raises(UserError, match="budget.tokens = 10 is less"):
-        run(budget={"tokens": 10})
+        run(budget=10)
     with pytest.raises(UserError, match="one value"):
         run(lr_grid=[1e-3])
     with pytest.raises(UserError, match="optim.gap"):
-        run(method_overrides={"adamw": {"gap": 3}})
+        run(adamw={"gap": 3})
     assert not list(tmp_path.glob("*/seed-*"))
 
 
@@ -137,7 +138,7 @@ def test_every_method_gets_the_same_trials_and_its_best_rate(run, tmp_path):
         assert (rate["how"], rate["lr"], rate["edge"]) == ("tuned", 3e-3, None)
         assert [trial["tokens"] for trial in rate["trials"]] == [50 * STEP] * 3
         assert json.loads((tmp_path / method / "seed-0/config.json").read_text())["optim"]["lr"] == 3e-3
-    assert TRIAL_SEED not in plan["seeds"]
+    assert all(TRIAL_SEED >= arm["seeds"] for arm in plan["arms"].values())
     assert "38,400 tokens" in (tmp_path / "report.md").read_text()
 
 
@@ -145,7 +146,7 @@ def test_edges_hand_set_rates_and_lost_trials(run, tmp_path):
     (tmp_path / "trials").mkdir()
     order(tmp_path / "trials", f"signsgd {TRIAL_SEED} fail")
     with pytest.raises(Unfinished) as failed:
-        run(("adamw", "frugal", "signsgd"), lr_grid=[1e-4, 1e-3], method_overrides={"frugal": {"lr": 1e-2}}, seeds=1)
+        run(("adamw", "frugal", "signsgd"), lr_grid=[1e-4, 1e-3], frugal={"lr": 1e-2}, seeds=1)
     assert failed.value.code == 1 and "every trial" in str(failed.value)
     rates = read_plan(tmp_path)["lr"]
     assert (rates["adamw"]["lr"], rates["adamw"]["edge"]) == (1e-3, "upper")
@@ -174,11 +175,7 @@ def test_a_trial_that_diverged_is_not_chosen(run, tmp_path):
     ],
 )
 def test_trial_budget(budget, steps, expected):
-    assert trial_budget(budget, steps) == expected
-
-
-def test_grid_is_sorted_and_has_two_values():
-    assert checked_grid([3e-3, 1e-3, 3e-3]) == [1e-3, 3e-3] and checked_grid(None) == []
+    assert trial_budget(budget, steps, 0.25) == expected
 
 
 def test_take_turns():

@@ -1,0 +1,139 @@
+"""Studies that are written down: arms, questions, equal tuning."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from test_report import write_plan, write_run
+from tiny import tiny_config
+
+from thriftlab.launch import cli, experiment
+from thriftlab.launch.arms import Request
+from thriftlab.launch.report import report
+from thriftlab.launch.results import read_study
+from thriftlab.launch.stats import holm, t_test
+from thriftlab.launch.study import make_setting
+from thriftlab.launch.summary import answers
+from thriftlab.train.errors import ConfigError
+
+STUDY = {
+    "question": "Which?",
+    "base": {"budget": {"tokens": 5120}, "optim": {"weight_decay": 0.1}},
+    "seeds": 2,
+    "lr_grid": [1e-3, 2e-3],
+    "trial_fraction": 0.5,
+    "arms": {
+        "adamw": {"lr_grid": "5e-4,1e-3"},
+        "small": {"layer": {"name": "lost", "rank": 8}, "seeds": 4},
+        "hand": {"optim": {"lr": 0.01}},
+    },
+    "contrasts": [{"name": "the layer", "arms": ["small", "adamw"]}],
+}
+
+
+@pytest.fixture
+def file(tmp_path, tiny_data):
+    def write(**changes):
+        path = tmp_path / "mine.yaml"
+        study = {**STUDY, **changes}
+        tiny = tiny_config(tiny_data, tmp_path).model_dump(mode="json")
+        study["base"] = {**{key: tiny[key] for key in ("data", "model", "train", "eval")}, **study["base"]}
+        path.write_text(yaml.safe_dump(study, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def test_a_study_becomes_arms_with_what_differs(file):
+    asked = experiment.request([file(), "--jobs", "3", "train.clip=0.5", "budget.tokens=10240"])
+    assert asked.budget == {"tokens": 10240, "flops": None, "seconds": None} and asked.jobs == 3
+    assert asked.out == "runs/mine" and asked.question == "Which?" and asked.trial_fraction == 0.5
+    assert [(arm.name, arm.seeds, arm.lr_grid, arm.lr) for arm in asked.arms] == [
+        ("adamw", 2, (5e-4, 1e-3), None), ("small", 4, (1e-3, 2e-3), None), ("hand", 2, (1e-3, 2e-3), 0.01)
+    ]  # fmt: skip
+    assert Request.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+    setting = make_setting(asked, on_gpu=False)
+    job = setting.job("small/seed-3", asked.arms[1], 3, setting.budget, 2e-3)
+    c = job.config
+    assert (c.seed, c.layer.name, c.layer.rank, c.optim.lr, c.optim.weight_decay) == (3, "lost", 8, 2e-3, 0.1)
+    assert c.train.clip == 0.5 and c.budget.tokens == 10240 and job.arm == "small"
+    assert setting.job("hand/seed-0", asked.arms[2], 0, setting.budget).config.optim.lr == 0.01
+
+
+def test_seeds_of_the_command_line_are_every_arms(file):
+    assert [arm.seeds for arm in experiment.request([file(), "--seeds", "1"]).arms] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"a": {}, "b": {"lr_grid": [1, 2, 3]}}, "contrasts": []}, "a has 2 trials of its learning rate and b 3"),
+        ({"contrasts": [{"name": "x", "arms": ["small", "smal"]}]}, "contrast 'x' is of 'smal'; arms: adamw, small"),
+        ({"arms": {}}, "arms"),
+        ({"qestion": "?"}, "unknown key 'qestion'; did you mean 'question'"),
+        ({"base": {"budget": {"tokens": 5120}, "trian": {}}}, "trian"),
+    ],
+)
+def test_mistakes_of_a_file_are_one_line(file, changes, words):
+    with pytest.raises(ConfigError, match=".yaml|learning rate") as refused:
+        experiment.request([file(**changes)])
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_unknown_study_or_none_says_which_there_are(capsys):
+    assert cli.main(["study", "losst"]) == 2 and "there are lost" in capsys.readouterr().err
+    assert cli.main(["study"]) == 0 and "Which part of LOST pays" in capsys.readouterr().out
+
+
+def test_an_unknown_key_of_an_arm_is_found_before_anything_runs(file, capsys, tmp_path):
+    path = file(arms={"a": {}, "b": {"layer": {"name": "lost", "rnak": 3}}}, contrasts=[])
+    assert cli.main(["study", path, "--out", str(tmp_path / "out")]) == 2
+    assert "b: unknown key 'layer.rnak'" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+@pytest.mark.parametrize("name", experiment.studies())
+def test_the_packaged_studies_can_be_run(name):
+    asked = experiment.request([name])
+    assert {tuple(c.arms) for c in asked.contrasts} and len(asked.arms) > 2
+    if Path(asked.base["data"]["path"]).exists():
+        setting = make_setting(asked, on_gpu=False)
+        for arm in asked.arms:
+            setting.job("x", arm, 0, setting.budget)
+
+
+def test_questions_are_answered_with_interval_and_adjusted_p(tmp_path):
+    contrasts = [{"name": "sign", "arms": ["signsgd", "adamw"]}, {"name": "split", "arms": ["frugal", "adamw"]}]
+    arms = {m: {"tree": {"layer": {"name": m}}, "seeds": n} for m, n in (("adamw", 4), ("frugal", 3), ("signsgd", 4))}
+    write_plan(tmp_path, [*arms], [0], question="Which pays?", arms=arms, contrasts=contrasts)
+    shift = {"adamw": [0, 0, 0, 0], "frugal": [0.01, -0.02, 0.01], "signsgd": [0.2, 0.21, 0.19, 0.2]}
+    for method, shifts in shift.items():
+        for seed, by in enumerate(shifts):
+            write_run(tmp_path, method, seed, 2.5 + 0.1 * seed + by, model={"parameters": len(method) * 1000, "flops_per_token": 1})
+    study = read_study(tmp_path)
+    sign, split = study.contrasts
+    assert sign.difference.n == 4 and split.difference.n == 3
+    assert sign.adjusted == pytest.approx(2 * t_test(shift["signsgd"]))
+    assert split.adjusted == pytest.approx(max(t_test(shift["frugal"]), sign.adjusted))
+    first, second = answers(study)
+    assert first.startswith("Sign: signsgd ends 0.2000 nats/token above adamw (95 % CI")
+    assert second.startswith("Split: frugal: no claim.")
+    page = report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Which pays?" in text and "| sign | signsgd − adamw | +0.2000; 95 % t:" in text
+    assert "+0.200, +0.210, +0.190, +0.200" in text and "layer.name=signsgd" in text
+    assert "0, 1, 2 (adamw to 3, signsgd to 3)" in text and "<h2>Questions</h2>" in page.read_text()
+
+
+def test_holm_against_its_definition():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_t_test_against_scipy():
+    from scipy import stats
+
+    sample = [0.1, -0.3, 0.2, 0.4]
+    assert t_test(sample) == pytest.approx(stats.ttest_1samp(sample, 0).pvalue, rel=1e-12)
+    assert (t_test([0, 0]), t_test([1, 1])) == (1.0, 0.0)
