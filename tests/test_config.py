@@ -164,8 +164,9 @@ NEVER = {"out", "data.path", "data.verify", "backend.timeout", "backend.witness"
 NEVER |= {"train.max_skipped_steps"}
 NEVER |= {f"checkpoint.{key}" for key in ("every", "keep", "background")}
 NEVER |= {f"log.{key}" for key in ("every", "wandb", "project", "group", "tensorboard", "progress")}
-BY_SPEED = {"backend.name", "train.micro_batch_size", "train.activation_checkpointing", "train.compile"}
-BY_SPEED |= {"train.layerwise", "train.threads", "train.deterministic", "backend.stage", "backend.settings"}
+BY_SPEED = {"backend.name", "train.micro_batch_size", "train.activation_checkpointing", "train.loss_keep_bytes"}
+BY_SPEED |= {"train.compile", "train.layerwise", "train.threads", "train.deterministic"}
+BY_SPEED |= {"backend.stage", "backend.settings"}
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

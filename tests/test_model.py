@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
 from thriftlab.train.model import GPT, ModelConfig
@@ -233,42 +232,6 @@ def test_bf16_autocast_keeps_losses_and_gradients_in_fp32():
 
 
 # --------------------------------------------------------------------------------------------------- kernels
-
-
-def test_cross_entropy_and_its_gradient():
-    g = torch.Generator().manual_seed(1)
-    hidden = torch.randn(3, 50, 8, generator=g, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(13, 8, generator=g, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(13, (3, 50), generator=g)
-    targets[1, 7:20] = -100
-    upstream = torch.randn(3, 50, generator=g, dtype=torch.float64)  # a weight of its own for every token
-    results = []
-    for ours in (True, False):
-        if ours:
-            losses = linear_cross_entropy(hidden, weight, targets)
-        else:
-            losses = F.cross_entropy((hidden @ weight.T).transpose(1, 2), targets, reduction="none", ignore_index=-100)
-        results.append((losses, *torch.autograd.grad(losses, (hidden, weight), upstream)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert (results[0][0][1, 7:20] == 0).all() and (results[0][1][1, 7:20] == 0).all()
-
-
-def test_cross_entropy_walks_over_blocks_of_rows():
-    g = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(300, 4, generator=g), torch.randn(4096, 4, generator=g)  # 64 rows a block: 5 blocks
-    targets = torch.randint(4096, (300,), generator=g)
-    torch.testing.assert_close(
-        linear_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    )
-
-
-def test_cross_entropy_refuses_a_second_backward():
-    hidden = torch.randn(4, 3, requires_grad=True)
-    loss = linear_cross_entropy(hidden, torch.randn(5, 3), torch.tensor([0, 1, 2, 3])).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="in-?place"):
-        loss.backward()
 
 
 def test_rms_norm_and_its_gradient():

@@ -103,7 +103,8 @@ def make_model(config: RunConfig, dataset: Dataset) -> tuple[GPT, Conversion]:
             f"{config.data.path}; raise it or leave it out"
         )
     with torch.device("meta"):
-        model = GPT(config.model.model_copy(update={"vocab_size": vocab_size}), config.train.activation_checkpointing)
+        sizes = config.model.model_copy(update={"vocab_size": vocab_size})
+        model = GPT(sizes, config.train.activation_checkpointing, config.train.loss_keep_bytes)
     return model, replace_layers(config, model)
 
 

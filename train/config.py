@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train import owned, zero  # noqa: F401  (backends)
 from thriftlab.train.backend import BACKENDS
@@ -102,6 +103,12 @@ class TrainConfig(Section):
     clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")
     activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
+    loss_keep_bytes: int | None = Field(
+        KEEP_BYTES,
+        ge=0,
+        description="of log-probabilities that the loss of a micro-batch keeps for its backward; the rest is computed "
+        "again, to the same bits; null: keep all",
+    )
     compile: bool = Field(False, description="torch.compile the model")
     max_skipped_steps: Count = Field(
         10, description="stop after this many steps in a row whose loss or gradient is not finite"
@@ -217,8 +224,8 @@ def method_name(config: RunConfig) -> str:
 # What does not change the result of a run: its name and place and what is written on the way; and how fast it is.
 PLUMBING = ("out", "plugins", "data.path", "data.verify", "backend.timeout", "backend.witness", "eval.batch_size",
             "train.max_skipped_steps", "checkpoint", "log")  # fmt: skip
-SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.layerwise",
-         "train.threads", "train.deterministic")  # fmt: skip
+SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.loss_keep_bytes",
+         "train.compile", "train.layerwise", "train.threads", "train.deterministic")  # fmt: skip
 
 
 def fingerprint(config: RunConfig, data_fingerprint: str) -> str:

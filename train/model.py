@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
+from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES, linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim.base import keyed_generator
@@ -168,11 +168,17 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model. `config.vocab_size` must be set."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        activation_checkpointing: bool = False,
+        loss_keep_bytes: int | None = KEEP_BYTES,
+    ):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set; take it from the tokenizer")
         self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.loss_keep_bytes = loss_keep_bytes
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -206,7 +212,8 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x).view(*tokens.shape, -1)
-        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten()).view(tokens.shape)
+        losses = linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), self.loss_keep_bytes)
+        return losses.view(tokens.shape)
 
     @torch.no_grad()
     def init_weights(self, seed: int, share: slice = slice(None)) -> None:
