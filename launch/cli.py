@@ -20,7 +20,7 @@ USAGE = {
     One run. The same command again resumes it.""",
     "compare": """thriftlab compare METHOD ... [--budget tokens=1e7] [--seeds 3] [--lr-grid 3e-4,1e-3] [key=value ...]
     Many runs under one budget, paired by seed with those of the first method, and a report.
-    METHOD: adamw, frugal, lost ...; a layer and an update rule combine, as in lost+frugal.""",
+    METHOD is an update rule, a layer, or both, as in lost+frugal.""",
     "study": """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
     An experiment that is written down: arms, questions, tuning. Without a name: which there are.""",
     "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
