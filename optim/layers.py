@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,17 @@ class Layer(nn.Module):
     def flops_per_token(self) -> int:
         """Of one forward and backward."""
         raise NotImplementedError
+
+    def before_step(self, step: int, draw: Callable[[int], torch.Generator]) -> Sequence[str]:
+        """What happens once `step` steps are done and another one is due: a function of the step and of whole weights.
+
+        Args:
+            draw: a generator for each count.
+
+        Returns:
+            the names of own parameters whose optimizer state is to be forgotten.
+        """
+        return ()
 
     def export(self) -> nn.Module:
         """A module of plain torch with the same output, that knows nothing of this package."""
@@ -106,6 +118,22 @@ def convert(
         put(model, name, layer)
         done.converted.append(name)
     return done
+
+
+@torch.no_grad()
+def before_step(model: nn.Module, step: int, seed: int) -> list[str]:
+    """Lets every layer do what is due before a step; the parameters whose optimizer state is then to be forgotten."""
+    return [
+        f"{name}.{own}"
+        for name, layer in changing(model).items()
+        for own in layer.before_step(step, partial(keyed_generator, seed, f"{name}.before_step"))
+    ]
+
+
+def changing(model: nn.Module) -> dict[str, Layer]:
+    """The layers that may do something between two steps, by name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    return {name: layer for name, layer in layers.items() if type(layer).before_step is not Layer.before_step}
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -225,7 +225,7 @@ def zero_moments(small: Tensor, state: State, group: dict[str, Any]) -> None:
 
 
 def split_groups(model: Any, include: Sequence[str], exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Parameter groups by name: `[{"params", "names", "split"}, ...]`, every parameter in exactly one.
+    """Parameter groups by name: `[{"params", "names", "split"}, ...]`, every parameter that takes gradients in one.
 
     The matrices with a name that a pattern of `include` is found in, and none of `exclude`, are split. A tied parameter
     appears once, under its first name; a pattern may match any of its names. A pattern that matches none of the model's
@@ -248,7 +248,7 @@ def split_groups(model: Any, include: Sequence[str], exclude: Sequence[str] = ()
     return [
         {"params": [tensors[key] for key in keys], "names": [names[key][0] for key in keys], "split": split}
         for split in (True, False)
-        if (keys := [key for key in names if wanted(key) == split])
+        if (keys := [key for key in names if tensors[key].requires_grad and wanted(key) == split])
     ]
 
 

@@ -9,7 +9,7 @@ more. One surprise: DDP is told to add and not, as it likes to, to average.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -36,6 +36,7 @@ class Backend:
     name = "single"
     rank, world = 0, 1
     layerwise: Layerwise | None = None
+    whole_weights = True  # whether every rank has every weight, uncut
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -115,6 +116,13 @@ class Backend:
     def update(self) -> None:
         """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses."""
         self.optimizer.step()
+
+    def forget(self, names: Container[str]) -> None:
+        """Between two steps: the state of these parameters is empty, as before their first step."""
+        for group in self.optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                if name in names:
+                    self.optimizer.state.pop(p, None)
 
     # What this rank holds, replicas of what other ranks hold included, all of it in the precision that is stepped.
 

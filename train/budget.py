@@ -143,6 +143,26 @@ def cosine(progress: float, warmup: BelowOne = 0.1, final: Fraction = 0.1) -> fl
 
 
 @schedule
+def jagged(
+    progress: float, warmup: BelowOne = 0.1, cycle: AboveZero = 0.25, rewarm: Fraction = 0.005, final: Fraction = 0.1
+) -> float:
+    """The cosine, but at the end of each cycle it starts from 0 and rises until it is met again (ReLoRA, 2307.05695).
+
+    Args:
+        warmup: fraction of the budget in which the factor rises from 0 to 1
+        cycle: fraction of the budget from one start to the next; the layer's merge_every / steps
+        rewarm: fraction of the budget in which the factor rises again
+        final: factor at the end of the budget
+    """
+    if rewarm >= cycle:
+        raise ValueError(f"rewarm {rewarm} fills the cycle of {cycle}; lower it")
+    since = progress % cycle
+    if progress < max(warmup, cycle) or since >= rewarm:
+        return cosine(progress, warmup, final)
+    return since / rewarm * cosine(min(progress - since + rewarm, 1.0), warmup, final)
+
+
+@schedule
 def wsd(progress: float, warmup: BelowOne = 0.1, decay: AboveZero = 0.2, final: Fraction = 0.0) -> float:
     """Warm-up, stable, decay (2404.06395): 1 in the middle, at the end a straight line to `final`.
 

@@ -15,7 +15,7 @@ from torch import nn
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
-from thriftlab.optim.layers import check_patterns
+from thriftlab.optim.layers import changing, check_patterns
 from thriftlab.optim.listing import by_reason
 from thriftlab.train.backend import Backend
 from thriftlab.train.budget import SCHEDULES, Horizon
@@ -72,6 +72,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     torch.use_deterministic_algorithms(config.train.deterministic)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     model, conversion = make_model(config, dataset)
+    refuse_cut_weights(model, backend)
     model.to_empty(device=backend.device)
     fill(model, config.seed, backend)
     optimizer = make_optimizer(config, model)
@@ -124,6 +125,15 @@ def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
             f"layer.name = {layer.name} is in the place of no Linear: {by_reason(done.left) or 'all are excluded'}"
         )
     return done
+
+
+def refuse_cut_weights(model: GPT, backend: Backend) -> None:
+    """ConfigError where layers change their weights between steps, and the backend has them in pieces."""
+    if not backend.whole_weights and (layers := changing(model)):
+        raise ConfigError(
+            f"{next(iter(layers))} and {len(layers) - 1} more layers change whole weights between steps, which under "
+            f"backend {backend.name!r} no rank has; use backend.name=ddp or backend.name=owned"
+        )
 
 
 def fill(model: GPT, seed: int, backend: Backend) -> None:

@@ -15,6 +15,7 @@ import torch
 from thriftlab.data.loader import Batch, batches
 from thriftlab.optim import state_bytes
 from thriftlab.optim.base import keyed_generator
+from thriftlab.optim.layers import before_step
 from thriftlab.optim.listing import listing, remarks, replaced
 from thriftlab.train import checkpoint, record
 from thriftlab.train.backend import Backend, make_backend
@@ -85,6 +86,7 @@ def steps(
         for group, lr in zip(run.optimizer.param_groups, base_lr, strict=True):
             group["lr"] = lr * factor
         seed_step(run, counters.step)
+        backend.forget(before_step(run.model, counters.step, config.seed))
         clock = time.perf_counter()
         result = one_step(run, batch(counters.step))
         seconds = time.perf_counter() - clock

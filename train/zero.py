@@ -56,6 +56,7 @@ class DeepSpeed(Group):
     """
 
     name = "deepspeed"
+    whole_weights = False
     chunk = CHUNK  # entries of whole matrices that one rank has at once beside its own
 
     def __init__(self, stage: int = 1, settings: dict[str, Any] | None = None):

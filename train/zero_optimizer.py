@@ -40,7 +40,10 @@ class ShardedMethod(torch.optim.Optimizer):
         named = dict(model.named_parameters())
         for name, p in named.items():
             if not p.requires_grad or id(p) not in listed:
-                raise BackendError(f"with DeepSpeed a method trains every parameter of the model, and not so {name!r}")
+                raise BackendError(
+                    f"with DeepSpeed a method trains every parameter of the model, and not so {name!r}; use "
+                    "backend.name=ddp or backend.name=owned"
+                )
         super().__init__(list(named.values()), {"lr": 0.0})  # one group: DeepSpeed steps all in one call
         self.method, self.chunk = method, chunk
         self.names = {id(p): name for name, p in named.items()}
