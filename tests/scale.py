@@ -14,12 +14,15 @@ ROWS, SEQ = 12, 6
 MATRICES = [r"\.(attn|mlp)\."]
 
 
-def make(maker, dtype=torch.float32, checkpointing=False, layer=None, **hyper):
-    """Model and optimizer, the same everywhere; with a layer in the place of every matrix of a block."""
+def make(maker, dtype=torch.float32, checkpointing=False, layer=None, frozen=None, **hyper):
+    """Model and optimizer, the same everywhere; with a layer in the place of every matrix of a block, and with what has
+    `frozen` in its name frozen."""
     model = GPT(CONFIG, checkpointing).to(dtype)
     if layer:
         convert(model, LAYERS[layer], MATRICES, rank=0.4)
     model.init_weights(0)
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen is None or frozen not in name)
     return model, maker(split_groups(model, MATRICES), **hyper)
 
 
@@ -49,9 +52,9 @@ def one_step(backend, parts, max_norm=None, micro_batches=1, precision="fp32"):
     return backend.step(1 / count, max_norm)
 
 
-def alone(maker, world, steps, dtype=torch.float32, layer=None, **how):
+def alone(maker, world, steps, dtype=torch.float32, layer=None, frozen=None, **how):
     """What one process makes of the ranks' batches, in their order: weights and norms."""
-    model, optimizer = make(maker, dtype, layer=layer)
+    model, optimizer = make(maker, dtype, layer=layer, frozen=frozen)
     backend = make_backend("single")
     backend.prepare(model, optimizer)
     norms = [one_step(backend, [batch(t, r, world) for r in range(world)], **how)[0] for t in range(steps)]

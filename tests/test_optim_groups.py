@@ -53,6 +53,16 @@ def test_groups_are_a_partition(patterns, swap):
     assert all(group["params"] for group in groups) and len({group["split"] for group in groups}) == len(groups)
 
 
+def test_what_is_frozen_is_in_no_group_and_takes_no_turn():
+    model = Tied()
+    model.layers[0].attn.weight.requires_grad_(False)
+    groups = split_groups(model, include=[r"\.(attn|mlp)\."])
+    found = [name for group in groups for name in group["names"]]
+    assert sorted(found) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    for group in groups:
+        assert [model.get_parameter(name) is p for name, p in zip(group["names"], group["params"], strict=True)]
+
+
 def test_a_tied_parameter_is_there_once_and_answers_to_all_its_names():
     model = Tied()
     assert "embed.weight" in names(split_groups(model, include=["lm_head"]), True)

@@ -15,10 +15,12 @@ from thriftlab.train.backend import BackendError, make_backend
 
 EXACT = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
 FP64 = {"steps": 6, "dtype": torch.float64}  # here a first Adam step on a tiny gradient, or a sign, amplifies nothing
-LAYERED = {"lost": ["adamw", "columns", "fira", "muon"], "cola": ["adamw"], "lowrank": ["blocks"]}
+LAYERED = {"lost": ["adamw", "columns", "fira", "muon"], "cola": ["adamw"], "lowrank": ["blocks"],
+           "sltrain": ["adamw", "galore"]}  # fmt: skip
 RUNS = {  # world -> what -> (methods, tolerance, how)
     2: {
         **{layer: (some, 0, {"steps": 5, "layer": layer}) for layer, some in LAYERED.items()},
+        "frozen": (["adamw", "blocks", "fira"], 0, {"steps": 5, "frozen": "mlp.up"}),
         "all": (list(MAKERS), 0, {"steps": 10}),
         "clipped": (["adamw", "columns", "galore"], 0, {"steps": 6, "max_norm": 0.05}),
         "accumulated": (["adamw", "rows, keep", "fira"], 1e-6, {"steps": 6, "max_norm": 0.5, "micro_batches": 3}),
@@ -42,8 +44,8 @@ def together(runs):
     return results
 
 
-def trained(backend, name, steps, dtype=torch.float32, layer=None, **how):
-    model, optimizer = make(MAKERS[name], dtype, layer=layer)
+def trained(backend, name, steps, dtype=torch.float32, layer=None, frozen=None, **how):
+    model, optimizer = make(MAKERS[name], dtype, layer=layer, frozen=frozen)
     backend.prepare(model, optimizer)
     norms = [one_step(backend, [batch(t, backend.rank, backend.world)], **how)[0] for t in range(steps)]
     return {k: w.numpy() for k, w in weights_of(model).items()}, norms

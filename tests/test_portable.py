@@ -15,8 +15,13 @@ from thriftlab.train.channel import Channel
 from thriftlab.train.checkpoint import CheckpointError, Writer, latest, load
 from thriftlab.train.pieces import Piece, read_whole
 
-CASES = ["adamw", "blocks", "columns", "galore, project", "fira", "muon", "8bit"]
+CASES = ["adamw", "blocks", "columns", "galore, project", "fira", "muon", "8bit", "frozen+columns"]
 MAKERS = {**MAKERS, "8bit": functools.partial(MAKERS["columns"], state_dtype="8bit")}
+
+
+def made(name):
+    frozen, _, rule = name.rpartition("+")
+    return make(MAKERS[rule], frozen="mlp.up" if frozen else None)
 
 
 def leg(backend_name, folder, first, last, world):
@@ -24,7 +29,7 @@ def leg(backend_name, folder, first, last, world):
     backend = make_backend(backend_name)
     channel, ends = backend.channel(), {}
     for name in CASES:
-        model, optimizer = make(MAKERS[name])
+        model, optimizer = made(name)
         backend.prepare(model, optimizer)
         if first:
             found = latest(folder / name, Channel(backend.rank, backend.share))
@@ -59,7 +64,8 @@ def test_any_backend_goes_on_where_another_stopped_bitwise(tmp_path):
     """Two ranks and one process that takes their batches in order add the same numbers in the same order."""
     ends = journey(tmp_path, ("ddp", 2, 3), ("owned", 2, 6), ("single", 1, 7), ("owned", 2, 9), ("ddp", 2, 10))
     for name in CASES:
-        assert distance(ends[name], alone(MAKERS[name], 2, 10)[0]) == 0, name
+        frozen, _, rule = name.rpartition("+")
+        assert distance(ends[name], alone(MAKERS[rule], 2, 10, frozen="mlp.up" if frozen else None)[0]) == 0, name
 
 
 def wide_leg(folder, first, last):

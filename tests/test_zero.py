@@ -33,6 +33,7 @@ CASES = {
             *(("lost+adamw", stage, {}) for stage in range(4)),
             *((f"lost+{rule}", stage, {}) for rule, stage in (("frugal columns", 1), ("fira", 3), ("muon", 1))),
             ("cola+adamw", 1, {}),
+            ("sltrain+adamw", 3, {}),
             ("cola+frugal blocks", 3, {"checkpointing": True}),
             ("lowrank+galore", 2, {"precision": "bf16"}),
         ],
