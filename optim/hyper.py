@@ -83,11 +83,14 @@ def check(factory: Callable, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def descriptions(factory: Callable) -> dict[str, str]:
-    """Parameter -> its words in the docstring's "Args:" section."""
-    doc = inspect.getdoc(factory) or ""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.DOTALL | re.MULTILINE)
-    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section[1] if section else "", re.DOTALL | re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in entries}
+    """Hyper-parameter -> its words in the docstring's "Args:" section, or in that of a base."""
+    found: dict[str, str] = {}
+    for kind in reversed(inspect.getmro(factory) if inspect.isclass(factory) else (factory,)):
+        section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(kind) or "", re.DOTALL | re.MULTILINE)
+        text = section[1] if section else ""
+        entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", text, re.DOTALL | re.MULTILINE)
+        found |= {name: " ".join(words.split()) for name, words in entries}
+    return {name: found[name] for name in hyperparameters(factory) if name in found}
 
 
 def textual(kind: Any) -> Any:

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ValidationError
 
 from thriftlab.optim import METHODS
 from thriftlab.train.budget import SCHEDULES
-from thriftlab.train.config import RunConfig, fingerprint
+from thriftlab.train.config import SEAMS, RunConfig, fingerprint
 from thriftlab.train.errors import ConfigError
 from thriftlab.train.settings import load
+from thriftlab.train.signals import SIGNALS
 from thriftlab.train.surface import all_keys, keys
 
 GOLDEN = Path(__file__).with_name("golden_surface.txt")
@@ -90,16 +91,18 @@ def test_every_section_is_frozen_and_refuses_unknown_keys_and_infinity():
 
 
 def test_every_key_says_what_it_means():
-    for method in METHODS:
-        for schedule in SCHEDULES:
-            tree = {"optim": {"name": method}, "schedule": {"name": schedule}}
+    sections = [("optim", METHODS), ("schedule", SCHEDULES), ("signal", SIGNALS)]
+    for section, names in sections:
+        for name in names:
+            tree = {section: {"name": name}}
             silent = [key for key, field in keys(RunConfig, tree) if not field.description]
-            assert set(silent) <= {"layer.name", "optim.name", "schedule.name"}  # their help is the list of names
+            assert set(silent) <= {f"{choice}.name" for choice in (*SEAMS, "schedule")}  # their help is the names
 
 
 def test_the_surface_changes_only_on_purpose():
-    """What a method or a layer takes is its own business; to accept another change, write `surface` to golden_surface.txt."""
-    surface = [key for key in all_keys(RunConfig) if "(optim.name=" not in key and "(layer.name=" not in key]
+    """What an entry takes is its own business; to accept another change, write `surface` to golden_surface.txt."""
+    chosen = tuple(f"({section}.name=" for section in SEAMS)
+    surface = [key for key in all_keys(RunConfig) if not any(mark in key for mark in chosen)]
     assert surface == GOLDEN.read_text().splitlines()
 
 

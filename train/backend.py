@@ -58,19 +58,26 @@ class Backend:
         assert isinstance(self.optimizer, Method)
         self.layerwise = Layerwise(self.model, self.optimizer)
 
-    def begin(self, tokens: Tensor) -> None:
-        """A step begins, in which this rank predicts `tokens`, a 0-dim tensor."""
-        self.tokens = tokens
+    def begin(self, denominator: Tensor) -> None:
+        """A step begins, of sums that are divided by `denominator` on this rank, a 0-dim tensor that may grow in place
+        until the last backward."""
+        self.denominator = denominator
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of one micro-batch; gradients need to meet at the last one only."""
-        return self.layerwise.armed(1 / self.tokens) if self.layerwise and last else nullcontext()
+        return self.layerwise.armed() if self.layerwise and last else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
+        if self.layerwise:
+            self.layerwise.scale = 1 / self.denominator
         loss.backward()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over ranks, in place."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows [rows, ...] of all ranks in the order of the global batch: row i of rank r is its i * world + r."""
         return tensor
 
     def share(self, value: Any) -> list[Any]:
@@ -219,6 +226,11 @@ class Group(Backend):
     def sum(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        ranks = tensor.new_empty(self.world, *tensor.shape)
+        dist.all_gather_into_tensor(ranks, tensor.contiguous())
+        return ranks.transpose(0, 1).flatten(0, 1)
 
     def share(self, value: Any) -> list[Any]:
         return channel.share(value)

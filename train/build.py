@@ -22,7 +22,9 @@ from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.config import LAYER, RunConfig, fingerprint
 from thriftlab.train.errors import ConfigError, UserError
 from thriftlab.train.model import GPT
+from thriftlab.train.objective import Objective
 from thriftlab.train.replicas import refuse_differences
+from thriftlab.train.signals import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Run:
     optimizer: Method
     schedule: Callable[[float], float]
     horizon: Horizon
+    objective: Objective
     fingerprint: str
 
     @property
@@ -81,16 +84,18 @@ def build(config: RunConfig, backend: Backend) -> Run:
         backend.update_in_backward()
     tokens_per_step = config.train.batch_size * config.data.sequence_length
     horizon = config.budget.horizon(tokens_per_step, model.flops_per_token(config.data.sequence_length))
+    data_plan = make_plan(config, dataset, horizon.steps)
     return Run(
         config,
         backend,
         dataset,
-        make_plan(config, dataset, horizon.steps),
+        data_plan,
         model,
         conversion,
         optimizer,
         functools.partial(SCHEDULES[config.schedule.name], **config.schedule.hyperparameters()),
         horizon,
+        make_objective(config, dataset, data_plan, backend.device),
         fingerprint(config, dataset.fingerprint),
     )
 
@@ -162,3 +167,16 @@ def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
     data, batch_size = config.data, config.train.batch_size
     sources = [Source(name, **source.model_dump()) for name, source in data.sources.items()] or None
     return plan(dataset, data.sequence_length, batch_size, config.seed, sources, steps)
+
+
+def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torch.device) -> Objective:
+    """The signal that the configuration names. ConfigError where it cannot be had from these data."""
+    chosen = config.signal
+    try:
+        signal = SIGNALS[chosen.name](**chosen.hyperparameters())
+    except ValueError as error:  # hyper-parameters that do not go together
+        raise ConfigError(f"signal: {error}") from error
+    delimiter = dataset.tokenizer.delimiter
+    return Objective(
+        signal, len(plan.sources), chosen.statistics, chosen.shuffle, config.seed, delimiter, device=device
+    )

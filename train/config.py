@@ -20,6 +20,8 @@ from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.choice import Choice, Plugin, Registry, Section, plugin_sha256
 from thriftlab.train.errors import ConfigError
 from thriftlab.train.model import ModelConfig
+from thriftlab.train.signals import SIGNALS
+from thriftlab.train.signals.base import asks_for_statistics, has_state
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
@@ -54,6 +56,34 @@ class LayerConfig(Choice):
     exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never replaced")
 
 
+class SignalConfig(Choice):
+    """How much the loss of each token counts."""
+
+    statistics: Literal["exact", "lagged", "parity", "rank"] = Field(
+        "exact",
+        description="what a signal knows of the losses of a batch. exact: of this batch, over all ranks and "
+        "micro-batches; if there are several on a rank, by a forward pass ahead of them. lagged: of the batch before; "
+        "in the first step all tokens count alike. parity: of a micro-batch over all ranks, as published. rank: of a "
+        "micro-batch on one rank. With these two the result depends on how the batch is split",
+    )
+    shuffle: bool = Field(False, description="control: every window of a batch gets the weights of another one")
+
+    @model_validator(mode="after")
+    def goes_together(self) -> "SignalConfig":
+        signal = SIGNALS[self.name]
+        if self.statistics != "exact" and not asks_for_statistics(signal):
+            raise ValueError(f"statistics is nothing to signal {self.name!r}, which asks for none; leave it out")
+        if self.statistics in ("parity", "rank"):
+            if self.shuffle:
+                raise ValueError("shuffle=true is over the whole batch; use statistics=exact or lagged")
+            if has_state(signal):
+                raise ValueError(
+                    f"signal {self.name!r} remembers something of each step, and statistics={self.statistics} has "
+                    "other ones for each micro-batch; use exact or lagged"
+                )
+        return self
+
+
 class ScheduleConfig(Choice):
     """The factor of the learning rate over the budget."""
 
@@ -65,6 +95,7 @@ class ScheduleConfig(Choice):
 
 OPTIM = Registry(METHODS, OptimConfig, "adamw")
 LAYER = Registry(LAYERS, LayerConfig, "dense")
+SIGNAL = Registry(SIGNALS, SignalConfig, "uniform")
 SCHEDULE = Registry(SCHEDULES, ScheduleConfig, "cosine")
 
 
@@ -195,12 +226,13 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the order of the data and the methods")
     out: str = Field("runs/run", min_length=1, description="folder of the run")
     plugins: tuple[Plugin, ...] = Field(
-        (), description="Python files that are run first and may register methods and schedules"
+        (), description="Python files that are run first and may register methods, signals and schedules"
     )
     model: ModelConfig = ModelConfig()
     layer: Annotated[LayerConfig, LAYER] = Field({"name": LAYER.default}, validate_default=True)
     data: DataConfig = DataConfig()
     optim: Annotated[OptimConfig, OPTIM] = Field({"name": OPTIM.default}, validate_default=True)
+    signal: Annotated[SignalConfig, SIGNAL] = Field({"name": SIGNAL.default}, validate_default=True)
     schedule: Annotated[ScheduleConfig, SCHEDULE] = Field({"name": SCHEDULE.default}, validate_default=True)
     budget: Budget = Budget(tokens=1_000_000)
     train: TrainConfig = TrainConfig()
@@ -210,8 +242,8 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
 
-# What a method is made of: a layer, an update rule, or both, as in "lost+frugal".
-SEAMS: dict[str, Registry] = {"layer": LAYER, "optim": OPTIM}
+# What a method is made of: a layer, an update rule, a signal, or several of them, as in "lost+frugal".
+SEAMS: dict[str, Registry] = {"layer": LAYER, "optim": OPTIM, "signal": SIGNAL}
 
 
 def method_name(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ perplexity printed that way depends on the number of GPUs. Here sums are divided
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ def evaluate(
     precision: str,
     delimiter: int | None = None,
     max_tokens: int | None = None,
+    sources: Sequence[str] | None = None,
 ) -> dict:
     """Held-out loss of the backend's model.
 
@@ -33,6 +35,7 @@ def evaluate(
         batch_size: rows of one forward; changes the speed and not the number.
         delimiter: as in training, see `train_step`.
         max_tokens: stop after this many tokens of each source, rounded up to whole windows; None: all.
+        sources: which of them; None: all.
 
     Returns:
         {"loss": nats per token, "bits_per_byte", "tokens", "bytes", "sources": {name: the same four}}.
@@ -40,13 +43,13 @@ def evaluate(
     backend.module.eval()
     token_bytes = dataset.tokenizer.token_bytes
     totals = {}
-    for source in dataset.sources:
+    for source in dataset.sources if sources is None else sources:
         windows = dataset.windows(source, "validation", sequence_length)
         rows = count_rows(windows, max_tokens)
         totals[source] = sum_losses(backend, windows, rows, token_bytes, batch_size, precision, delimiter)
     backend.module.train()
-    sources = {name: means(total) for name, total in totals.items() if total[1] > 0}
-    return {**means(np.sum(list(totals.values()), axis=0)), "sources": sources}
+    by_source = {name: means(total) for name, total in totals.items() if total[1] > 0}
+    return {**means(np.sum(list(totals.values()), axis=0)), "sources": by_source}
 
 
 @torch.no_grad()

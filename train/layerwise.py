@@ -23,6 +23,7 @@ class Layerwise:
     def __init__(self, model: nn.Module, optimizer: Method):
         self.model, self.optimizer = model, optimizer
         self.is_armed = False
+        self.scale = torch.tensor(torch.nan)  # set before each backward
         self.norms: dict[Tensor, Tensor] = {}  # of the summed gradients
         self.hooks = {
             p: partial(self.use, index, name)
@@ -34,9 +35,9 @@ class Layerwise:
             p.register_post_accumulate_grad_hook(hook)
 
     @contextmanager
-    def armed(self, scale: Tensor) -> Iterator[None]:
+    def armed(self) -> Iterator[None]:
         """Within it a gradient is complete when it comes, and counts `scale` times."""
-        self.scale, self.is_armed = scale, True
+        self.is_armed = True
         try:
             yield
         finally:
@@ -55,7 +56,8 @@ class Layerwise:
 
     def finish(self, scale: Tensor) -> float:
         """The norm of the scaled gradient. UserError if it is not finite, or `scale` is not."""
-        with self.armed(scale):
+        self.scale = scale
+        with self.armed():
             for p, hook in self.hooks.items():
                 if p.grad is not None:  # the last micro-batch had no use for it
                     hook(p)

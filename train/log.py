@@ -4,6 +4,7 @@ Only the first rank writes. One surprise: the logged loss is the mean over the w
 of the last micro-batch of the first rank.
 """
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from thriftlab.train import record
 from thriftlab.train.build import Run
 from thriftlab.train.files import sha256
 from thriftlab.train.progress import Progress
+from thriftlab.train.signals.watch import tell
 from thriftlab.train.step import StepResult
 from thriftlab.train.tracking import tracker
 
@@ -51,7 +53,7 @@ class Log:
     """Numbers of one run, on from `counters`; `history` is the sha256 that metrics.jsonl has up to there."""
 
     def __init__(self, run: Run, counters: Counters, history: str | None):
-        self.run, self.counters = run, counters
+        self.run, self.counters, self.warned = run, counters, False
         if not run.chief:
             return
         log, config = run.config.log, run.config.model_dump(mode="json")
@@ -80,10 +82,24 @@ class Log:
                 "tokens_per_second": result.tokens / seconds,
                 "skipped": self.counters.skipped,
             }
+        if result.weights:
+            values["signal"] = tell(result.weights, [source.name for source in self.run.plan.sources])
+            self.warn(values["signal"]["ess"])
         if result.applied and (found := self.run.optimizer.diagnostics(fresh=True)):
             values["refresh"] = over_tensors(found)
         if values:
             self.write(values)
+
+    def warn(self, ess: float) -> None:
+        """Once: that weights are far from uniform."""
+        if ess < 0.5 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"step {self.counters.step}: weighted as it is, the batch counts like {ess:.0%} of its tokens, so the "
+                "gradient is noisier; soften the signal (a higher temperature, w_max), or raise train.batch_size",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def evaluation(self, results: dict[str, Any]) -> None:
         if self.run.chief:

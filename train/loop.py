@@ -26,9 +26,10 @@ from thriftlab.train.errors import UserError
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
-from thriftlab.train.pieces import whole
+from thriftlab.train.pieces import read_whole, whole
 from thriftlab.train.ranks import named_losses, set_timeout
 from thriftlab.train.replicas import buffers, take_up_buffers
+from thriftlab.train.signals.watch import tell
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
 from thriftlab.train.stop import Interrupted, status, stop_file, stop_signals
 from thriftlab.train.witness import witness
@@ -82,12 +83,14 @@ def steps(
             log.close()
             raise Interrupted(run.out, counters.step, received[0] if received else None)
 
-        factor = run.schedule(horizon.progress(counters.step, counters.seconds))
+        progress = horizon.progress(counters.step, counters.seconds)
+        factor = run.schedule(progress)
         for group, lr in zip(run.optimizer.param_groups, base_lr, strict=True):
             group["lr"] = lr * factor
         seed_step(run, counters.step)
         backend.forget(before_step(run.model, counters.step, config.seed))
         clock = time.perf_counter()
+        aim(run, counters.step, progress)
         result = one_step(run, batch(counters.step))
         seconds = time.perf_counter() - clock
 
@@ -143,13 +146,28 @@ def seed_step(run: Run, step: int) -> None:
     torch.manual_seed(keyed_generator(run.config.seed, f"rank {run.backend.rank}", step).initial_seed())
 
 
+def aim(run: Run, step: int, progress: float) -> None:
+    """Tells the objective where the run is, and what is held out if it asks for that now."""
+    objective, signal = run.objective, run.objective.signal
+    objective.at(step, progress, watched=due(step + 1, run.config.log.every))
+    if due(step, signal.validate_every):
+        names = [source.name for source in run.plan.sources]
+        found = measure(run, signal.validate_tokens, names)["sources"]
+        objective.validated(torch.tensor([found[name]["loss"] for name in names], dtype=torch.float64))
+
+
 def one_step(run: Run, batch: Batch) -> StepResult:
     c = run.config
-    rows = c.train.micro_batch_size or micro_batch_rows(run.backend.device, c.data.sequence_length, c.model.dim)
-    return train_step(run.backend, batch, run.delimiter, rows or len(batch.tokens), c.train.precision, c.train.clip)
+    rows = c.train.micro_batch_size
+    if rows is None and not run.objective.waits:  # which one micro-batch does without a second forward
+        rows = micro_batch_rows(run.backend.device, c.data.sequence_length, c.model.dim)
+    return train_step(
+        run.backend, batch, run.delimiter, rows or len(batch.tokens), c.train.precision, c.train.clip, run.objective
+    )
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:
+    """Held-out loss of some sources, or of all."""
     c = run.config
     return evaluate(
         run.backend,
@@ -158,7 +176,8 @@ def measure(run: Run) -> dict[str, Any]:
         c.eval.batch_size,
         c.train.precision,
         run.delimiter,
-        c.eval.tokens,
+        tokens or c.eval.tokens,
+        sources,
     )
 
 
@@ -181,7 +200,8 @@ class Saver:
     def save(self, counters: Counters) -> None:
         backend, metrics = self.run.backend, self.run.out / "metrics.jsonl"
         kept = {name: whole(tensor) for name, tensor in buffers(self.run.model).items()}
-        groups = {"model": backend.weights(), "buffers": kept, "optim": backend.states()}
+        signal = {name: whole(tensor) for name, tensor in self.run.objective.tensors().items()}
+        groups = {"model": backend.weights(), "buffers": kept, "optim": backend.states(), "signal": signal}
         ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
         meta = {
             "fingerprint": self.run.fingerprint,
@@ -206,6 +226,8 @@ def restore(run: Run) -> tuple[Counters, str | None]:
         )
     run.backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
     take_up_buffers(run.model, found.source("buffers"))
+    remembered = found.source("signal")
+    run.objective.load({name: read_whole(remembered, name) for name in remembered.shapes})
     return Counters(**found.meta["counters"]), found.meta["history"]
 
 
@@ -257,6 +279,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
             "mfu": record.mfu(speed, run.flops_per_token, run.backend.device, run.backend.world) if speed else None,
         },
         "skipped_steps": counters.skipped,
+        "signal": tell(run.objective.report(), [source.name for source in run.plan.sources]),
         "remarks": remarks(run.optimizer),
         "finished": time.time(),
     }

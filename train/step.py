@@ -4,6 +4,8 @@ One surprise: a bad step is found without looking at anything on the way. If the
 NaN, then so does the gradient norm, on every rank alike, and the backend leaves the weights as they are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,16 +13,18 @@ from torch import Tensor
 
 from thriftlab.data.loader import Batch
 from thriftlab.train.backend import Backend
-from thriftlab.train.objective import count_targets, split_windows, total_loss
+from thriftlab.train.objective import Objective, document_ids, split_windows
+from thriftlab.train.signals.base import Uniform
 
 CACHE_ELEMENTS = 2**17  # of the residual stream that one micro-batch may have for each thread of a CPU: 512 kB in fp32
 
 
 class StepResult(NamedTuple):
-    loss: float  # mean over the predicted tokens of the global batch, nats
-    grad_norm: float  # of the mean gradient, before clipping
+    loss: float  # mean over the predicted tokens of the global batch, nats; uniform, whatever the signal
+    grad_norm: float  # of the gradient, before clipping
     tokens: int  # predicted, over all ranks
     applied: bool  # False: loss or gradient was not finite, and nothing was updated
+    weights: dict[str, Tensor] | None = None  # what a signal did, where that was watched; still on the device
 
 
 def train_step(
@@ -30,6 +34,7 @@ def train_step(
     micro_batch_size: int,
     precision: str,
     max_norm: float | None,
+    objective: Objective | None = None,
 ) -> StepResult:
     """Update the weights once.
 
@@ -39,26 +44,36 @@ def train_step(
         micro_batch_size: rows of one forward and backward.
         precision: "fp32" or "bf16" (autocast).
         max_norm: gradients are scaled down to this global norm; None: never.
+        objective: how much each token counts; None: all alike.
     """
     inputs, targets = split_windows(batch.tokens.to(backend.device, non_blocking=True))
-    totals = torch.zeros(2, dtype=torch.float64, device=backend.device)  # [loss, tokens]
-    totals[1] = count_targets(targets)
-    backend.begin(totals[1])
+    micro_batches = [slice(start, start + micro_batch_size) for start in range(0, len(inputs), micro_batch_size)]
 
-    starts = range(0, len(inputs), micro_batch_size)
-    for start in starts:
-        rows = slice(start, start + micro_batch_size)
-        with backend.micro_batch(last=start == starts[-1]):
-            with autocast(backend.device, precision):
-                documents = document_ids(inputs[rows], delimiter)
-                loss = total_loss(backend.module(inputs[rows], targets[rows], documents))
-            backend.backward(loss)
-        totals[0] += loss.detach()
+    def token_loss(rows: slice) -> Tensor:
+        with autocast(backend.device, precision):
+            return backend.module(inputs[rows], targets[rows], document_ids(inputs[rows], delimiter))
 
-    loss, tokens = backend.sum(totals)
-    scale = torch.where(loss.isfinite(), 1 / tokens, torch.nan)
+    objective = objective or Objective(Uniform())
+    goal = objective.of(backend, batch, inputs, targets)
+    if objective.waits and len(micro_batches) > 1:
+        with rehearsed(backend.device):
+            goal.look(torch.cat([token_loss(rows) for rows in micro_batches]))
+    backend.begin(goal.denominator)
+    for rows in micro_batches:
+        with backend.micro_batch(last=rows is micro_batches[-1]):
+            backend.backward(goal.total(token_loss(rows), rows))
+
+    loss, tokens, denominator = goal.finish()
+    scale = torch.where(loss.isfinite(), 1 / denominator, torch.nan)
     grad_norm, applied = backend.step(scale, max_norm)
-    return StepResult((loss / tokens).item(), grad_norm, int(tokens), applied)
+    return StepResult((loss / tokens).item(), grad_norm, int(tokens), applied, goal.record())
+
+
+@contextmanager
+def rehearsed(device: torch.device) -> Iterator[None]:
+    """Without gradients; what a module draws in here, it will draw again afterwards."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def micro_batch_rows(device: torch.device, sequence_length: int, dim: int) -> int | None:
@@ -73,8 +88,3 @@ def micro_batch_rows(device: torch.device, sequence_length: int, dim: int) -> in
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bf16 for the matrix products; parameters, gradients and losses stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def document_ids(inputs: Tensor, delimiter: int | None) -> Tensor | None:
-    """Number of document starts up to each token, [rows, seq]; None without a delimiter."""
-    return None if delimiter is None else (inputs == delimiter).cumsum(1)
