@@ -228,9 +228,9 @@ class Group(Backend):
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        ranks = tensor.new_empty(self.world, *tensor.shape)
-        dist.all_gather_into_tensor(ranks, tensor.contiguous())
-        return ranks.transpose(0, 1).flatten(0, 1)
+        ranks = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(ranks, tensor.contiguous())
+        return torch.stack(ranks, 1).flatten(0, 1)
 
     def share(self, value: Any) -> list[Any]:
         return channel.share(value)
