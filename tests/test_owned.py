@@ -16,7 +16,7 @@ from thriftlab.train.backend import BackendError, make_backend
 EXACT = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
 FP64 = {"steps": 6, "dtype": torch.float64}  # here a first Adam step on a tiny gradient, or a sign, amplifies nothing
 LAYERED = {"lost": ["adamw", "columns", "fira", "muon"], "cola": ["adamw"], "lowrank": ["blocks"],
-           "sltrain": ["adamw", "galore"]}  # fmt: skip
+           "sltrain": ["adamw", "galore"], "lora": ["adamw", "blocks"]}  # fmt: skip
 RUNS = {  # world -> what -> (methods, tolerance, how)
     2: {
         **{layer: (some, 0, {"steps": 5, "layer": layer}) for layer, some in LAYERED.items()},
