@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, create_model
 
-from thriftlab.launch.arms import Arm, Request, is_method, parts_of, refuse_unequal_tuning
+from thriftlab.launch.arms import Arm, Request, is_method, known_methods, present
 from thriftlab.train import surface
 from thriftlab.train.choice import Plugins, Section
 from thriftlab.train.config import SEAMS, RunConfig
 from thriftlab.train.errors import ConfigError
-from thriftlab.train.settings import COMMAND_LINE, Settings, build, read
+from thriftlab.train.settings import Settings, build, read
 
 Path = tuple[str, ...]
 
@@ -62,7 +62,6 @@ class Comparison:
                 tuple(sorted(set(o.lr_grid or ()))))
             for method, parts in self.methods.items()
         ]  # fmt: skip
-        refuse_unequal_tuning(arms)
         return Request(arms, shared, shared["budget"], o.out, o.jobs)
 
 
@@ -90,15 +89,6 @@ def comparison(settings: Settings) -> Comparison:
         method_overrides(methods, settings),
         build(CompareConfig, settings.pick(options)),
     )
-
-
-def known_methods(words: Sequence[str]) -> dict[str, dict[str, str]]:
-    if not words:
-        known = "; ".join(f"{section}: {', '.join(registry.entries)}" for section, registry in SEAMS.items())
-        raise ConfigError(f"{COMMAND_LINE}: name the methods to compare, the baseline first: {known}")
-    if len(set(words)) < len(words):
-        raise ConfigError(f"{COMMAND_LINE}: a method is named twice: {' '.join(words)}")
-    return {word: parts_of(word) for word in words}
 
 
 def method_overrides(methods: dict[str, dict[str, str]], settings: Settings) -> dict[str, dict[str, dict[str, Any]]]:
@@ -137,38 +127,43 @@ def part_of(path: Path, source: str, parts: dict[str, str]) -> tuple[str, Path]:
     """Section and key of METHOD.KEY or METHOD.SECTION.KEY."""
     method, *rest = path
     if len(rest) > 1 and rest[0] in SEAMS:
-        return rest[0], tuple(rest[1:])
-    takers = [section for section, name in parts.items() if rest and rest[0] in own_keys(section, name)]
-    takers = takers or [s for s, name in parts.items() if rest and rest[0] in SEAMS[s].model(name).model_fields]
+        section, takes = rest[0], taken(rest[0], parts)
+        if rest[1] not in takes:
+            names = ", ".join(takes) + surface.nearest(rest[1], takes)
+            raise ConfigError(f"{source}: unknown key {'.'.join(path)!r} with {parts[section]}, which takes {names}")
+        return section, tuple(rest[1:])
+    sections = present(parts)
+    takers = [section for section in sections if rest and rest[0] in taken(section, parts)]
     if len(takers) > 1:
         ways = " or ".join(f"{method}.{section}.{rest[0]}" for section in takers)
         raise ConfigError(f"{source}: {'.'.join(path)} may be of two parts; write {ways}")
-    chosen = [section for section, name in parts.items() if name != SEAMS[section].default]
-    return (takers or chosen or [*SEAMS])[-1], tuple(rest)
+    nearby = [s for s in sections if rest and surface.nearest(rest[0], taken(s, parts))]
+    return (takers or nearby or sections)[0], tuple(rest)
 
 
-def own_keys(section: str, name: str) -> dict[str, Any]:
-    return surface.own(SEAMS[section], name)
+def taken(section: str, parts: dict[str, str]) -> dict[str, Any]:
+    """The keys that a method's part takes."""
+    return dict(SEAMS[section].model(parts[section]).model_fields)
 
 
 def meant_by_section(
     path: Path, source: str, methods: dict[str, dict[str, str]], settings: Settings
 ) -> list[tuple[str, str, Path]]:
-    """SECTION.KEY: the methods whose part takes keys of its own, or those with the part that the file names."""
+    """SECTION.KEY: the methods that have something to set there, or those with the part that the file names."""
     section, *rest = path
     key, tree = ".".join(path), settings.tree[section]
     name = tree.get("name") if isinstance(tree, dict) else None
-    having = [m for m, parts in methods.items() if parts[section] == name] if name else [*methods]
-    if not having:
-        raise ConfigError(f"{source}: {key} is for {name!r}, which is not compared; compared: {', '.join(methods)}")
+    if name:
+        concerned = [method for method, parts in methods.items() if parts[section] == name]
+    else:
+        concerned = [method for method, parts in methods.items() if section in present(parts)]
+    if not concerned:
+        whom = repr(name) if name else f"a {section}"
+        raise ConfigError(f"{source}: {key} is for {whom}, which is not compared; compared: {', '.join(methods)}")
     if rest == ["name"]:
         return []
-    shared = rest and rest[0] in SEAMS[section].base.model_fields
-    concerned = [m for m in having if shared or own_keys(section, methods[m][section])]
-    if not concerned:
-        raise ConfigError(f"{source}: {key} is for no method that is compared; compared: {', '.join(methods)}")
     for method in concerned:
-        takes = SEAMS[section].model(methods[method][section]).model_fields
+        takes = taken(section, methods[method])
         if rest and rest[0] not in takes:
             hint = surface.nearest(rest[0], takes) or f"; METHOD.{rest[0]} is for one method"
             raise ConfigError(f"{source}: unknown key {key!r} with {method}, which takes {', '.join(takes)}{hint}")

@@ -4,8 +4,8 @@
     base: {budget: {tokens: 320_000}, ...}      keys of `thriftlab train` that all arms share
     seeds: 3
     lr_grid: [1e-3, 2e-3, 4e-3]                 as many trials for every arm; an arm may bring its own grid
-    trial_fraction: 0.5                         of the budget
-    arms:                                       the baseline first; keys of `thriftlab train`, `seeds` and `lr_grid`
+    trial_fraction: 0.5                         of the budget; trial_seeds: 2 would make each trial twice
+    arms:                                       the baseline first; keys of `thriftlab train`, seeds and lr_grid
       adamw: {}
       lost: {layer: {name: lost, rank: 64}, seeds: 8}
     contrasts:                                  loss of the first arm minus that of the second, paired by seed
@@ -15,21 +15,34 @@ One surprise: the questions are part of the file and not of the report. What is 
 runs of its own.
 """
 
+import functools
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from thriftlab.launch.arguments import Grid
-from thriftlab.launch.arms import Arm, Contrast, Request, refuse_unequal_tuning
+from thriftlab.launch.arms import Arm, Contrast, Request
 from thriftlab.train.choice import Plugins, Section
 from thriftlab.train.config import RunConfig
 from thriftlab.train.errors import ConfigError
 from thriftlab.train.settings import COMMAND_LINE, Settings, build, read, read_file
+from thriftlab.train.surface import nearest
 
 Seeds = Annotated[int, Field(ge=1)]
+OF_THE_STUDY = ("seed", "out", "budget")  # keys of a run that no arm has of its own
+FOLDERS = ("trials", "jobs")
+LR = ("optim", "lr")
+
+
+def folder_name(name: str) -> str:
+    """The runs of an arm lie in a folder of its name, beside those of the study."""
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name in FOLDERS:
+        raise ValueError(f"{name!r} cannot be the name of an arm; take letters, digits and . + - _")
+    return name
 
 
 class ArmConfig(Section, extra="allow"):
@@ -49,10 +62,13 @@ class StudyConfig(Section):
 
     question: str = Field(min_length=1, description="what is asked")
     base: dict[str, Any] = Field(description="keys of a run that all arms share; with a budget")
-    arms: dict[str, ArmConfig] = Field(min_length=1, description="name -> what differs; the baseline first")
+    arms: dict[Annotated[str, AfterValidator(folder_name)], ArmConfig] = Field(
+        min_length=1, description="name -> what differs; the baseline first"
+    )
     seeds: Seeds = Field(3, description="runs of each arm")
     lr_grid: Grid | None = Field(None, description="learning rates of the trials; null: none")
     trial_fraction: float = Field(0.25, gt=0, le=1, description="budget of a trial, as a share of a run's")
+    trial_seeds: Seeds = Field(1, description="runs of one trial, whose mean counts")
     contrasts: tuple[ContrastConfig, ...] = Field((), description="pairs of arms")
 
     @model_validator(mode="after")
@@ -85,35 +101,77 @@ def listing() -> str:
 
 def request(argv: Sequence[str]) -> Request:
     """The study that the command line names, with what it changes. ConfigError for what does not fit."""
-    settings = read(argv)
-    if len(settings.words) != 1:
-        raise ConfigError(f"{COMMAND_LINE}: name one study, or a file:\n{listing()}")
-    name = settings.words.pop()
-    file = str(name) if Path(name).suffix else str(studies().get(name, ""))
-    if not file:
-        raise ConfigError(f"{COMMAND_LINE}: there is no study {name!r}; there are {', '.join(studies())}")
-    written = Settings()
-    written.put((), read_file(file), file)
-    study = build(StudyConfig, written)
+    return requested(read(argv))
+
+
+def requested(settings: Settings) -> Request:
+    """The same of what has been read."""
+    name, file = named(settings.words)
+    study = build(StudyConfig, given(read_file(file), file))
     options = build(StudyOptions, settings.pick([*StudyOptions.model_fields]))
-    shared = Settings()
-    shared.put((), study.base, file)
-    for key, value in settings.drop([*StudyOptions.model_fields]).tree.items():
-        if key == "budget":
-            shared.tree.pop("budget", None)
-        shared.put((key,), value, COMMAND_LINE)
-    build(Plugins, shared.pick(["plugins"]))
-    base = build(RunConfig, shared)
-    arms = [make_arm(arm, entry, study, options.seeds) for arm, entry in study.arms.items()]
-    refuse_unequal_tuning(arms)
-    budget = base.budget.model_dump(mode="json")
+    base = changed(study.base, file, settings.drop([*StudyOptions.model_fields]))
+    build(Plugins, base.pick(["plugins"]))
+    budget = build(RunConfig, base).budget.model_dump(mode="json")
+    arms = [make_arm(arm, entry, study, options.seeds, base, file) for arm, entry in study.arms.items()]
     contrasts = [Contrast(c.name, c.arms) for c in study.contrasts]
     return Request(
-        arms, shared.tree, budget, options.out or f"runs/{Path(name).stem}", options.jobs, study.trial_fraction,
+        arms, base.tree, budget, options.out or f"runs/{name}", options.jobs, study.trial_fraction, study.trial_seeds,
         study.question, contrasts,
     )  # fmt: skip
 
 
-def make_arm(name: str, entry: ArmConfig, study: StudyConfig, seeds: int | None) -> Arm:
+def named(words: Sequence[str]) -> tuple[str, str]:
+    """Name and file of the study that the words of the command line name."""
+    if len(words) != 1:
+        raise ConfigError(f"{COMMAND_LINE}: name one study, or a file:\n{listing()}")
+    (word,), known = words, studies()
+    if Path(word).suffix:
+        return Path(word).stem, word
+    if word not in known:
+        near = nearest(word, known)
+        raise ConfigError(f"{COMMAND_LINE}: there is no study {word!r}; there are {', '.join(known)}{near}")
+    return word, str(known[word])
+
+
+def changed(base: dict[str, Any], file: str, changes: Settings) -> Settings:
+    """The base as it is written, and what the command line changes in it; another budget takes the place of its own."""
+    settings = given(base, file)
+    if "budget" in changes.tree:
+        settings = settings.drop(["budget"])
+    settings = merged(settings, changes)
+    refuse(settings, OF_THE_STUDY[:2])
+    return settings
+
+
+def make_arm(name: str, entry: ArmConfig, study: StudyConfig, seeds: int | None, base: Settings, file: str) -> Arm:
+    """An arm, of which all keys are known to fit. A learning rate of the base is that of every arm without its own."""
+    own = given(entry.model_extra or {}, f"{file}, arm {name}")
+    refuse(own, OF_THE_STUDY)
+    build(RunConfig, merged(base, own))
+    if LR in base.origin and LR not in own.origin:
+        own.put(LR, base.tree["optim"]["lr"], base.origin[LR])
     grid = sorted(set(entry.lr_grid or study.lr_grid or ()))
-    return Arm(name, dict(entry.model_extra or {}), seeds or entry.seeds or study.seeds, tuple(grid))
+    return Arm(name, own.tree, seeds or entry.seeds or study.seeds, tuple(grid))
+
+
+def given(tree: dict[str, Any], source: str) -> Settings:
+    settings = Settings()
+    for key, value in tree.items():
+        settings.put((str(key),), value, source)
+    return settings
+
+
+def merged(settings: Settings, over: Settings) -> Settings:
+    """What either holds; where both do, the second."""
+    both = Settings()
+    for part in (settings, over):
+        for path, source in part.origin.items():
+            both.put(path, functools.reduce(dict.__getitem__, path, part.tree), source)
+    return both
+
+
+def refuse(settings: Settings, keys: Sequence[str]) -> None:
+    """ConfigError for one of these top-level keys."""
+    for path, source in settings.origin.items():
+        if path[0] in keys:
+            raise ConfigError(f"{source}: {'.'.join(path)} cannot be set here: the study sets it for each run")

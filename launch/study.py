@@ -8,6 +8,7 @@ runs that then count.
 
 import math
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +25,10 @@ from thriftlab.launch.results import STUDY, read_study
 from thriftlab.launch.summary import answers
 from thriftlab.train.build import make_model, make_plan
 from thriftlab.train.config import RunConfig, fingerprint
-from thriftlab.train.errors import UserError
 from thriftlab.train.files import replace_atomically, seal
 from thriftlab.train.settings import Settings, build
 
-TRIAL_SEED = 1_000_000
+TRIAL_SEED = 1_000_000  # and those after it
 TRIAL_STEPS = 50  # at least, where the budget of a run has as many
 
 
@@ -41,7 +41,8 @@ class Setting:
     out: Path
     dataset: Dataset
     threads: int | None
-    trial_fraction: float = 0.25
+    trial_fraction: float
+    trial_seeds: int
 
     def job(self, name: str, arm: Arm, seed: int, budget: dict[str, float], lr: float | None = None) -> Job:
         """One run, checked as far as that goes without training."""
@@ -79,8 +80,7 @@ def drop_nones(tree: dict[str, Any]) -> dict[str, Any]:
 def run(request: Request) -> Path:
     """Run a study, or what is left of it, print its table and write its report.
 
-    Its keys `seed`, `out` and `budget` of an arm or of the base are not looked at: the study has its own. Jobs of None
-    are one a GPU, or as many as the usable cores bear.
+    Jobs of None are one a GPU, or as many as the usable cores bear.
 
     Returns:
         The page OUT/report.html.
@@ -104,12 +104,13 @@ def run(request: Request) -> Path:
 
 
 def make_setting(request: Request, on_gpu: bool) -> Setting:
-    for arm in request.arms:
-        refuse_one_rate(arm.lr_grid)
     base = request.base
     dataset = open_dataset(base.get("data", {}).get("path") or RunConfig().data.path, verify=False)
     threads = base.get("train", {}).get("threads") or (None if on_gpu else 1)
-    return Setting(base, drop_nones(request.budget), Path(request.out), dataset, threads, request.trial_fraction)
+    return Setting(
+        base, drop_nones(request.budget), Path(request.out), dataset, threads, request.trial_fraction,
+        request.trial_seeds,
+    )  # fmt: skip
 
 
 def run_study(setting: Setting, request: Request, places: list[dict[str, str]], lock: int) -> dict[str, str]:
@@ -120,10 +121,10 @@ def run_study(setting: Setting, request: Request, places: list[dict[str, str]], 
     write_plan(setting, request, lr, len(places), {})
     bar = Bar([*tuned, *take_turns(list(runs.values()))], setting.out.name)
     try:
-        lost = run_all(tuned, places, lock, bar)
+        failed = run_all(tuned, places, lock, bar)
         for arm in arms:
             if trials[arm.name]:
-                lr[arm.name] = choose(trials[arm.name], lost)
+                lr[arm.name] = choose(trials[arm.name], failed)
                 rate = lr[arm.name]["lr"]
                 runs[arm.name] = make_runs(setting, arm, rate) if rate else []
         write_plan(setting, request, lr, len(places), {})
@@ -166,18 +167,17 @@ def take_turns(columns: list[list[Job]]) -> list[Job]:
 # ------------------------------------------------------------------------------------------------------------ tuning
 
 
-def refuse_one_rate(grid: Sequence[float]) -> None:
-    if len(grid) == 1:
-        raise UserError(f"lr_grid has one value, {grid[0]:g}; give two or more, or set optim.lr={grid[0]:g} by hand")
-
-
 def make_trials(setting: Setting, arm: Arm, run: Job) -> list[Job]:
-    """One run for each learning rate, shorter than `run`; none for an arm whose rate was set by hand."""
-    if arm.lr is not None:
+    """Runs for each learning rate, shorter than `run`; none for an arm whose rate was set by hand."""
+    if not arm.tuned:
         return []
     steps = run.tokens and run.tokens // tokens_per_step(run.config)
     budget = trial_budget(setting.budget, steps, setting.trial_fraction)
-    return [setting.job(f"trials/{arm.name}/lr-{lr:g}", arm, TRIAL_SEED, budget, lr) for lr in arm.lr_grid]
+    return [
+        setting.job(f"trials/{arm.name}/lr-{lr:g}" + (f"-again-{i}" if i else ""), arm, TRIAL_SEED + i, budget, lr)
+        for i in range(setting.trial_seeds)
+        for lr in arm.lr_grid
+    ]
 
 
 def trial_budget(budget: dict[str, float], steps: int | None, fraction: float) -> dict[str, float]:
@@ -189,17 +189,21 @@ def trial_budget(budget: dict[str, float], steps: int | None, fraction: float) -
 
 def untuned(arm: Arm, run: Job, pending: bool) -> dict[str, Any]:
     how = "pending" if pending else "default" if arm.lr is None else "hand"
-    lr = None if pending else run.config.optim.hyperparameters().get("lr")
+    lr = None if pending else rate_of(run.config)
     return {"how": how, "lr": lr, "edge": None, "trials": []}
 
 
-def choose(trials: list[Job], lost: dict[str, str]) -> dict[str, Any]:
-    """The learning rate with the lowest final held-out loss, and what the trials cost. lr is None if all failed."""
-    outcomes = [outcome(job, lost.get(job.name, "")) for job in trials]
-    finished = [trial for trial in outcomes if trial["loss"] is not None]
-    best = min(finished, key=lambda trial: trial["loss"], default={"lr": None})["lr"]
-    edge = {outcomes[0]["lr"]: "lower", outcomes[-1]["lr"]: "upper"}.get(best)
-    return {"how": "tuned" if finished else "failed", "lr": best, "edge": edge, "trials": outcomes}
+def choose(trials: list[Job], failed: dict[str, str]) -> dict[str, Any]:
+    """The learning rate with the lowest final held-out loss, the mean over seeds, and what the trials cost. A rate that
+    has failed under one seed is not chosen; lr is None if all have."""
+    outcomes: dict[float, list[dict[str, Any]]] = {}
+    for job in trials:
+        outcomes.setdefault(rate_of(job.config), []).append(outcome(job, failed.get(job.name, "")))
+    rates = [{"lr": lr, **together(found)} for lr, found in outcomes.items()]
+    finished = [rate for rate in rates if rate["loss"] is not None]
+    best = min(finished, key=lambda rate: rate["loss"], default={"lr": None})["lr"]
+    edge = {rates[0]["lr"]: "lower", rates[-1]["lr"]: "upper"}.get(best)
+    return {"how": "tuned" if finished else "failed", "lr": best, "edge": edge, "trials": rates}
 
 
 def outcome(job: Job, problem: str) -> dict[str, Any]:
@@ -207,8 +211,23 @@ def outcome(job: Job, problem: str) -> dict[str, Any]:
     loss = record["results"]["loss"] if record else None
     if record and loss is None:
         problem = "its final loss is not finite"
-    spent = {"tokens": job.last("tokens"), "seconds": job.last("seconds")}
-    return {"lr": job.config.optim.hyperparameters()["lr"], "loss": loss, **spent, "problem": problem}
+    return {"loss": loss, "tokens": job.last("tokens"), "seconds": job.last("seconds"), "problem": problem}
+
+
+def together(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outcomes of one learning rate under several seeds: mean loss, None if one has none, and what all spent."""
+    losses = [found["loss"] for found in outcomes]
+    return {
+        "loss": None if None in losses else statistics.fmean(losses),
+        "tokens": sum(found["tokens"] or 0 for found in outcomes),
+        "seconds": sum(found["seconds"] or 0 for found in outcomes),
+        "problem": next((found["problem"] for found in outcomes if found["problem"]), ""),
+    }
+
+
+def rate_of(config: RunConfig) -> float | None:
+    """The learning rate, of a method that has one."""
+    return config.optim.hyperparameters().get("lr")
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
@@ -229,6 +248,7 @@ def write_plan(
         "budget": setting.budget,
         "trial_seed": TRIAL_SEED,
         "trial_fraction": request.trial_fraction,
+        "trial_seeds": request.trial_seeds,
         "lr": lr,
         "jobs": jobs,
         "threads": setting.threads,
@@ -239,5 +259,7 @@ def write_plan(
 
 def command() -> str:
     """What was typed, or as good as that."""
-    program = {"__main__.py": ["python", "-m", "thriftlab.launch"]}.get(Path(sys.argv[0]).name, [sys.argv[0]])
-    return shlex.join([*program, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return shlex.join(
+        [*(["python", "-m", "thriftlab.launch"] if program == "__main__.py" else [program]), *sys.argv[1:]]
+    )

@@ -14,7 +14,8 @@ from thriftlab.launch import arguments, cli
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.hyper import hyperparameters
 from thriftlab.train import surface
-from thriftlab.train.config import RunConfig
+from thriftlab.train.budget import SCHEDULES
+from thriftlab.train.config import SEAMS, RunConfig
 from thriftlab.train.errors import ConfigError
 from thriftlab.train.loop import Interrupted
 from thriftlab.train.settings import load
@@ -120,8 +121,8 @@ MISTAKES = {
     "train.compile=maybe": "command line: train.compile = 'maybe' is not possible; it takes true or false",
     "train.batch_size=2.5": "command line: train.batch_size = '2.5' is not possible; it takes integer >= 1",
     "--config true.yaml": "true.yaml: train.batch_size = 'true' is not possible; it takes integer >= 1",
-    "schedule.name=cosin": "command line: schedule.name = 'cosin' is unknown; there are constant, linear, cosine, wsd; did "
-    "you mean 'cosine'?",
+    "schedule.name=cosin": "command line: schedule.name = 'cosin' is unknown; there are "
+    f"{', '.join(SCHEDULES)}; did you mean 'cosine'?",
     "--config adamw.yaml optim.name=signsgd": "adamw.yaml: unknown key 'optim.betas' with optim.name=signsgd, which takes "
     "name, include, exclude, lr, weight_decay; it belongs to "
     + " or ".join(f"optim.name={name}" for name in METHODS if "betas" in hyperparameters(METHODS[name])),
@@ -307,10 +308,11 @@ def test_help_shows_what_a_plugin_brings(tmp_path, capsys):
 def test_compare_takes_methods_options_and_a_base():
     line = "adamw frugal --seeds 5 --lr-grid 3e-4,1e-3 --jobs=2 --out runs/x --budget tokens=1e6 model.preset=micro"
     asked = arguments.arguments(line.split())
-    assert asked.methods == {m: {"layer": "dense", "optim": m} for m in ("adamw", "frugal")}
+    defaults = {section: registry.default for section, registry in SEAMS.items()}
+    assert asked.methods == {m: {**defaults, "optim": m} for m in ("adamw", "frugal")}
     assert asked.options == arguments.CompareConfig(seeds=5, lr_grid=(3e-4, 1e-3), jobs=2, out="runs/x")
     assert asked.base == RunConfig(budget={"tokens": 10**6}, model={"preset": "micro"})
-    assert asked.overrides == {m: {"layer": {}, "optim": {}} for m in ("adamw", "frugal")}
+    assert asked.overrides == {m: {section: {} for section in SEAMS} for m in ("adamw", "frugal")}
 
 
 def test_compare_gives_every_method_what_is_meant_for_it():
@@ -337,14 +339,21 @@ def test_a_layer_and_an_update_rule_combine():
 
 
 COMPARE_MISTAKES = {
-    "": f"command line: name the methods to compare, the baseline first: "
-    f"layer: {', '.join(LAYERS)}; optim: {', '.join(METHODS)}",
-    "adamww": f"command line: method 'adamww' is unknown; there are {', '.join([*LAYERS, *METHODS])}; "
-    "did you mean 'adamw'?",
+    "": "command line: name the methods to compare, the baseline first: "
+    + "; ".join(f"{section}: {', '.join(registry.entries)}" for section, registry in SEAMS.items()),
+    "adamww": "command line: method 'adamww' is unknown; there are "
+    + ", ".join(name for registry in SEAMS.values() for name in registry.entries)
+    + "; did you mean 'adamw'?",
+    "lost lost+adamw": "command line: lost and lost+adamw are the same method; name it once",
+    "adamw lost lost.include=[x]": "command line: lost.include may be of two parts; write lost.layer.include or "
+    "lost.optim.include",
+    "lost+fira lost+fira.layer.rnk=3": "command line: unknown key 'lost+fira.layer.rnk' with lost, which takes name, "
+    f"include, exclude, {', '.join(hyperparameters(LAYERS['lost']))}; did you mean 'rank'?",
+    "adamw frugal signal.r=1": "command line: signal.r is for a signal, which is not compared; compared: adamw, frugal",
     "adamw lost+cola": "command line: lost+cola names two of layer: lost and cola",
     "adamw lost+fira lost+fira.rank=3": "command line: lost+fira.rank may be of two parts; write lost+fira.layer.rank "
     "or lost+fira.optim.rank",
-    "adamw layer.rank=3": "command line: layer.rank is for no method that is compared; compared: adamw",
+    "adamw layer.rank=3": "command line: layer.rank is for a layer, which is not compared; compared: adamw",
     "adamw lost lost.gama=1": "command line: unknown key 'lost.gama'; did you mean 'lost.gamma'?",
     "adamw adamw": "command line: a method is named twice: adamw adamw",
     "adamw signsgd.lr=1": "command line: signsgd.lr is for a method that is not compared; compared: adamw",
