@@ -21,10 +21,12 @@ from thriftlab.train.backend import Backend
 from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.config import LAYER, RunConfig, fingerprint
 from thriftlab.train.errors import ConfigError, UserError
+from thriftlab.train.evaluate import count_rows
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
 from thriftlab.train.replicas import refuse_differences
-from thriftlab.train.signals import SIGNALS
+from thriftlab.train.signals import SIGNALS, Signal
+from thriftlab.train.signals.reference import open_reference
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,27 @@ def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
 def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torch.device) -> Objective:
     """The signal that the configuration names. ConfigError where it cannot be had from these data."""
     chosen = config.signal
+    names = [source.name for source in plan.sources]
     try:
         signal = SIGNALS[chosen.name](**chosen.hyperparameters())
-    except ValueError as error:  # hyper-parameters that do not go together
+        refuse_unheld(signal, dataset, names, config.data.sequence_length)
+        reference = signal.reference and open_reference(signal.reference, dataset, plan, config.data.verify)
+        return Objective(
+            signal,
+            names,
+            chosen.statistics,
+            chosen.shuffle,
+            config.seed,
+            dataset.tokenizer.delimiter,
+            reference or None,
+            device,
+        )
+    except ValueError as error:  # hyper-parameters that do not go together, or not with these data
         raise ConfigError(f"signal: {error}") from error
-    delimiter = dataset.tokenizer.delimiter
-    return Objective(
-        signal, len(plan.sources), chosen.statistics, chosen.shuffle, config.seed, delimiter, device=device
-    )
+
+
+def refuse_unheld(signal: Signal, dataset: Dataset, names: list[str], sequence_length: int) -> None:
+    """ValueError where the signal looks at held-out losses and a source has none."""
+    for name in names if signal.validate_every else []:
+        if count_rows(dataset.windows(name, "validation", sequence_length), None) == 0:
+            raise ValueError(f"held-out losses are asked for, and source {name!r} has no held-out text; prepare some")

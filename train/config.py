@@ -22,6 +22,7 @@ from thriftlab.train.errors import ConfigError
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.base import asks_for_statistics, has_state
+from thriftlab.train.signals.reference import read_reference
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
@@ -270,5 +271,7 @@ def fingerprint(config: RunConfig, data_fingerprint: str) -> str:
     for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
         *sections, leaf = key.split(".")
         del functools.reduce(dict.__getitem__, sections, tree)[leaf]
+    if reference := tree["signal"].get("reference"):  # likewise
+        tree["signal"]["reference"] = read_reference(reference)
     tree |= {"data_fingerprint": data_fingerprint, "plugin_sha256": [plugin_sha256(path) for path in config.plugins]}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

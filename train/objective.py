@@ -13,7 +13,7 @@ What a signal knows of the losses of the batch, its statistics, are
     rank     of a micro-batch on its own rank; likewise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Objective:
     """The signal of one run, and what it remembers.
 
     Args:
-        domains: number of sources.
+        domains: names of the sources.
         statistics: "exact", "lagged", "parity" or "rank".
         shuffle: the control: each window of the batch gets the weights of another.
         seed: of the shuffling.
@@ -66,7 +66,7 @@ class Objective:
     def __init__(
         self,
         signal: Signal,
-        domains: int = 1,
+        domains: Sequence[str] = ("all",),
         statistics: str = "exact",
         shuffle: bool = False,
         seed: int = 0,
@@ -150,7 +150,7 @@ class Goal:
     def domain_counts(self) -> dict[str, Tensor]:
         """Predicted tokens of each domain in the global batch, and rows that have any."""
         tokens = self.mask.sum(1).double()
-        here = [by_domain(count, self.domain, self.objective.domains) for count in (tokens, tokens.sign())]
+        here = [by_domain(count, self.domain, len(self.objective.domains)) for count in (tokens, tokens.sign())]
         tokens, samples = self.backend.sum(torch.stack(here))
         return {"domain_tokens": tokens, "domain_samples": samples}
 
@@ -277,9 +277,7 @@ class Goal:
         if self.plain or not self.used:
             return None
         tokens, weight = self.totals[TOKENS], self.totals[WEIGHT]
-        said = watch(
-            self.backend, torch.cat(self.used) * (tokens / weight), self.mask, self.domain, self.objective.domains
-        )
+        said = watch(self.backend, torch.cat(self.used) * (tokens / weight), self.mask, self.domain, len(self.objective.domains))
         return {"loss": self.totals[WEIGHTED] / self.denominator, **said, **self.objective.report()}
 
 

@@ -12,8 +12,10 @@ before `statistics`, and the sum of the weights is divided out at the end of the
 the global batch, and cannot be anything else.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 SIGNALS: dict[str, type["Signal"]] = {}
@@ -50,8 +52,9 @@ class Signal:
         if name is not None:
             SIGNALS[name] = cls
 
-    def state(self, domains: int) -> State:
-        """What it remembers from step to step: tensors, the same on all ranks, kept in checkpoints."""
+    def state(self, domains: Sequence[str]) -> State:
+        """What it remembers from step to step: tensors, the same on all ranks, kept in checkpoints. `domains` are the
+        names of the sources. ValueError where it has no use for these."""
         return {}
 
     def idle(self, progress: float) -> bool:
@@ -103,6 +106,14 @@ def asks_for_statistics(signal: type[Signal]) -> bool:
 
 def has_state(signal: type[Signal]) -> bool:
     return signal.state is not Signal.state
+
+
+def domain_means(losses: Tensor, mask: Tensor, domain_id: Tensor, otherwise: Tensor) -> Tensor:
+    """Mean of the tokens of each domain, float64 [domains], of what `statistics` gets; `otherwise` where it has none."""
+    total, tokens = (
+        by_domain(values.sum(1).double(), domain_id, len(otherwise)) for values in (losses * mask, mask)
+    )
+    return torch.where(tokens > 0, total / tokens, otherwise)
 
 
 def by_domain(values: Tensor, domain_id: Tensor, domains: int) -> Tensor:

@@ -138,7 +138,7 @@ class Reweight(Signal):
         return (exponent - statistics["level"]).exp().clamp(max=statistics["cap"])
 
 
-def bounds(norm: str, losses: Tensor, tail: float) -> tuple[Tensor, Tensor]:
+def bounds(norm: str, losses: Tensor, tail: float = 0.0) -> tuple[Tensor, Tensor]:
     """What becomes -1 and 1; NaN is not counted."""
     if norm == "minmax":
         return losses.nan_to_num(torch.inf).amin(), losses.nan_to_num(-torch.inf).amax()

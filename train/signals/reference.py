@@ -1,0 +1,73 @@
+"""Reference losses: what another model makes of every token of every training window, computed once.
+
+    FOLDER/reference.json   what it is of: data, window length, the run that judged; sha256 of every file; sealed
+    FOLDER/SOURCE.npy       float16 [windows, seq], in the order of the windows of that source
+
+One surprise: windows are named by source and number and not by their id in a mixture, so one folder serves every
+mixture of its sources.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thriftlab.data.loader import Batch
+from thriftlab.data.mixture import Plan
+from thriftlab.data.shards import Dataset
+from thriftlab.train.errors import UserError
+from thriftlab.train.files import sha256, unseal
+
+NAME = "reference.json"
+
+
+class ReferenceLossError(UserError):
+    """Reference losses are missing, damaged, or of other data."""
+
+
+def read_reference(folder: str | Path) -> dict[str, Any]:
+    """The content of reference.json. ReferenceLossError if there is none or it was changed."""
+    path = Path(folder) / NAME
+    try:
+        return unseal(path.read_bytes())
+    except FileNotFoundError:
+        raise ReferenceLossError(
+            f"{path} is missing; write it with: thriftlab reference run=FOLDER_OF_A_FINISHED_RUN out={folder}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ReferenceLossError(f"{path} is damaged ({error}); write it again with thriftlab reference") from None
+
+
+def open_reference(folder: str | Path, dataset: Dataset, plan: Plan, verify: bool = True) -> Callable[[Batch], Tensor]:
+    """A function of a batch of the plan: the reference losses of its rows, fp32 [rows, seq], on the CPU.
+
+    ReferenceLossError where they are of other data or other windows. verify=False leaves the hashes of the files unread.
+    """
+    folder, entry = Path(folder), read_reference(folder)
+    for key, asked in (("data", dataset.fingerprint), ("sequence_length", plan.sequence_length)):
+        if entry[key] != asked:
+            raise ReferenceLossError(
+                f"{folder} has the reference losses of {key} {entry[key]}, and this run has {asked}; write others with "
+                "thriftlab reference"
+            )
+    losses = []
+    for source, windows in zip(plan.sources, plan.windows, strict=True):
+        path = folder / f"{source.name}.npy"
+        if verify and sha256(path) != entry["files"][path.name]:
+            raise ReferenceLossError(f"{path} is not what {NAME} vouches for; write it again with thriftlab reference")
+        losses.append(np.load(path, mmap_mode="r"))
+        assert losses[-1].shape == (len(windows), plan.sequence_length)
+
+    def look_up(batch: Batch) -> Tensor:
+        sources = batch.source.numpy()
+        windows = batch.sample.numpy() - plan.offsets[sources]
+        found = np.empty((len(sources), plan.sequence_length), np.float32)
+        for p in np.unique(sources):
+            rows = np.flatnonzero(sources == p)
+            found[rows] = losses[p][windows[rows]]
+        return torch.from_numpy(found)
+
+    return look_up
