@@ -1,4 +1,4 @@
-"""thriftlab prepare | train | compare | study | submit | launch | report | bench.
+"""thriftlab prepare | train | compare | study | reference | submit | launch | report | bench.
 
 One surprise: nothing heavy is imported here but inside a command, so that `thriftlab --help` is quick.
 """
@@ -26,6 +26,8 @@ USAGE = {
     "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
 thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
     A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
+    "reference": """thriftlab reference run=FOLDER [data=FOLDER] [out=FOLDER]
+    The losses of a finished run's model on every training window, for signals that compare with them.""",
     "launch": """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
     A run on several machines over ssh, without SLURM. The same command again resumes it.""",
     "report": """thriftlab report FOLDER
@@ -37,7 +39,7 @@ SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
 --config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
 over earlier ones, the command line over all. --plugin FILE.py runs a Python file first, which may
-register methods and schedules. Below: key=default, what it means (what it takes).
+register methods, signals and schedules. Below: key=default, what it means (what it takes).
 """
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
@@ -181,6 +183,19 @@ def study_help(argv: list[str]) -> None:
     print(f"\nThe studies:\n{experiment.listing()}\n\nA file of one's own:\n{describe(experiment.StudyConfig)}")
 
 
+def reference(argv: list[str]) -> None:
+    from thriftlab.train import judge, settings
+
+    print(judge.write_reference(settings.load(judge.ReferenceConfig, argv)))
+
+
+def reference_help(argv: list[str]) -> None:
+    from thriftlab.train.judge import ReferenceConfig
+    from thriftlab.train.surface import describe
+
+    print(SYNTAX, describe(ReferenceConfig), sep="\n")
+
+
 def submit(argv: list[str]) -> None:
     from thriftlab.launch import array, slurm
 
@@ -253,13 +268,22 @@ def bench_help(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = dict(
-    prepare=prepare, train=train, compare=compare, study=study, submit=submit, launch=launch, report=report, bench=bench
+    prepare=prepare,
+    train=train,
+    compare=compare,
+    study=study,
+    reference=reference,
+    submit=submit,
+    launch=launch,
+    report=report,
+    bench=bench,
 )
 HELP: dict[str, Callable[[list[str]], None]] = dict(
     prepare=prepare_help,
     train=train_help,
     compare=compare_help,
     study=study_help,
+    reference=reference_help,
     submit=submit_help,
     launch=launch_help,
     report=lambda _: None,
