@@ -147,9 +147,15 @@ def said(tree):
 
 
 @pytest.mark.parametrize(
-    "backend", [{"name": "ddp"}, {"name": "owned"}, {"name": "deepspeed", "stage": 3}], ids=lambda b: b["name"]
+    ("backend", "name", "rank"),
+    [
+        ({"name": "ddp"}, INDEX, 1),
+        ({"name": "ddp"}, INDEX, 0),
+        ({"name": "ddp"}, "layers.0.attn_norm.weight", 1),
+        ({"name": "owned"}, INDEX, 1),
+        ({"name": "deepspeed", "stage": 3}, INDEX, 1),
+    ],
 )
-@pytest.mark.parametrize(("name", "rank"), [(INDEX, 1), (INDEX, 0), ("layers.0.attn_norm.weight", 1)])
 def test_a_rank_that_has_something_else_is_refused_by_all(tiny_data, tmp_path, backend, name, rank):
     """Also where nobody asked for the witness."""
     config = tiny_config(tiny_data, tmp_path / "out", layer=LOST, backend={**backend, "witness": False})

@@ -65,4 +65,4 @@ def refuse_differences(model: nn.Module, share: Callable[[Any], list[Any]]) -> N
 def digest(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, str]:
     """Shape, dtype and the sha256 of the bits."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return tuple(tensor.shape), tensor.dtype, hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return tuple(tensor.shape), tensor.dtype, hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
