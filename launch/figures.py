@@ -6,7 +6,6 @@ one has to tell colours apart.
 """
 
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from thriftlab.launch.results import Result, Row, evaluations
+from thriftlab.launch.results import Result, Row, Study, evaluations
 from thriftlab.launch.stats import pareto_front
 
 INK, RULE = "#010101", "#020202"
@@ -46,20 +45,30 @@ class Picture:
     caption: str
 
 
-def pictures(rows: Sequence[Row]) -> list[Picture]:
-    """The figures that the finished runs of a study allow; rows[0] is the baseline. Of many rows the best are drawn."""
-    finished = [(i, row) for i, row in enumerate(rows) if row.done]
+def pictures(study: Study) -> list[Picture]:
+    """The figures that the finished runs of a study allow."""
+    rows, colour = study.rows, colours(study)
+    finished = [(colour[row.method], row) for row in rows if row.done and row.method in colour]
     if not finished:
         return []
-    if len(finished) > len(SERIES):  # more cannot be told apart
-        best = sorted(finished[1:], key=lambda pair: pair[1].loss[0] or math.inf)[: len(SERIES) - 1]
-        finished = [(i, row) for i, (_, row) in enumerate([finished[0], *best])]
     held_out = all(len(lines) > 2 for _, row in finished for lines in evaluations(row.done))
     shown, what = (evaluation_curve, "held-out") if held_out else (training_curve, "training")
     drawn = [curves(finished, shown, what, "tokens")] if held_out else []
     drawn += [curves(finished, training_curve, "training", "tokens"), curves(finished, shown, what, "seconds")]
-    memory = loss_against_state(finished, rows[0].method)
-    return [*drawn, memory] if memory else drawn
+    last = loss_against_state(finished, rows[0].method) if len(colour) == len(rows) else all_differences(rows)
+    return [*drawn, last] if last else drawn
+
+
+def colours(study: Study) -> dict[str, int]:
+    """Arm -> colour. Where there are more arms than colours, the baseline, the arms of the study's questions and those
+    with the lowest losses have one, and the others are not drawn."""
+    rows = study.rows
+    names = [row.method for row in rows]
+    if len(rows) > len(SERIES):
+        asked = [arm for question in study.contrasts for arm in question.arms]
+        best = sorted((row for row in rows if row.loss[0] is not None), key=lambda row: row.loss[0] or 0.0)
+        names = [*dict.fromkeys([names[0], *asked, *(row.method for row in best)])][: len(SERIES)]
+    return {name: i for i, name in enumerate(names)}
 
 
 def evaluation_curve(result: Result, axis: str) -> Curve:
@@ -155,10 +164,33 @@ def loss_against_state(rows: list[tuple[int, Row]], baseline: str) -> Picture | 
     return Picture("Loss against state memory", render(draw, "memory"), caption)
 
 
-def render(draw: Callable[[Axes], None], name: str) -> str:
+def all_differences(rows: Sequence[Row]) -> Picture | None:
+    """Paired difference of the final loss of every arm, one below the other."""
+    marks = [(row.method, row.difference) for row in rows if row.difference]
+    if not marks:
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for y, (_, d) in enumerate(marks):
+            error = np.abs(np.array(d.t)[:, None] - d.mean) if d.t else None
+            axes.errorbar([d.mean], [y], xerr=error, color=SERIES[0], marker="o", markersize=4, capsize=3)
+        axes.set_yticks(range(len(marks)), [name for name, _ in marks])
+        axes.invert_yaxis()
+        axes.set(xlabel=f"final loss minus {rows[0].method}'s, nats per token")
+
+    caption = (
+        f"Final held-out loss of every arm as paired difference to {rows[0].method} (the line at 0), nats per token, "
+        f"with 95 % t intervals over seeds. The other figures show the baseline, the arms of the questions and those "
+        f"with the lowest losses."
+    )
+    return Picture("Differences", render(draw, "differences", 1 + 0.2 * len(marks)), caption)
+
+
+def render(draw: Callable[[Axes], None], name: str, height: float = 3.2) -> str:
     """One drawing as an <svg> element that scales with the page; its ids begin with `name`."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 3.2), layout="constrained")
+        figure = Figure(figsize=(5, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(

@@ -5,14 +5,14 @@ asks no server; its figures take their colours from the page's style, so they fo
 """
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from thriftlab.launch.figures import Picture, pictures
+from thriftlab.launch.figures import Picture, colours, pictures
 from thriftlab.launch.results import Row, Study, read_study
 from thriftlab.launch.stats import Paired
 from thriftlab.launch.summary import (
@@ -27,6 +27,7 @@ from thriftlab.launch.summary import (
     table,
     warnings,
 )
+from thriftlab.train import surface
 from thriftlab.train.files import replace_atomically
 
 __all__ = ["report", "table"]
@@ -118,29 +119,29 @@ def contrast_cell(d: Paired | None) -> Cell:
     return (signed(d.mean), f"95 % t: {signed(d.t[0])} to {signed(d.t[1])}") if d.t else (signed(d.mean), "no interval")
 
 
-def arm_table(study: Study) -> Table | None:
-    """Sizes of arms, where they are not all the same model."""
+def arm_table(study: Study) -> Table:
+    """What each arm is, and how large it is."""
     rows = [[(row.method,), (settings(study.plan["arms"][row.method]["tree"]),), *sizes(row)] for row in study.rows]
-    head = ["method", "settings", "parameters", "FLOPs per token"]
-    return (head, rows) if len({row[2] for row in rows}) > 1 else None
+    return ["method", "settings", "trained parameters", "FLOPs per token", "optimizer state", "peak memory"], rows
 
 
 def settings(tree: dict[str, Any], prefix: str = "") -> str:
     """A tree as key=value, in the words of the command line."""
     parts = [
-        settings(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key}={value}"
+        settings(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key}={surface.text(value)}"
         for key, value in tree.items()
     ]
     return " ".join(part for part in parts if part)
 
 
 def sizes(row: Row) -> list[Cell]:
-    """Trained parameters, and FLOPs of a token."""
-    model = next((result.record["model"] for result in row.done if result.record), {})
-    return [
-        (number(model.get("trained", model.get("parameters")), ","),),
-        (number(model.get("flops_per_token"), ",.0f"),),
-    ]
+    """Trained parameters, FLOPs of a token, optimizer state, most memory of any run."""
+    trained, flops, state, peak = (
+        max(row.values(*path), default=None)
+        for path in (("model", "trained"), ("model", "flops_per_token"), ("memory", "state_bytes"),
+                     ("memory", "peak_bytes"))
+    )  # fmt: skip
+    return [(number(trained, ","),), (number(flops, ","),), (megabytes(state),), (megabytes(peak),)]
 
 
 def source_table(study: Study) -> Table | None:
@@ -169,7 +170,9 @@ def trial_table(study: Study) -> Table | None:
 
 
 def circumstances(study: Study) -> list[tuple[str, str]]:
-    plan, first = study.plan, (study.records or [{}])[0]
+    plan = study.plan
+    done = next((result for result in study.results if result.record), None)
+    first = done.record if done and done.record else {}
     commit = first.get("commit")
     machine, data, model = first.get("machine", {}), first.get("data", {}), first.get("model", {})
     found: dict[str, Any] = {
@@ -179,7 +182,7 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
         "side by side": f"{plan['jobs']} runs at a time, threads each: {plan['threads'] or 'as torch chooses'}",
         "model": model
         and f"{model['parameters']:,} parameters, {model['flops_per_token']:,.0f} FLOPs per token, "
-        f"of {study.rows[0].method}",
+        f"of {done and done.method}",
         "data": data and f"tokenizer {data.get('tokenizer')}, fingerprint {data['fingerprint']}",
         "code": commit and commit + (", with uncommitted changes" if first["diff_sha256"] else ""),
         "machine": ", ".join(
@@ -219,7 +222,7 @@ NOTES = (
 def sections(study: Study) -> list[tuple[str, Table, str]]:
     """Title, table and note of every table of the report."""
     side_by_side = f"tokens/s: mean over seeds, with {study.plan['jobs']} runs side by side."
-    trials = "Final held-out loss, nats/token, of one short run each, under a seed that is none of the study's."
+    trials = "Final held-out loss, nats/token, of short runs, under seeds that are none of the study's."
     adjusted = (
         "Questions that were asked before the runs. p: two-sided t test of no difference, adjusted for the number of "
         "questions (Holm); the intervals are not. Differences by seed in the order of the seeds."
@@ -227,7 +230,7 @@ def sections(study: Study) -> list[tuple[str, Table, str]]:
     tables = [
         ("Questions", contrast_table(study), adjusted),
         ("Comparison", main_table(study), f"{NOTES} {side_by_side}"),
-        ("Arms", arm_table(study), "What differs from the study's base, and what the model then is."),
+        ("Arms", arm_table(study), "What differs from the study's base. Peak memory is that of the whole process."),
         ("Held-out loss by source", source_table(study), "nats/token, mean ± standard deviation over seeds."),
         ("Learning-rate trials", trial_table(study), trials),
     ]
@@ -235,15 +238,15 @@ def sections(study: Study) -> list[tuple[str, Table, str]]:
 
 
 def body(study: Study) -> str:
-    tables, lead = sections(study), 2 if study.contrasts else 1
+    tables, lead, colour = sections(study), 2 if study.contrasts else 1, colours(study)
     parts = [
         f"<h1>{html.escape(title(study))}</h1>",
         f'<p class="question">{html.escape(question(study))}</p>',
         '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in answers(study)), "</ul>",
         warning_box(warnings(study)),
-        *(html_section(*section) for section in tables[:lead]),
-        '<h2>Figures</h2><div class="figures">', *map(html_figure, pictures(study.rows)), "</div>",
-        *(html_section(*section) for section in tables[lead:]),
+        *(html_section(*section, colour) for section in tables[:lead]),
+        '<h2>Figures</h2><div class="figures">', *map(html_figure, pictures(study)), "</div>",
+        *(html_section(*section, colour) for section in tables[lead:]),
         "<h2>How it was run</h2><dl>", *(html_fact(*fact) for fact in circumstances(study)), "</dl>",
     ]  # fmt: skip
     return "\n".join(parts)
@@ -254,18 +257,18 @@ def warning_box(lines: list[str]) -> str:
     return f'<div class="warnings"><strong>Keep in mind</strong><ul>{items}</ul></div>' if lines else ""
 
 
-def html_section(name: str, rows: Table, note: str) -> str:
+def html_section(name: str, rows: Table, note: str, colour: Mapping[str, int]) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in rows[0])
-    lines = "".join(f"<tr>{html_row(i, row)}</tr>" for i, row in enumerate(rows[1]))
+    lines = "".join(f"<tr>{html_row(row, colour)}</tr>" for row in rows[1])
     return (
         f'<h2>{html.escape(name)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{lines}</tbody></table></div><p class="note">{html.escape(note)}</p>'
     )
 
 
-def html_row(index: int, row: Sequence[Cell]) -> str:
-    key = f'<span class="key" style="background: var(--s{index % 8})"></span>'
+def html_row(row: Sequence[Cell], colour: Mapping[str, int]) -> str:
     (name,), *others = row
+    key = f'<span class="key" style="background: var(--s{colour[name]})"></span>' if name in colour else ""
     return f"<td>{key}{html.escape(name)}</td>" + "".join(f"<td>{html_cell(cell)}</td>" for cell in others)
 
 

@@ -94,9 +94,8 @@ class Study:
     @cached_property
     def rows(self) -> list[Row]:
         """One row a method; the first is the baseline."""
-        methods = [*self.plan["arms"]]
-        losses = {method: self.losses(method) for method in methods}
-        return [self.row(method, paired(losses[method], losses[methods[0]])) for method in methods]
+        baseline = next(iter(self.plan["arms"]))
+        return [self.row(method, paired(*self.pair(method, baseline))) for method in self.plan["arms"]]
 
     def row(self, method: str, difference: Paired | None) -> Row:
         planned = [result for result in self.results if result.method == method]
@@ -110,9 +109,15 @@ class Study:
         found = {result.seed: dig(result.record, "results", "loss") for result in done}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
+    def pair(self, first: str, second: str) -> tuple[dict[int, float], dict[int, float]]:
+        """The losses of two arms by seed, of the seeds that both were to have."""
+        common = range(min(self.plan["arms"][arm]["seeds"] for arm in (first, second)))
+        one, other = ({s: loss for s, loss in self.losses(arm).items() if s in common} for arm in (first, second))
+        return one, other
+
     @cached_property
     def contrasts(self) -> list[Answer]:
-        pairs = [(self.losses(first), self.losses(second)) for first, second in (c["arms"] for c in self.asked)]
+        pairs = [self.pair(*c["arms"]) for c in self.asked]
         found = [paired(*pair) for pair in pairs]
         adjusted = iter(holm([d.p for d in found if d and d.p is not None]))
         return [

@@ -8,7 +8,7 @@ import json
 import statistics
 from collections.abc import Sequence
 
-from thriftlab.launch.results import Row, Study, dig
+from thriftlab.launch.results import Answer, Row, Study, dig
 from thriftlab.launch.stats import MANY_SEEDS, Paired, seeds_to_resolve
 
 LR_WORDS = {
@@ -40,8 +40,13 @@ def answers(study: Study) -> list[str]:
     """One sentence for each question that was asked beforehand; else for each method after the first, the baseline."""
     rows = study.rows
     if study.contrasts:
-        return [f"{c.name[0].upper()}{c.name[1:]}: {claim(c.difference, *c.arms)}" for c in study.contrasts]
+        return [answer(contrast) for contrast in study.contrasts]
     return [" ".join(filter(None, (verdict(row, rows[0]), cost(row, rows[0]), *said(row)))) for row in rows[1:]]
+
+
+def answer(a: Answer) -> str:
+    p = "" if a.adjusted is None else f" Adjusted p (Holm): {a.adjusted:.2g}."
+    return f"{a.name[0].upper()}{a.name[1:]}: {claim(a.difference, *a.arms)}{p}"
 
 
 def verdict(row: Row, baseline: Row) -> str:
@@ -59,12 +64,12 @@ def claim(d: Paired | None, name: str, baseline: str) -> str:
         )
     if d.sd == 0 and d.mean == 0:
         return f"{name} ends at exactly the loss of {baseline} on all {d.n} seeds."
-    interval = f"(95 % CI {signed(d.t[0])} to {signed(d.t[1])}, {d.n} seeds)"
+    interval = f"95 % CI {signed(d.t[0])} to {signed(d.t[1])}, {d.n} seeds"
     if d.resolved:
-        return f"{name} ends {nats(d.mean)} nats/token {side(d.mean)} {baseline} {interval}."
+        return f"{name} ends {nats(d.mean)} nats/token {side(d.mean)} {baseline} ({interval})."
     return (
         f"{name}: no claim. Its difference to {baseline} is {signed(d.mean)} nats/token and the interval "
-        f"contains 0 {interval}; {more_seeds(d)}."
+        f"contains 0 ({interval}, half-width {nats(d.t[1] - d.mean)}); {more_seeds(d)}."
     )
 
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from thriftlab.launch.figures import colours
 from thriftlab.launch.report import report, table
 from thriftlab.launch.results import read_study
 from thriftlab.launch.summary import answers, warnings
@@ -19,13 +20,14 @@ SHIFT = {"adamw": 0.0, "frugal": 0.012, "signsgd": 0.15}
 
 
 def make_record(method, seed, loss, speed=20_000.0):
+    state = STATE.get(method, 4_000_000)
     return {
         "status": "done", "fingerprint": f"{method}-{seed}", "method": method, "seed": seed,
         "config": {"optim": {"name": method, "lr": 1e-3}, "budget": {"tokens": 1_000_000}},
         "commit": "0123456789abcdef", "diff_sha256": None, "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "machine": {"system": "Linux", "cpu": "a CPU", "cores": 2, "threads": 1, "memory_bytes": 8, "gpus": []},
         "data": {"fingerprint": "feed", "plan": "beef", "tokenizer": "bytes"},
-        "model": {"parameters": 812_345, "flops_per_token": 5_000_000},
+        "model": {"parameters": 812_345, "trained": 812_345, "flops_per_token": 5_000_000},
         "budget": {"steps": 100, "tokens": 1_000_000, "flops": 5e12, "seconds": 50.0},
         "results": {
             "loss": loss, "bits_per_byte": loss / 2, "perplexity": np.exp(loss), "train_loss": loss,
@@ -34,7 +36,7 @@ def make_record(method, seed, loss, speed=20_000.0):
                 "code": {"loss": loss + 0.1, "bits_per_byte": loss / 3},
             },
         },
-        "memory": {"parameter_bytes": 3_249_380, "state_bytes": STATE[method], "predicted_state_bytes": STATE[method],
+        "memory": {"parameter_bytes": 3_249_380, "state_bytes": state, "predicted_state_bytes": state,
                    "peak_bytes": 10**8},
         "speed": {"tokens_per_second": speed, "mfu": None},
         "skipped_steps": 0, "started": 1.7e9, "finished": 1.7e9 + 60,
@@ -259,3 +261,40 @@ def test_warnings_name_what_weakens_the_comparison(tmp_path):
 
 def test_untuned_rows_are_marked(tmp_path):
     assert any("not tuned: adamw, frugal" in line for line in warnings(read_study(make_study(tmp_path))))
+
+
+def test_more_arms_than_colours_are_one_below_the_other(tmp_path):
+    arms = [f"arm-{i}" for i in range(12)]
+    lr = {arm: {"how": "default", "lr": None, "edge": None, "trials": []} for arm in arms}
+    asked = [{"name": "the worst?", "arms": ["arm-11", "arm-10"]}]
+    write_plan(tmp_path, arms, [0, 1], contrasts=asked, lr=lr)
+    for i, arm in enumerate(arms):
+        for seed in (0, 1):
+            write_run(tmp_path, arm, seed, 2.5 + 0.1 * i + 0.001 * seed * i)
+    study = read_study(tmp_path)
+    # the baseline, the question's arms, then the lowest losses
+    assert list(colours(study)) == ["arm-0", "arm-11", "arm-10", "arm-1", "arm-2", "arm-3", "arm-4", "arm-5"]
+    page = report(tmp_path).read_text()
+    assert page.count("<h3>Differences</h3>") == 1 and "<h3>Loss against state memory</h3>" not in page
+    keys = dict(
+        re.findall(r'<td><span class="key" style="background: var\(--s(\d)\)"></span>([\w-]+)</td>', page)[::-1]
+    )
+    assert {arm: int(i) for i, arm in keys.items()} == colours(study)
+
+
+def test_seeds_that_only_one_arm_was_to_have_are_no_loss(tmp_path):
+    arms = {"adamw": {"tree": {}, "seeds": 2}, "frugal": {"tree": {}, "seeds": 4}}
+    write_plan(tmp_path, [*arms], [0], arms=arms)
+    for method, entry in arms.items():
+        for seed in range(entry["seeds"]):
+            write_run(tmp_path, method, seed, 2.5 + 0.1 * seed + 0.01 * seed * len(method))
+    study = read_study(tmp_path)
+    d = study.rows[1].difference
+    assert (d.n, d.dropped) == (2, 0) and not any("no partner" in line for line in warnings(study))
+    assert len(study.rows[1].done) == 4
+
+
+def test_an_older_study_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "study.json").write_bytes(seal({"format": 1, "methods": ["adamw"]}))
+    with pytest.raises(UserError, match="older version; run the same command again"):
+        report(tmp_path)
