@@ -1,6 +1,7 @@
 """A study as arrays of SLURM jobs: the trials of learning rates, and the runs, which wait for the trials.
 
     thriftlab submit compare METHOD ... --gpus 8 --lr-grid 3e-4,1e-3 ...
+    thriftlab submit study NAME --gpus 1
 
 What is finished is left out, so the same command submits what is left. Every run that ends writes the report anew. One
 surprise: a learning rate is known only when the trials are done, so a run's own task settles it, when it starts, from
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from thriftlab.launch import slurm
+from thriftlab.launch import experiment, slurm
 from thriftlab.launch.arguments import comparison
 from thriftlab.launch.arms import Request
 from thriftlab.launch.jobs import Job, refuse_other_run
@@ -26,15 +27,19 @@ from thriftlab.train.files import replace_atomically, seal, unseal, write_json
 from thriftlab.train.settings import Settings
 
 REQUEST = Path("jobs", "request.json")
+REQUESTS: dict[str, Callable[[Settings], Request]] = {
+    "compare": lambda settings: comparison(settings).request(), "study": experiment.requested
+}  # fmt: skip
 
 
 def submit(c: slurm.SubmitConfig, settings: Settings) -> None:
-    """Submit what is left of the study that `settings` describe, as for `thriftlab compare`."""
-    compared = comparison(settings)
-    compared.base.train.rows_per_rank(c.nodes * slurm.processes(c))
-    asked = compared.request()
+    """Submit what is left of the study that `settings` describe, "compare METHOD ..." or "study NAME"."""
+    kind, *settings.words = settings.words
+    asked = REQUESTS[kind](settings)
     out, at_once = Path(asked.out), asked.jobs
     setting, trials, runs, lr = opened(asked, c.gpus, all)
+    for first, *_ in runs.values():
+        first.config.train.rows_per_rank(c.nodes * slurm.processes(c))
     tuned = [job for job in take_turns([*trials.values()]) if not job.record]
     waiting = {job.arm for job in tuned}
     jobs = [job for job in take_turns([*runs.values()]) if job.arm in waiting or not job.record]
@@ -79,7 +84,7 @@ def settle(request: Path, run: Path) -> None:
     """Write RUN/config.json with the learning rate that the trials have chosen, and the rates to the study's plan."""
     saved = json.loads(request.read_bytes())
     asked = Request.from_json(saved["request"])
-    Plugins(plugins=asked.base["plugins"])
+    Plugins(plugins=asked.base.get("plugins", ()))
     setting, trials, runs, lr = opened(asked, saved["gpus"], any)
     job = next(job for jobs in runs.values() for job in jobs if job.folder == run)
     if trials[job.arm] and lr[job.arm]["lr"] is None:

@@ -25,13 +25,15 @@ USAGE = {
     An experiment that is written down: arms, questions, tuning. Without a name: which there are.""",
     "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
 thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
+thriftlab submit study NAME [--gpus 1] [key=value ...]
     A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
     "reference": """thriftlab reference run=FOLDER [data=FOLDER] [out=FOLDER]
     The losses of a finished run's model on every training window, for signals that compare with them.""",
     "launch": """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
     A run on several machines over ssh, without SLURM. The same command again resumes it.""",
-    "report": """thriftlab report FOLDER
-    Writes FOLDER/report.html and FOLDER/report.md of a study anew.""",
+    "report": """thriftlab report FOLDER [TARGET]
+    Writes FOLDER/report.html and FOLDER/report.md of a study anew; or into TARGET the report with its
+    figures, the plan and a line for every run, to be kept without the runs.""",
     "bench": """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
     What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
 }
@@ -200,9 +202,10 @@ def submit(argv: list[str]) -> None:
     from thriftlab.launch import array, slurm
 
     options, settings = slurm.read_options(argv)
-    study = settings.words[:1] == ["compare"]
-    settings.words = settings.words[1:] if study or settings.words[:1] == ["train"] else settings.words
-    (array if study else slurm).submit(options, settings)
+    many = settings.words[:1] and settings.words[0] in array.REQUESTS
+    if settings.words[:1] == ["train"]:
+        settings.words.pop(0)
+    (array if many else slurm).submit(options, settings)
 
 
 def submit_help(argv: list[str]) -> None:
@@ -211,7 +214,7 @@ def submit_help(argv: list[str]) -> None:
 
     print(
         SYNTAX,
-        "Besides these, all keys of `thriftlab train` or `thriftlab compare`:\n",
+        "Besides these, all keys of `thriftlab train`, `thriftlab compare` or `thriftlab study`:\n",
         describe(SubmitConfig),
         sep="\n",
     )
@@ -240,12 +243,13 @@ def settle(argv: list[str]) -> None:
 def report(argv: list[str]) -> None:
     from thriftlab.train.errors import ConfigError
 
-    if len(argv) != 1:
-        raise ConfigError("thriftlab report takes the folder of one study: thriftlab report FOLDER")
+    if len(argv) not in (1, 2):
+        raise ConfigError("thriftlab report takes the folder of one study: thriftlab report FOLDER [TARGET]")
 
-    from thriftlab.launch import report
+    from thriftlab.launch import publish, report
 
-    print(report.report(Path(argv[0])))
+    folder, *target = map(Path, argv)
+    print(publish.publish(folder, target[0]) if target else report.report(folder))
 
 
 def bench(argv: list[str]) -> None:

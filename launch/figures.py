@@ -1,7 +1,7 @@
 """Figures of a study as inline SVG that takes its colours from the page, in light and in dark.
 
 matplotlib draws with placeholder colours, which are then replaced by CSS variables: `--ink` and `--rule` for text and
-grid, `--s0` ... `--s7` for the methods. Methods differ in colour (Okabe and Ito's palette), dash and marker, so that no
+grid, `--s0` ... `--s7` for the arms. Arms differ in colour (Okabe and Ito's palette), dash and marker, so that no
 one has to tell colours apart.
 """
 
@@ -48,14 +48,14 @@ class Picture:
 def pictures(study: Study) -> list[Picture]:
     """The figures that the finished runs of a study allow."""
     rows, colour = study.rows, colours(study)
-    finished = [(colour[row.method], row) for row in rows if row.done and row.method in colour]
+    finished = [(colour[row.arm], row) for row in rows if row.done and row.arm in colour]
     if not finished:
         return []
     held_out = all(len(lines) > 2 for _, row in finished for lines in evaluations(row.done))
     shown, what = (evaluation_curve, "held-out") if held_out else (training_curve, "training")
     drawn = [curves(finished, shown, what, "tokens")] if held_out else []
     drawn += [curves(finished, training_curve, "training", "tokens"), curves(finished, shown, what, "seconds")]
-    last = loss_against_state(finished, rows[0].method) if len(colour) == len(rows) else all_differences(rows)
+    last = loss_against_state(finished, rows[0].arm) if len(colour) == len(rows) else all_differences(rows)
     return [*drawn, last] if last else drawn
 
 
@@ -63,11 +63,11 @@ def colours(study: Study) -> dict[str, int]:
     """Arm -> colour. Where there are more arms than colours, the baseline, the arms of the study's questions and those
     with the lowest losses have one, and the others are not drawn."""
     rows = study.rows
-    names = [row.method for row in rows]
+    names = [row.arm for row in rows]
     if len(rows) > len(SERIES):
         asked = [arm for question in study.contrasts for arm in question.arms]
         best = sorted((row for row in rows if row.loss[0] is not None), key=lambda row: row.loss[0] or 0.0)
-        names = [*dict.fromkeys([names[0], *asked, *(row.method for row in best)])][: len(SERIES)]
+        names = [*dict.fromkeys([names[0], *asked, *(row.arm for row in best)])][: len(SERIES)]
     return {name: i for i, name in enumerate(names)}
 
 
@@ -105,7 +105,7 @@ def curves(rows: list[tuple[int, Row]], read: Callable[[Result, str], Curve], wh
 
     def draw(axes: Axes) -> None:
         for i, row, (x, y) in bands:
-            axes.plot(x, y.mean(0), color=SERIES[i % 8], linestyle=DASHES[i % 8], label=row.method)
+            axes.plot(x, y.mean(0), color=SERIES[i % 8], linestyle=DASHES[i % 8], label=row.arm)
             axes.fill_between(x, y.min(0), y.max(0), color=SERIES[i % 8], alpha=0.18, linewidth=0)
         zoom(axes, [found for *_, found in bands])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -135,7 +135,7 @@ def loss_against_state(rows: list[tuple[int, Row]], baseline: str) -> Picture | 
     """Paired difference of the final loss against measured state: interval as bar, Pareto front as stair."""
     marks = []
     for i, row in rows:
-        mean = row.difference.mean if row.difference else 0.0 if row.method == baseline else None
+        mean = row.difference.mean if row.difference else 0.0 if row.arm == baseline else None
         if mean is not None and row.state_bytes is not None:
             marks.append((i, row, row.state_bytes / MIB, mean))
     if not marks:
@@ -150,7 +150,7 @@ def loss_against_state(rows: list[tuple[int, Row]], baseline: str) -> Picture | 
             error = np.abs(np.array(t)[:, None] - mean) if t else None
             axes.errorbar(
                 [state], [mean], yerr=error, color=SERIES[i % 8], marker=MARKERS[i % 8], markersize=7, capsize=4,
-                linestyle="none", label=row.method,
+                linestyle="none", label=row.arm,
             )  # fmt: skip
         axes.margins(x=0.12, y=0.15)
         axes.set(xlabel="optimizer state, MiB (measured)", ylabel=f"final loss minus {baseline}'s, nats per token")
@@ -166,7 +166,7 @@ def loss_against_state(rows: list[tuple[int, Row]], baseline: str) -> Picture | 
 
 def all_differences(rows: Sequence[Row]) -> Picture | None:
     """Paired difference of the final loss of every arm, one below the other."""
-    marks = [(row.method, row.difference) for row in rows if row.difference]
+    marks = [(row.arm, row.difference) for row in rows if row.difference]
     if not marks:
         return None
 
@@ -177,10 +177,10 @@ def all_differences(rows: Sequence[Row]) -> Picture | None:
             axes.errorbar([d.mean], [y], xerr=error, color=SERIES[0], marker="o", markersize=4, capsize=3)
         axes.set_yticks(range(len(marks)), [name for name, _ in marks])
         axes.invert_yaxis()
-        axes.set(xlabel=f"final loss minus {rows[0].method}'s, nats per token")
+        axes.set(xlabel=f"final loss minus {rows[0].arm}'s, nats per token")
 
     caption = (
-        f"Final held-out loss of every arm as paired difference to {rows[0].method} (the line at 0), nats per token, "
+        f"Final held-out loss of every arm as paired difference to {rows[0].arm} (the line at 0), nats per token, "
         f"with 95 % t intervals over seeds. The other figures show the baseline, the arms of the questions and those "
         f"with the lowest losses."
     )

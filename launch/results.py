@@ -1,8 +1,8 @@
-"""A study's folder read back: which runs are there, and what they say about each method.
+"""A study's folder read back: which runs are there, and what they say about each arm.
 
-    STUDY/study.json                       the plan, written by launch/study.py
-    STUDY/METHOD/seed-0/record.json ...    the runs
-    STUDY/trials/METHOD/lr-0.001/...       the trials that chose a learning rate
+    STUDY/study.json                    the plan, written by launch/study.py
+    STUDY/ARM/seed-0/record.json ...    the runs
+    STUDY/trials/ARM/lr-0.001/...       the trials that chose a learning rate
 
 A run that is missing, unfinished or damaged is a Result without a record and with one line that says so; what cannot be
 compared at all (different data, different budgets) is an error.
@@ -28,7 +28,7 @@ STUDY = "study.json"
 class Result:
     """One planned run. `record` is None unless it is done and whole; then `problem` says why."""
 
-    method: str
+    arm: str
     seed: int
     folder: Path
     record: dict[str, Any] | None
@@ -41,9 +41,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """One method: its finished runs, and its paired differences to the baseline (None for the baseline itself)."""
+    """One arm: its finished runs, and its paired differences to the baseline (None for the baseline itself)."""
 
-    method: str
+    arm: str
     planned: int
     done: list[Result]
     lr: dict[str, Any]
@@ -93,19 +93,19 @@ class Study:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One row a method; the first is the baseline."""
+        """One row an arm; the first is the baseline."""
         baseline = next(iter(self.plan["arms"]))
-        return [self.row(method, paired(*self.pair(method, baseline))) for method in self.plan["arms"]]
+        return [self.row(arm, paired(*self.pair(arm, baseline))) for arm in self.plan["arms"]]
 
-    def row(self, method: str, difference: Paired | None) -> Row:
-        planned = [result for result in self.results if result.method == method]
+    def row(self, arm: str, difference: Paired | None) -> Row:
+        planned = [result for result in self.results if result.arm == arm]
         done = [result for result in planned if result.record]
-        baseline = method == next(iter(self.plan["arms"]))
-        return Row(method, len(planned), done, self.plan["lr"][method], None if baseline else difference)
+        baseline = arm == next(iter(self.plan["arms"]))
+        return Row(arm, len(planned), done, self.plan["lr"][arm], None if baseline else difference)
 
-    def losses(self, method: str) -> dict[int, float]:
+    def losses(self, arm: str) -> dict[int, float]:
         """Final held-out loss by seed; a loss that is not finite counts as none."""
-        done = [result for result in self.results if result.method == method and result.record]
+        done = [result for result in self.results if result.arm == arm and result.record]
         found = {result.seed: dig(result.record, "results", "loss") for result in done}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
@@ -142,9 +142,9 @@ def read_study(folder: Path) -> Study:
     folder = Path(folder)
     plan = read_plan(folder)
     results = [
-        read_result(folder / method / f"seed-{seed}", method, seed, plan["failures"])
-        for method, arm in plan["arms"].items()
-        for seed in range(arm["seeds"])
+        read_result(folder / arm / f"seed-{seed}", arm, seed, plan["failures"])
+        for arm, entry in plan["arms"].items()
+        for seed in range(entry["seeds"])
     ]
     study = Study(folder, plan, results)
     refuse_mixture(study, "data", "fingerprint")
@@ -165,15 +165,15 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return plan
 
 
-def read_result(folder: Path, method: str, seed: int, failures: dict[str, str]) -> Result:
+def read_result(folder: Path, arm: str, seed: int, failures: dict[str, str]) -> Result:
     try:
         if not (folder / "record.json").exists():
-            return Result(method, seed, folder, None, failures.get(f"{method}/seed-{seed}") or unfinished(folder))
-        result = Result(method, seed, folder, read_record(folder / "record.json"), "")
+            return Result(arm, seed, folder, None, failures.get(f"{arm}/seed-{seed}") or unfinished(folder))
+        result = Result(arm, seed, folder, read_record(folder / "record.json"), "")
         result.metrics  # noqa: B018  a damaged line is found now and not in the middle of a figure
         return result
     except RecordError as error:
-        return Result(method, seed, folder, None, str(error))
+        return Result(arm, seed, folder, None, str(error))
 
 
 def unfinished(folder: Path) -> str:

@@ -22,13 +22,17 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from thriftlab.data.shards import open_dataset
+from thriftlab.launch.arguments import CompareConfig
+from thriftlab.launch.arms import is_method
+from thriftlab.launch.experiment import StudyOptions
 from thriftlab.launch.jobs import Job, refuse_other_run
 from thriftlab.train import record
-from thriftlab.train.choice import Section
+from thriftlab.train.choice import Plugins, Section
 from thriftlab.train.config import Count, RunConfig, Steps, fingerprint
 from thriftlab.train.errors import ConfigError, UserError
 from thriftlab.train.files import write_json
 from thriftlab.train.settings import Settings, build, read
+from thriftlab.train.surface import keys, nearest
 
 HOME = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "data", "optim", "train", "launch")
@@ -163,7 +167,19 @@ def read_options(argv: Sequence[str]) -> tuple[SubmitConfig, Settings]:
     settings = read([*plain(argv)])
     rest = settings.drop([*SubmitConfig.model_fields])
     rest.words = settings.words
+    refuse_unknown(rest)
     return build(SubmitConfig, settings.pick([*SubmitConfig.model_fields])), rest
+
+
+def refuse_unknown(rest: Settings) -> None:
+    """ConfigError for a key that is nobody's, with the nearest of all that could be meant."""
+    build(Plugins, rest.pick(["plugins"]))  # they may register methods, whose names are keys
+    models = (SubmitConfig, StudyOptions, CompareConfig, RunConfig)
+    known = [key for model in models for key, _ in keys(model, {})]
+    for path, source in rest.origin.items():
+        if not any(path[0] in model.model_fields for model in models) and not is_method(path[0]):
+            key = ".".join(path)
+            raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, known) or '; --help lists all keys'}")
 
 
 def plain(argv: Sequence[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""What a study says: one sentence a method, the table, and the warnings that belong to them.
+"""What a study says: one sentence an arm, the table, and the warnings that belong to them.
 
-The rule: no interval, no claim. A method is better or worse than the baseline only where the 95 % t interval of the
+The rule: no interval, no claim. An arm is better or worse than the baseline only where the 95 % t interval of the
 paired difference of the final held-out loss leaves out 0.
 """
 
@@ -37,7 +37,7 @@ def question(study: Study) -> str:
 
 
 def answers(study: Study) -> list[str]:
-    """One sentence for each question that was asked beforehand; else for each method after the first, the baseline."""
+    """One sentence for each question that was asked beforehand; else for each arm after the first, the baseline."""
     rows = study.rows
     if study.contrasts:
         return [answer(contrast) for contrast in study.contrasts]
@@ -50,7 +50,7 @@ def answer(a: Answer) -> str:
 
 
 def verdict(row: Row, baseline: Row) -> str:
-    return claim(row.difference, row.method, baseline.method)
+    return claim(row.difference, row.arm, baseline.arm)
 
 
 def claim(d: Paired | None, name: str, baseline: str) -> str:
@@ -85,17 +85,17 @@ def more_seeds(d: Paired) -> str:
 
 
 def cost(row: Row, baseline: Row) -> str:
-    """The state that the method keeps, beside the baseline's. Speed is left to the table, which has its spread."""
+    """The state that its method keeps, beside the baseline's. Speed is left to the table, which has its spread."""
     if not row.done or not baseline.done:
         return ""
     state = f"Its optimizer state is {megabytes(row.state_bytes)}"
     if row.state_bytes is None or not baseline.state_bytes:
         return state + "."
-    return f"{state}, {100 * row.state_bytes / baseline.state_bytes:.0f} % of {baseline.method}'s."
+    return f"{state}, {100 * row.state_bytes / baseline.state_bytes:.0f} % of {baseline.arm}'s."
 
 
 def said(row: Row) -> list[str]:
-    """What the method itself remarked on its runs, as sentences."""
+    """What its method itself remarked on its runs, as sentences."""
     remarks = dict.fromkeys(remark for remarks in row.values("remarks") for remark in remarks)
     return [f"{remark[0].upper()}{remark[1:]}." for remark in remarks]
 
@@ -105,14 +105,14 @@ def said(row: Row) -> list[str]:
 
 def warnings(study: Study) -> list[str]:
     rows = study.rows
-    found = [f"{r.method} seed {r.seed}: {r.problem}" for r in study.results if not r.record]
+    found = [f"{r.arm} seed {r.seed}: {r.problem}" for r in study.results if not r.record]
     found += [warning for row in rows for warning in row_warnings(row)]
     for path, meaning in BITS:
         if len({json.dumps(dig(record, *path), sort_keys=True) for record in study.records}) > 1:
             found.append(meaning)
     if any(record.get("diff_sha256") for record in study.records):
         found.append("the code had uncommitted changes; each run's folder holds them as code.diff")
-    untuned = [row.method for row in rows if row.lr["how"] == "default"]
+    untuned = [row.arm for row in rows if row.lr["how"] == "default"]
     if untuned:
         found.append(f"learning rate not tuned: {', '.join(untuned)}; equal tuning may change the order (--lr-grid)")
     if len({row.lr["how"] for row in rows}) > 1:
@@ -124,20 +124,20 @@ def row_warnings(row: Row) -> list[str]:
     found = []
     if row.lr.get("edge"):
         found.append(
-            f"{row.method}: the best learning rate, {row.lr['lr']:g}, is the {row.lr['edge']} end of the grid; "
+            f"{row.arm}: the best learning rate, {row.lr['lr']:g}, is the {row.lr['edge']} end of the grid; "
             f"a better one may lie beyond"
         )
     lost = [trial for trial in row.lr.get("trials", []) if trial["problem"]]
-    found += [f"{row.method}: trial with lr {trial['lr']:g} did not finish: {trial['problem']}" for trial in lost]
+    found += [f"{row.arm}: trial with lr {trial['lr']:g} did not finish: {trial['problem']}" for trial in lost]
     if skipped := sum(row.values("skipped_steps")):
-        found.append(f"{row.method}: {skipped:.0f} steps were skipped because loss or gradient was not finite")
+        found.append(f"{row.arm}: {skipped:.0f} steps were skipped because loss or gradient was not finite")
     if infinite := len(row.done) - len(row.values("results", "loss")):
-        found.append(f"{row.method}: the final loss of {infinite} runs is not finite; they are left out")
+        found.append(f"{row.arm}: the final loss of {infinite} runs is not finite; they are left out")
     if row.difference and row.difference.dropped:
-        found.append(f"{row.method}: {row.difference.dropped} runs have no partner with the same seed and are left out")
-    found += [f"{row.method}: {sentence}" for sentence in said(row)]
+        found.append(f"{row.arm}: {row.difference.dropped} runs have no partner with the same seed and are left out")
+    found += [f"{row.arm}: {sentence}" for sentence in said(row)]
     if set(row.values("memory", "predicted_state_bytes")) != set(row.values("memory", "state_bytes")):
-        found.append(f"{row.method}: measured optimizer state differs from the predicted")
+        found.append(f"{row.arm}: measured optimizer state differs from the predicted")
     return found
 
 
@@ -150,12 +150,12 @@ def table(study: Study) -> str:
     lines = [TABLE_HEAD, *(cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    note = f"±: standard deviation over seeds. Difference to {rows[0].method}: paired by seed, with 95 % t interval."
+    note = f"±: standard deviation over seeds. Difference to {rows[0].arm}: paired by seed, with 95 % t interval."
     notes = [note, LR_NOTE] if any(lr_mark(row) for row in rows) else [note]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], *notes])
 
 
-TABLE_HEAD = ("method", "loss, nats/token", "bits/byte", "difference, 95 % CI", "state MiB", "tokens/s", "lr", "seeds")
+TABLE_HEAD = ("arm", "loss, nats/token", "bits/byte", "difference, 95 % CI", "state MiB", "tokens/s", "lr", "seeds")
 LR_NOTE = "lr: * not tuned (default), h set by hand, e the best of its trials is an edge of the grid, ? none yet"
 LR_MARK = {"default": "*", "hand": "h", "tuned": "", "pending": "?", "failed": "?"}
 
@@ -167,7 +167,7 @@ def lr_mark(row: Row) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     speed = row.mean_sd("speed", "tokens_per_second")[0]
     return (
-        row.method,
+        row.arm,
         plus_minus(*row.loss),
         number(row.mean_sd("results", "bits_per_byte")[0], ".4f"),
         interval(row.difference),

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_config
 
 from thriftlab.data.prepare import PrepareConfig
-from thriftlab.launch import arguments, hosts, slurm
+from thriftlab.launch import arguments, array, experiment, hosts, slurm
 from thriftlab.optim import METHODS
 from thriftlab.train import settings
 from thriftlab.train.config import RunConfig
@@ -27,6 +27,7 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
     command, argv = words[1], words[2:]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("train: {batch_size: 32}\n")
+    (tmp_path / "mine.yaml").write_text("question: Which?\nbase: {}\narms: {adamw: {}}\n")
     (tmp_path / "texts").mkdir()
     if "--help" in argv:
         return
@@ -38,13 +39,14 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
         arguments.arguments(argv)
     elif command == "submit":
         _, rest = slurm.read_options(argv)
-        study = rest.words[:1] == ["compare"]
-        rest.words = rest.words[study:]
-        arguments.comparison(rest) if study else settings.build(RunConfig, rest)
+        kind, rest.words = rest.words[:1], rest.words[1:]
+        array.REQUESTS[kind[0]](rest) if kind else settings.build(RunConfig, rest)
     elif command == "launch":
         settings.build(hosts.LaunchConfig, settings.read(argv).drop(RunConfig.model_fields))
+    elif command == "study":
+        assert experiment.request(argv) if argv else experiment.listing()
     else:
-        assert (command, len(argv)) == ("report", 1)
+        assert command == "report" and len(argv) in (1, 2)
 
 
 def test_the_settings_of_make_run_are_understood():

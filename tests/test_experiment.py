@@ -1,7 +1,9 @@
 """Studies that are written down: arms, questions, equal tuning."""
 
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -68,7 +70,10 @@ def test_seeds_of_the_command_line_are_every_arms(file):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": {"a": {}, "b": {"lr_grid": [1, 2, 3]}}, "contrasts": []}, "a has 2 trials of its learning rate and b 3"),
+        (
+            {"arms": {"a": {}, "b": {"lr_grid": [1, 2, 3]}}, "contrasts": []},
+            "has 2 trials of its learning rate and b 3",
+        ),
         ({"contrasts": [{"name": "x", "arms": ["small", "smal"]}]}, "contrast 'x' is of 'smal'; arms: adamw, small"),
         ({"arms": {}}, "arms"),
         ({"qestion": "?"}, "unknown key 'qestion'; did you mean 'question'"),
@@ -110,7 +115,13 @@ def test_questions_are_answered_with_interval_and_adjusted_p(tmp_path):
     shift = {"adamw": [0, 0, 0, 0], "frugal": [0.01, -0.02, 0.01], "signsgd": [0.2, 0.21, 0.19, 0.2]}
     for method, shifts in shift.items():
         for seed, by in enumerate(shifts):
-            write_run(tmp_path, method, seed, 2.5 + 0.1 * seed + by, model={"parameters": len(method) * 1000, "flops_per_token": 1})
+            write_run(
+                tmp_path,
+                method,
+                seed,
+                2.5 + 0.1 * seed + by,
+                model={"parameters": len(method) * 1000, "flops_per_token": 1},
+            )
     study = read_study(tmp_path)
     sign, split = study.contrasts
     assert sign.difference.n == 4 and split.difference.n == 3
@@ -121,9 +132,36 @@ def test_questions_are_answered_with_interval_and_adjusted_p(tmp_path):
     assert second.startswith("Split: frugal: no claim.")
     page = report(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "Which pays?" in text and "| sign | signsgd − adamw | +0.2000; 95 % t:" in text
+    assert "Which pays?" in text and "- base: model.preset=null model.dim=64" in text
+    assert "| sign | signsgd − adamw | +0.2000; 95 % t:" in text
     assert "+0.200, +0.210, +0.190, +0.200" in text and "layer.name=signsgd" in text
     assert "0, 1, 2 (adamw to 3, signsgd to 3)" in text and "<h2>Questions</h2>" in page.read_text()
+
+
+def test_what_is_kept_of_a_study_stands_by_itself(tmp_path):
+    runs, kept = tmp_path / "runs", tmp_path / "kept"
+    runs.mkdir()
+    write_plan(runs, ["adamw"], [0, 1, 2], failures={"adamw/seed-2": f"see {runs}/adamw/seed-1/train.log"})
+    for seed in (0, 1):
+        write_run(runs, "adamw", seed, 2.5 + seed)
+    assert cli.main(["report", str(runs), str(kept)]) == 0
+    text, figures = (kept / "report.md").read_text(), {path.name for path in kept.glob("*.svg")}
+    assert {path.name for path in kept.iterdir()} == {"report.md", "runs.jsonl", "study.json", *figures}
+    assert figures == set(re.findall(r"!\[.*?\]\((.*?)\)", text)) and len(figures) == 4
+    for figure in figures:
+        svg = (kept / figure).read_text()
+        assert ElementTree.fromstring(svg).tag.endswith("svg") and "var(" not in svg and len(svg) < 100_000
+    lines = [json.loads(line) for line in (kept / "runs.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["seed"], line["loss"], line["lr"]) for line in lines] == [
+        ("adamw", 0, 2.5, 1e-3), ("adamw", 1, 3.5, 1e-3)
+    ]  # fmt: skip
+    assert {line["commit"] for line in lines} == {"0123456789abcdef"}
+    assert max(map(len, (kept / "runs.jsonl").read_text().splitlines())) < 2000
+    assert "adamw/seed-1/train.log" in text and str(tmp_path) not in text
+    assert cli.main(["report", str(runs), str(kept)]) == 0  # again
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    assert cli.main(["report", str(runs), str(tmp_path / "other")]) == 2
 
 
 def test_holm_against_its_definition():

@@ -61,6 +61,7 @@ def write_run(folder, method, seed, loss, **changes):
 def write_plan(folder, methods, seeds, **changes):
     plan = {
         "format": 2, "command": "thriftlab compare adamw frugal", "question": "", "contrasts": [],
+        "base": {"model": {"preset": None, "dim": 64}},
         "arms": {method: {"tree": {"optim": {"name": method}}, "seeds": len(seeds)} for method in methods},
         "budget": {"tokens": 1_000_000}, "jobs": 2, "threads": 1,
         "lr": {method: {"how": "default", "lr": None, "edge": None, "trials": []} for method in methods},

@@ -62,7 +62,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(desk, capsys):
         ("--sbatch array=0-3", "--sbatch array is not possible"),
         ("--nodes 0", "command line: nodes = '0' is not possible; it takes integer >= 1"),
         ("--gpus 3", "train.batch_size = 8 is not a multiple of the 3 ranks"),
-        ("--node 2", "unknown key 'node'"),
+        ("--nodez 2", "unknown key 'nodez'; did you mean 'nodes'?"),
         ("data.path=nowhere", "nowhere"),
     ],
 )
@@ -142,20 +142,21 @@ def test_only_what_the_trainer_calls_preempted_goes_back_to_the_queue(name, caps
     assert run(trainer) == (code, requeued)
 
 
-WAITS = (
-    "touch out/started; until [ -e out/STOP ] || [ $SECONDS -gt 3 ]; do sleep 0.05; done; echo preempted > out/status"
-)
+def waits(seconds):
+    """A trainer that goes on until it is asked to stop, at most so long."""
+    until = f"until [ -e out/STOP ] || [ $SECONDS -gt {seconds} ]; do sleep 0.05; done"
+    return f"touch out/started; {until}; echo preempted > out/status"
 
 
 def test_usr1_asks_through_a_stop_file_and_takes_it_back(capsys):
     script(capsys)
-    assert run(WAITS, send=signal.SIGUSR1) == (-9, True)
+    assert run(waits(20), send=signal.SIGUSR1) == (-9, True)
     assert not Path("out/STOP").exists()
 
 
 def test_a_cancelled_job_stays_away(capsys):
     script(capsys)
-    assert run(WAITS, send=signal.SIGTERM) == (1, False)
+    assert run(waits(1), send=signal.SIGTERM) == (1, False)
 
 
 def test_the_number_of_requeues_is_bounded(capsys):
