@@ -168,3 +168,49 @@ def test_a_stop_of_an_attempt_that_slurm_ended_does_not_stop_the_next(capsys):
     script(capsys)
     Path("out/STOP").write_text("job 7\n")
     assert run("[ ! -e out/STOP ] && echo done > out/status") == (0, False)
+
+
+# ------------------------------------------------------------------------------------------------------------ studies
+
+MINE = """
+question: Does the layer pay?
+base: {BASE}
+seeds: 1
+lr_grid: [1.0e-3, 1.0e-2]
+trial_fraction: 1.0
+arms:
+  dense: {}
+  layer+rule: {layer: {name: lost, rank: 4}, optim: {name: frugal}}
+contrasts:
+  - {name: the layer, arms: [layer+rule, dense]}
+"""
+
+
+def test_a_study_is_two_arrays_and_its_runs_take_the_rate_of_their_trials(desk, capsys):
+    run = json.loads(Path("run.json").read_text())
+    base = {key: run[key] for key in ("model", "data", "train", "budget", "eval")} | {"checkpoint": {"every": 0}}
+    Path("mine.yaml").write_text(MINE.replace("{BASE}", json.dumps(base)))
+    assert cli.main(["submit", "study", "mine.yaml", "--out", "study", "--jobs", "2"]) == 0
+    assert capsys.readouterr().out.count("submitted job 7") == 2
+    trials, runs = (Path(f"study/jobs/001/{name}.sbatch").read_text() for name in ("trials", "runs"))
+    assert "study/trials/layer+rule/lr-0.01" in trials and "array=0-3%2" in trials
+    assert "study/layer+rule/seed-0" in runs and "thriftlab.launch settle" in runs
+    request, target = "study/jobs/request.json", Path("study/layer+rule/seed-0")
+    assert cli.main(["settle", request, str(target)]) == 2
+    assert "no trial of layer+rule has finished" in capsys.readouterr().err
+    losses = {}
+    for trial in sorted(Path("study/trials/layer+rule").iterdir()):
+        assert cli.main(["train", "--config", f"{trial}/config.json"]) == 0
+        losses[float(trial.name[3:])] = json.loads((trial / "record.json").read_text())["results"]["loss"]
+    target.mkdir(parents=True)
+    assert cli.main(["settle", request, str(target)]) == 0
+    config = json.loads((target / "config.json").read_text())
+    assert (config["layer"]["rank"], config["optim"]["name"]) == (4, "frugal")
+    assert config["optim"]["lr"] == min(losses, key=losses.get)
+
+
+def test_methods_of_parts_are_submitted(capsys):
+    argv = ["compare", "adamw", "lost+fira", "lost+fira.layer.rank=4", "--seeds", "1", "--dry-run", "out=study"]
+    data = json.loads(Path("run.json").read_text())["data"]["path"]
+    assert cli.main(["submit", *argv, f"data.path={data}", "model.preset=nano", "data.sequence_length=32"]) == 0
+    assert "study/lost+fira/seed-0" in capsys.readouterr().out
