@@ -77,7 +77,7 @@ def refuse_unequal_tuning(arms: Sequence[Arm]) -> None:
     for arm in arms:
         if len(arm.lr_grid) == 1:
             only = f"{arm.lr_grid[0]:g}"
-            raise ConfigError(f"lr_grid has one value, {only}; give two or more, or set optim.lr={only} by hand")
+            raise ConfigError(f"{arm.name}: lr_grid has one value, {only}; give two or more, or set optim.lr={only}")
         if len(arm.lr_grid) != len(arms[0].lr_grid):
             raise ConfigError(
                 f"{arms[0].name} has {len(arms[0].lr_grid)} trials of its learning rate and {arm.name} "

@@ -32,10 +32,11 @@ def loss_at(step):
 
 
 def orders():
-    """Lines in OUT/../../orders.txt: `METHOD SEED WORD`."""
+    """Lines in OUT/../../orders.txt: `METHOD SEED WORD`, and the learning rate where one alone is meant."""
     path = out.parents[1] / "orders.txt"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [line.split()[2] for line in lines if line.split()[:2] == [optim["name"], str(seed)]]
+    mine = [line.split()[2:] for line in lines if line.split()[:2] == [optim["name"], str(seed)]]
+    return [word for word, *lr in mine if not lr or float(lr[0]) == optim["lr"]]
 
 
 signal.signal(signal.SIGTERM, lambda number, frame: (note("signal"), stop.append(number)))

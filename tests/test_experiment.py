@@ -78,10 +78,17 @@ def test_seeds_of_the_command_line_are_every_arms(file):
         ({"arms": {}}, "arms"),
         ({"qestion": "?"}, "unknown key 'qestion'; did you mean 'question'"),
         ({"base": {"budget": {"tokens": 5120}, "trian": {}}}, "trian"),
+        ({"arms": {"a": {"seed": 3}}, "contrasts": []}, "mine.yaml, arm a: seed cannot be set here"),
+        ({"arms": {"a": {"budget": {"tokens": 1}}}, "contrasts": []}, "arm a: budget.tokens cannot be set here"),
+        ({"arms": {"a": {"lr": 0.1}}, "contrasts": []}, "arm a: unknown key 'lr'; did you mean 'optim.lr'?"),
+        ({"arms": {"../a": {}}, "contrasts": []}, "'../a' cannot be the name of an arm"),
+        ({"arms": {"trials": {}}, "contrasts": []}, "'trials' cannot be the name of an arm"),
+        ({"lr_grid": [1e-3]}, "small: lr_grid has one value"),
+        ({"trial_fraction": 2}, "trial_fraction = 2 is not possible"),
     ],
 )
 def test_mistakes_of_a_file_are_one_line(file, changes, words):
-    with pytest.raises(ConfigError, match=".yaml|learning rate") as refused:
+    with pytest.raises(ConfigError, match=".yaml|learning rate|lr_grid") as refused:
         experiment.request([file(**changes)])
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
@@ -96,6 +103,18 @@ def test_an_unknown_key_of_an_arm_is_found_before_anything_runs(file, capsys, tm
     assert cli.main(["study", path, "--out", str(tmp_path / "out")]) == 2
     assert "b: unknown key 'layer.rnak'" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*/*"))
+
+
+def test_a_rate_for_all_is_that_of_every_arm_without_its_own(file):
+    arms = experiment.request([file(), "optim.lr=0.5"]).arms
+    assert [(float(arm.lr), arm.tuned) for arm in arms] == [(0.5, False), (0.5, False), (0.01, False)]
+
+
+@pytest.mark.parametrize("argument", ["seed=3", "trian.clip=1", "--arms", "layer.rank=3"])
+def test_what_the_base_does_not_take_is_refused(file, argument, capsys):
+    assert cli.main(["study", file(), *([argument, "x"] if argument.startswith("-") else [argument])]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: command line: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", experiment.studies())

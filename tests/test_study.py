@@ -29,19 +29,25 @@ def stand_in_fingerprint(config, data_fingerprint):
 
 
 @pytest.fixture
-def run(tmp_path, tiny_data, monkeypatch):
-    """A study over the stand-in trainer; keyword arguments replace the defaults."""
+def stand_in(monkeypatch):
+    """The stand-in in the place of the trainer."""
     monkeypatch.setattr(jobs, "TRAINER", (sys.executable, str(Path(__file__).with_name("stand_in_trainer.py"))))
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(jobs, "fingerprint", stand_in_fingerprint)
     monkeypatch.setattr(study, "fingerprint", stand_in_fingerprint)
 
-    def run(methods=("adamw", "frugal"), budget=200 * STEP, seeds=2, lr_grid=(), jobs=2, **overrides):
+
+@pytest.fixture
+def run(tmp_path, tiny_data, stand_in):
+    """A study over the stand-in trainer; keyword arguments replace the defaults."""
+
+    def run(methods=("adamw", "frugal"), budget=200 * STEP, seeds=2, lr_grid=(), jobs=2, trial_seeds=1, **overrides):
         base = tiny_config(tiny_data, tmp_path, train={"threads": None}).model_dump(mode="json")
         base = {key: value for key, value in base.items() if key not in SEAMS}
         grid = tuple(sorted(lr_grid))
-        arms = [Arm(m, {"optim": {"name": m, **overrides.get(m, {})}}, seeds, grid) for m in methods]
-        return study.run(Request(arms, base, {"tokens": budget}, str(tmp_path), jobs))
+        many = seeds if isinstance(seeds, dict) else dict.fromkeys(methods, seeds)
+        arms = [Arm(m, {"optim": {"name": m, **overrides.get(m, {})}}, many[m], grid) for m in methods]
+        return study.run(Request(arms, base, {"tokens": budget}, str(tmp_path), jobs, trial_seeds=trial_seeds))
 
     return run
 
@@ -78,6 +84,37 @@ def test_methods_take_turns_and_share_their_seeds(run, tmp_path, capsys):
     assert all(str(tmp_path / ".lock") in events(tmp_path / name, "start")[0][5] for name in order)  # inherited
     out = capsys.readouterr().out
     assert "difference, 95 % CI" in out and "0.01" in out and str(page) in out
+
+
+def test_the_same_command_skips_what_a_written_study_has_done(tmp_path, tiny_data, stand_in, capsys):
+    tiny = tiny_config(tiny_data, tmp_path).model_dump(mode="json")
+    mine = {
+        "question": "Which?", "base": {key: tiny[key] for key in ("data", "model")}, "seeds": 2,
+        "arms": {"adamw": {}, "split": {"optim": {"name": "frugal"}, "seeds": 3}},
+        "contrasts": [{"name": "splitting", "arms": ["split", "adamw"]}],
+    }  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    out = tmp_path / "out"
+    argv = ["study", str(tmp_path / "mine.json"), "--out", str(out), "train.batch_size=8", f"budget.tokens={20 * STEP}"]
+    assert main(argv) == 0
+    assert "Splitting: split ends 0.0100 nats/token above adamw" in capsys.readouterr().out
+    assert main(argv) == 0
+    folders = [*out.glob("*/seed-*")]
+    assert len(folders) == 5 and all(len(events(folder, "start")) == 1 for folder in folders)
+    config = json.loads((out / "split/seed-2/config.json").read_text())
+    assert (config["optim"]["name"], config["train"]["batch_size"], config["log"]["group"]) == ("frugal", 8, "out")
+    assert main([*argv, "optim.weight_decay=0.5"]) == 2  # other runs: nothing is overwritten
+    assert "holds another run (optim.weight_decay:" in capsys.readouterr().err
+
+
+def test_trials_come_first_and_arms_with_more_seeds_go_on(run, tmp_path):
+    run(jobs=1, seeds={"adamw": 1, "frugal": 3}, lr_grid=[1e-3, 3e-3])
+    started = {path.parent: float(events(path.parent, "start")[0][4]) for path in tmp_path.rglob("events.txt")}
+    order = [str(folder.relative_to(tmp_path)) for folder in sorted(started, key=started.get)]
+    trials = [f"trials/{arm}/lr-{lr}" for lr in (0.001, 0.003) for arm in ("adamw", "frugal")]
+    assert order == [*trials, "adamw/seed-0", "frugal/seed-0", "frugal/seed-1", "frugal/seed-2"]
+    adamw, frugal = read_study(tmp_path).rows
+    assert (len(adamw.done), len(frugal.done), frugal.difference.n, frugal.difference.dropped) == (1, 3, 1, 0)
 
 
 def test_finished_runs_are_skipped_and_a_study_grows(run, tmp_path):
@@ -140,6 +177,26 @@ def test_every_method_gets_the_same_trials_and_its_best_rate(run, tmp_path):
         assert json.loads((tmp_path / method / "seed-0/config.json").read_text())["optim"]["lr"] == 3e-3
     assert all(TRIAL_SEED >= arm["seeds"] for arm in plan["arms"].values())
     assert "38,400 tokens" in (tmp_path / "report.md").read_text()
+
+
+def test_trials_under_several_seeds_decide_by_their_mean(run, tmp_path):
+    run(("adamw",), lr_grid=[1e-3, 3e-3], seeds=1)
+    run(("adamw",), lr_grid=[1e-3, 3e-3], seeds=1, trial_seeds=2)  # those of the first seed stay
+    folders = sorted((tmp_path / "trials/adamw").iterdir())
+    assert [folder.name for folder in folders] == ["lr-0.001", "lr-0.001-again-1", "lr-0.003", "lr-0.003-again-1"]
+    records = [json.loads((folder / "record.json").read_text()) for folder in folders]
+    assert [record["seed"] for record in records] == [TRIAL_SEED, TRIAL_SEED + 1] * 2
+    first, *_ = read_plan(tmp_path)["lr"]["adamw"]["trials"]
+    assert first["loss"] == pytest.approx(sum(record["results"]["loss"] for record in records[:2]) / 2)
+    assert first["tokens"] == 2 * 50 * STEP and len(events(folders[0], "start")) == 1
+
+
+def test_a_rate_that_fails_under_one_seed_is_not_chosen(run, tmp_path):
+    (tmp_path / "trials").mkdir()
+    order(tmp_path / "trials", f"adamw {TRIAL_SEED + 1} diverge 0.003")
+    run(("adamw",), lr_grid=[1e-3, 3e-3], seeds=1, trial_seeds=2)
+    rate = read_plan(tmp_path)["lr"]["adamw"]
+    assert rate["lr"] == 1e-3 and [trial["problem"] for trial in rate["trials"]] == ["", "its final loss is not finite"]
 
 
 def test_edges_hand_set_rates_and_lost_trials(run, tmp_path):
