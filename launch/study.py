@@ -196,7 +196,7 @@ def untuned(arm: Arm, run: Job, pending: bool) -> dict[str, Any]:
 def choose(trials: list[Job], failed: dict[str, str]) -> dict[str, Any]:
     """The learning rate with the lowest final held-out loss, the mean over seeds, and what the trials cost. A rate that
     has failed under one seed is not chosen; lr is None if all have."""
-    outcomes: dict[float, list[dict[str, Any]]] = {}
+    outcomes: dict[float | None, list[dict[str, Any]]] = {}
     for job in trials:
         outcomes.setdefault(rate_of(job.config), []).append(outcome(job, failed.get(job.name, "")))
     rates = [{"lr": lr, **together(found)} for lr, found in outcomes.items()]

@@ -105,7 +105,7 @@ def said(row: Row) -> list[str]:
 
 def warnings(study: Study) -> list[str]:
     rows = study.rows
-    found = [f"{r.arm} seed {r.seed}: {r.problem}" for r in study.results if not r.record]
+    found = missing(study)
     found += [warning for row in rows for warning in row_warnings(row)]
     for path, meaning in BITS:
         if len({json.dumps(dig(record, *path), sort_keys=True) for record in study.records}) > 1:
@@ -118,6 +118,15 @@ def warnings(study: Study) -> list[str]:
     if len({row.lr["how"] for row in rows}) > 1:
         found.append("learning rates were chosen in different ways; the comparison is not one of equal effort")
     return found
+
+
+def missing(study: Study) -> list[str]:
+    """The runs that are not there, in one line an arm and reason."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for result in study.results:
+        if not result.record:
+            seeds.setdefault((result.arm, result.problem), []).append(str(result.seed))
+    return [f"{arm} seed{'s' * (len(n) > 1)} {', '.join(n)}: {problem}" for (arm, problem), n in seeds.items()]
 
 
 def row_warnings(row: Row) -> list[str]:
