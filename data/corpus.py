@@ -10,12 +10,14 @@ import json
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import zstandard
 
-from thriftlab.data import embedded, synthetic
+from thriftlab.data import embedded, recipes, synthetic
+from thriftlab.data.packages import DOWNLOADS
 from thriftlab.data.tokens import DataError
 
 CHUNK = 1 << 16  # bytes; small, because a compressed chunk may hold a thousand times as much
@@ -28,7 +30,9 @@ class Document(NamedTuple):
     metadata: dict[str, Any]
 
 
-def read(path: str | Path, source: str = "", text_key: str = "text", streaming: bool = True) -> Iterator[Document]:
+def read(
+    path: str | Path, source: str = "", text_key: str = "text", streaming: bool = True, downloads: Path = DOWNLOADS
+) -> Iterator[Document]:
     """Yields the documents of `path` in a fixed order, lazily.
 
     Args:
@@ -37,13 +41,15 @@ def read(path: str | Path, source: str = "", text_key: str = "text", streaming: 
             A folder saved by `datasets`' `save_to_disk`.
             "hf:NAME[:CONFIG[:SPLIT]]": a Hugging Face dataset, of the hub or a local path.
             "embedded[:PART]" (embedded.py). "synthetic[:ARGUMENT=VALUE,...]" (synthetic.py).
+            "recipe:NAME:DOMAIN" (recipes.py).
         source: the name that the documents carry; `path` where empty.
         text_key: where a line or row keeps its text.
         streaming: of "hf:": read while downloading, instead of downloading and converting everything first.
+        downloads: of "recipe:": where packages are, or are put.
 
     Raises DataError that names the file, the line and the remedy; nothing is skipped silently.
     """
-    for identity, text, metadata in _rows(str(path), text_key, streaming):
+    for identity, text, metadata in _rows(str(path), text_key, streaming, downloads):
         yield Document(identity, text, source or str(path), metadata)
 
 
@@ -53,9 +59,9 @@ def normalise(text: str) -> str:
 
 
 def locate(path: str) -> tuple[str, str]:
-    """(reader, what it is given) of a path that `read` takes; the reader is embedded, synthetic, hf or files."""
+    """(reader, what it is given) of a path that `read` takes; reader: embedded, synthetic, recipe, hf or files."""
     reader, _, argument = path.partition(":")
-    if reader in ("hf", *_GENERATORS):
+    if reader in ("hf", "recipe", *_GENERATORS):
         return reader, argument
     return "hf" if _saved_by_datasets(path) else "files", path
 
@@ -76,10 +82,12 @@ def files(path: str | Path) -> list[Path]:
 Row = tuple[str, str, dict[str, Any]]  # id, text, metadata
 
 
-def _rows(path: str, text_key: str, streaming: bool) -> Iterator[Row]:
+def _rows(path: str, text_key: str, streaming: bool, downloads: Path) -> Iterator[Row]:
     reader, place = locate(path)
     if reader in _GENERATORS:
         return _generated(_GENERATORS[reader], place)
+    if reader == "recipe":
+        return _generated(partial(recipes.documents, downloads=downloads), place)
     if reader == "hf":
         return _huggingface(place, text_key, streaming)
     return _files(Path(place), text_key)

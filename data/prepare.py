@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from thriftlab.data import recipes
 from thriftlab.data.corpus import locate, read
 from thriftlab.data.dedup import HeldOut
 from thriftlab.data.manifest import Manifest, fingerprint, read_manifest, verify_files, write_manifest
@@ -51,13 +52,19 @@ class Summary:
             for name, source in self.manifest["sources"].items()
             for split, entry in (("train", source["train"]), ("validation", source["validation"]))
         ]
+        origins = [
+            f"{name:14}{package['registry']} {package['name']} {package['version']}, {package['licence']}, "
+            f"sha256 {package['sha256'][:16]}"
+            for name, packages in self.manifest["made"].get("packages", {}).items()
+            for package in packages
+        ]
         drops = [f"{count:,} {reason}" for reason, count in self.manifest["drops"].items() if count]
         tokenizer = self.manifest["tokenizer"]
         foot = [
             f"dropped documents: {', '.join(drops) or 'none'}",
             f"tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens; data {self.fingerprint[:16]}",
         ]
-        return "\n".join([str(self.path), head, *lines, *foot, *self.notes])
+        return "\n".join([str(self.path), head, *lines, *origins, *foot, *self.notes])
 
 
 def prepare(config: PrepareConfig) -> Summary:
@@ -71,7 +78,7 @@ def prepare(config: PrepareConfig) -> Summary:
         with workspace(config.out) as work:
             if done := _already(config, request):
                 return done
-            notes = _build(config, request, work)
+            notes = _build(config, work)
             install(work, config.out)
     except OSError as error:  # readers report their own
         raise DataError(f"{config.out}: cannot be made ({error}); choose another out, or make room") from error
@@ -107,9 +114,11 @@ def _already(config: PrepareConfig, request: dict[str, Any]) -> Summary | None:
 # --- making it -------------------------------------------------------------------------------------------------------
 
 
-def _build(config: PrepareConfig, request: dict[str, Any], work: Path) -> tuple[str, ...]:
+def _build(config: PrepareConfig, work: Path) -> tuple[str, ...]:
     """Everything into `work`; returns notes for the user."""
     started = time.monotonic()
+    packages = _gather(config)
+    request = request_of(config)  # again, now that packages are there
     pools, notes = _read(config, work)
     held_out = {name: _split(name, pool, config) for name, pool in pools.items()}
     train = _decontaminate(pools, held_out, config.near_duplicate)
@@ -136,6 +145,7 @@ def _build(config: PrepareConfig, request: dict[str, Any], work: Path) -> tuple[
         "drops": {reason: sum(pool.drops[reason] for pool in pools.values()) for reason in (EMPTY, EXACT, NEAR)},
         "made": {
             "request": request,
+            "packages": packages,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "seconds": seconds,
@@ -145,13 +155,20 @@ def _build(config: PrepareConfig, request: dict[str, Any], work: Path) -> tuple[
     return (*notes, f"prepared in {seconds} s")
 
 
+def _gather(config: PrepareConfig) -> dict[str, list[dict[str, str]]]:
+    """The packages of each source that is made of packages, downloaded."""
+    located = {name: locate(source.path) for name, source in config.inputs.items()}
+    places = {name: place for name, (reader, place) in located.items() if reader == "recipe"}
+    return recipes.gather(places, config.downloads)
+
+
 def _read(config: PrepareConfig, work: Path) -> tuple[dict[str, Pool], list[str]]:
     """The pools that are not empty, and a line for each part of its documentation that this Python came without."""
     seen: set[bytes] = set()
     pools, notes = {}, []
     for name, source in config.inputs.items():
-        documents = _progress(read(source.path, name, source.text_key, source.streaming), f"read {name}")
-        pool = spool(documents, work / f"{name}.spool", config.seed, seen)
+        documents = read(source.path, name, source.text_key, source.streaming, config.downloads)
+        pool = spool(_progress(documents, f"read {name}"), work / f"{name}.spool", config.seed, seen)
         if len(pool.sizes):
             pools[name] = pool
         elif locate(source.path)[0] == "embedded":

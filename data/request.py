@@ -7,12 +7,13 @@ as reading it; input that has gone since makes no difference, so that a prepared
 import hashlib
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from thriftlab.data import embedded
+from thriftlab.data import embedded, recipes
 from thriftlab.data.corpus import files, locate
+from thriftlab.data.packages import DOWNLOADS
 from thriftlab.data.shards import SHARD_TOKENS
 from thriftlab.data.tokens import load_tokenizer
 
@@ -24,10 +25,17 @@ class Input(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(description="file, folder, hf:NAME[:CONFIG[:SPLIT]], embedded[:PART], synthetic[:KEY=VALUE,...]")
+    path: str = Field(
+        description="file, folder, hf:NAME[:CONFIG[:SPLIT]], embedded[:PART], synthetic[:KEY=VALUE,...], "
+        "recipe:NAME:DOMAIN"
+    )
     text_key: str = Field("text", description="key or column that holds the text, of jsonl, parquet and Hugging Face")
     streaming: bool = Field(True, description="read a Hugging Face dataset while it downloads")
     licence: str = Field("unknown", description="licence of the text, kept in the manifest")
+
+
+def _split_commas(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
 
 
 def _embedded() -> dict[str, Input]:
@@ -39,6 +47,15 @@ class PrepareConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    recipe: str | None = Field(
+        None,
+        description="real text of many domains, from public packages: medium. Its inputs come beside those given, and "
+        f"out=prepared/medium and tokenizer={recipes.TOKENIZER} unless given",
+    )
+    leave_out: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
+        (), description="domains of the recipe to do without, as javadoc,spam"
+    )
+    downloads: Path = Field(DOWNLOADS, description="where packages of a recipe are kept, and looked for first")
     out: Path = Field(Path("prepared/embedded"), description="folder to make")
     inputs: dict[str, Input] = Field(
         default_factory=_embedded, min_length=1, description="sources by name; the embedded corpus unless given"
@@ -56,6 +73,20 @@ class PrepareConfig(BaseModel):
     shard_tokens: int = Field(SHARD_TOKENS, ge=1, description="most tokens in a file")
     seed: int = Field(0, ge=0, lt=2**63, description="another seed holds out other documents")
     force: bool = Field(False, description="replace what was prepared in `out` before")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Beside what is given, what a recipe sets."""
+        leave_out = _split_commas(given.get("leave_out", ()))
+        if given.get("recipe") is None:
+            if leave_out:
+                raise ValueError("leave_out is for the domains of a recipe, and there is none")
+            return given
+        settings = recipes.settings(given["recipe"], leave_out)
+        if isinstance(inputs := given.get("inputs", {}), dict):
+            given = given | {"inputs": settings["inputs"] | inputs}
+        return settings | given
 
     @field_validator("inputs")
     @classmethod
@@ -96,7 +127,7 @@ def difference(made: Request | None, asked: Request) -> str | None:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude={"out", "force", "inputs"})
+    settings = config.model_dump(mode="json", exclude={"out", "force", "inputs", "recipe", "leave_out", "downloads"})
     for name, source in config.inputs.items():
         settings |= {f"inputs.{name}.{key}": value for key, value in source.model_dump().items()}
     return settings
@@ -104,15 +135,17 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 
 def _content(config: PrepareConfig) -> dict[str, str | None]:
     """What can be known of the inputs without reading them; None where that is nothing."""
-    content = {name: _stamp(source) for name, source in config.inputs.items()}
+    content = {name: _stamp(source, config.downloads) for name, source in config.inputs.items()}
     if not config.tokenizer.startswith("bpe:"):
         content["the tokenizer"] = load_tokenizer(config.tokenizer).sha256
     return content
 
 
-def _stamp(source: Input) -> str | None:
-    """Names, sizes and times of files; of the embedded corpus, the Python."""
+def _stamp(source: Input, downloads: Path) -> str | None:
+    """Names, sizes and times of files; of a recipe, names; of the embedded corpus, the Python."""
     reader, place = locate(source.path)
+    if reader == "recipe":
+        return recipes.stamp(place, downloads)
     if reader == "embedded":
         return f"Python {platform.python_version()}"
     path = Path(place.split(":")[0] if reader == "hf" else place)
