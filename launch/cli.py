@@ -28,12 +28,12 @@ thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
 thriftlab submit study NAME [--gpus 1] [key=value ...]
     A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
     "reference": """thriftlab reference run=FOLDER [data=FOLDER] [out=FOLDER]
-    The losses of a finished run's model on every training window, for signals that compare with them.""",
+    The losses of a finished run's model on all training windows, for signals that compare with it.""",
     "launch": """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
     A run on several machines over ssh, without SLURM. The same command again resumes it.""",
     "report": """thriftlab report FOLDER [TARGET]
-    Writes FOLDER/report.html and FOLDER/report.md of a study anew; or into TARGET the report with its
-    figures, the plan and a line for every run, to be kept without the runs.""",
+    Writes FOLDER/report.html and FOLDER/report.md of a study anew; or, to be kept without the runs,
+    TARGET/report.md with its figures, the plan and a line for every run.""",
     "bench": """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
     What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
 }
