@@ -182,7 +182,7 @@ def study_help(argv: list[str]) -> None:
         "\nThe keys of `thriftlab train` change the base of the study.",
         sep="\n",
     )
-    print(f"\nThe studies:\n{experiment.listing()}\n\nA file of one's own:\n{describe(experiment.StudyConfig)}")
+    print(f"\nThe studies:\n{experiment.listing()}\n\nA file of one's own:\n\n{experiment.example()}")
 
 
 def reference(argv: list[str]) -> None:

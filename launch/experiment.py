@@ -1,14 +1,15 @@
 """`thriftlab study NAME`: an experiment that is written down, launch/studies/NAME.yaml or a file of one's own.
 
     question: what is asked
-    base: {budget: {tokens: 320_000}, ...}      keys of `thriftlab train` that all arms share
-    seeds: 3
-    lr_grid: [1e-3, 2e-3, 4e-3]                 as many trials for every arm; an arm may bring its own grid
-    trial_fraction: 0.5                         of the budget; trial_seeds: 2 would make each trial twice
-    arms:                                       the baseline first; keys of `thriftlab train`, seeds and lr_grid
+    base: {budget: {tokens: 320_000}, ...}  # keys of `thriftlab train` that all arms share
+    seeds: 3                                # runs of an arm, paired by seed
+    lr_grid: [1e-3, 2e-3, 4e-3]             # of the trials: as many for every arm; null: none
+    trial_fraction: 0.5                     # of the budget of a run
+    trial_seeds: 1                          # runs of one trial; their mean counts
+    arms:                                   # the baseline first; each sets keys of `thriftlab train`
       adamw: {}
-      lost: {layer: {name: lost, rank: 64}, seeds: 8}
-    contrasts:                                  loss of the first arm minus that of the second, paired by seed
+      lost: {layer: {name: lost, rank: 64}, seeds: 8, lr_grid: [2e-3, 4e-3, 8e-3]}
+    contrasts:                              # loss of the first arm minus that of the second
       - {name: what LOST costs, arms: [lost, adamw]}
 
 One surprise: the questions are part of the file and not of the report. What is asked after the runs were seen needs
@@ -17,6 +18,7 @@ runs of its own.
 
 import functools
 import re
+import textwrap
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -92,6 +94,11 @@ def studies() -> dict[str, Path]:
     folder = Path(str(resources.files("thriftlab.launch").joinpath("studies")))
     found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     return {name: path for name, path in found.items() if "arms" in read_file(str(path))}
+
+
+def example() -> str:
+    """How a study is written down."""
+    return textwrap.dedent((__doc__ or "").split("\n\n")[1])
 
 
 def listing() -> str:

@@ -63,6 +63,10 @@ def test_a_study_becomes_arms_with_what_differs(file):
     assert setting.job("hand/seed-0", asked.arms[2], 0, setting.budget).config.optim.lr == 0.01
 
 
+def test_another_budget_takes_the_place_of_the_written_one(file):
+    assert experiment.request([file(), "budget.flops=1e12"]).budget == {"tokens": None, "flops": 1e12, "seconds": None}
+
+
 def test_seeds_of_the_command_line_are_every_arms(file):
     assert [arm.seeds for arm in experiment.request([file(), "--seeds", "1"]).arms] == [1, 1, 1]
 
@@ -194,3 +198,10 @@ def test_t_test_against_scipy():
     sample = [0.1, -0.3, 0.2, 0.4]
     assert t_test(sample) == pytest.approx(stats.ttest_1samp(sample, 0).pvalue, rel=1e-12)
     assert (t_test([0, 0]), t_test([1, 1])) == (1.0, 0.0)
+
+
+def test_the_example_of_the_help_is_a_study(tmp_path):
+    path = tmp_path / "example.yaml"
+    path.write_text(experiment.example().replace(", ...", ""))
+    asked = experiment.request([str(path)])
+    assert [(arm.name, arm.seeds, len(arm.lr_grid)) for arm in asked.arms] == [("adamw", 3, 3), ("lost", 8, 3)]
