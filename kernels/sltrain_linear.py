@@ -39,41 +39,67 @@ def sltrain_linear(
         [..., out], of x's dtype, or of autocast's.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = SLTrainFunction.apply(rows, lr_in, lr_out, sp_value, sp_index, scale, product_dtype(x))
+    y = sltrain(rows, lr_in, lr_out, sp_value, sp_index, scale, product_dtype(x))
     return y.view(*x.shape[:-1], len(lr_out))
 
 
-class SLTrainFunction(torch.autograd.Function):
-    """Keeps x and the weights as they came, whatever the dtype of the products."""
+def forward(
+    x: Tensor, lr_in: Tensor, lr_out: Tensor, sp_value: Tensor, sp_index: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    x, lr_in = x.to(dtype), lr_in.to(dtype)
+    y = x.new_empty(len(x), len(lr_out))
+    for rows, entries in blocks(sp_index, len(lr_out), x.shape[1]):
+        place = sp_index[entries] - rows.start * x.shape[1]
+        y[:, rows] = x @ block(lr_in, lr_out[rows], sp_value[entries], place, scale).T
+    return y
 
-    @staticmethod
-    def forward(ctx, x, lr_in, lr_out, sp_value, sp_index, scale, dtype):
-        ctx.save_for_backward(x, lr_in, lr_out, sp_value, sp_index)
-        ctx.scale, ctx.dtype = scale, dtype
-        x, lr_in = x.to(dtype), lr_in.to(dtype)
-        y = x.new_empty(len(x), len(lr_out))
-        for rows, entries in blocks(sp_index, len(lr_out), x.shape[1]):
-            place = sp_index[entries] - rows.start * x.shape[1]
-            y[:, rows] = x @ block(lr_in, lr_out[rows], sp_value[entries], place, scale).T
-        return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # [tokens, out]
-        x, lr_in, lr_out, sp_value, sp_index = ctx.saved_tensors
-        scale, inputs, low = ctx.scale, x.to(ctx.dtype), lr_in.to(ctx.dtype)
-        grad_x = torch.zeros_like(x, dtype=exact(x.dtype))
-        grad_in = torch.zeros_like(lr_in, dtype=exact(lr_in.dtype))
-        grad_out, grad_value = torch.empty_like(lr_out), torch.empty_like(sp_value)
-        for rows, entries in blocks(sp_index, len(lr_out), x.shape[1]):
-            place = sp_index[entries] - rows.start * x.shape[1]
-            add_product(grad_x, grad[:, rows], block(low, lr_out[rows], sp_value[entries], place, scale))
-            grad_weight = grad[:, rows].T @ inputs  # [rows, in]
-            grad_value[entries] = grad_weight.view(-1)[place].to(sp_value.dtype)
-            grad_out[rows] = scale * (grad_weight @ low.T)
-            add_product(grad_in, (scale * lr_out[rows].T).to(ctx.dtype), grad_weight)
-            del grad_weight  # before the next block is there
-        return grad_x.to(x.dtype), grad_in.to(lr_in.dtype), grad_out, grad_value, None, None, None
+def backward(
+    grad: Tensor, x: Tensor, lr_in: Tensor, lr_out: Tensor, sp_value: Tensor, sp_index: Tensor, scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, lr_in, lr_out and sp_value; `grad` is [tokens, out]."""
+    inputs, low = x.to(dtype), lr_in.to(dtype)
+    grad_x = torch.zeros_like(x, dtype=exact(x.dtype))
+    grad_in = torch.zeros_like(lr_in, dtype=exact(lr_in.dtype))
+    grad_out, grad_value = torch.empty_like(lr_out), torch.empty_like(sp_value)
+    for rows, entries in blocks(sp_index, len(lr_out), x.shape[1]):
+        place = sp_index[entries] - rows.start * x.shape[1]
+        add_product(grad_x, grad[:, rows], block(low, lr_out[rows], sp_value[entries], place, scale))
+        grad_weight = grad[:, rows].T @ inputs  # [rows, in]
+        grad_value[entries] = grad_weight.view(-1)[place].to(sp_value.dtype)
+        grad_out[rows] = scale * (grad_weight @ low.T)
+        add_product(grad_in, (scale * lr_out[rows].T).to(dtype), grad_weight)
+        del grad_weight  # before the next block is there
+    return grad_x.to(x.dtype), grad_in.to(lr_in.dtype), grad_out, grad_value
+
+
+# Operators, which torch.compile takes as they are: how many entries a block has it could not know.
+sltrain = torch.library.custom_op("thriftlab::sltrain", forward, mutates_args=())
+sltrain_backward = torch.library.custom_op("thriftlab::sltrain_backward", backward, mutates_args=())
+
+
+@sltrain.register_fake
+def _(x, lr_in, lr_out, sp_value, sp_index, scale, dtype):
+    return x.new_empty(len(x), len(lr_out), dtype=dtype)
+
+
+@sltrain_backward.register_fake
+def _(grad, x, lr_in, lr_out, sp_value, sp_index, scale, dtype):
+    return tuple(torch.empty_like(t) for t in (x, lr_in, lr_out, sp_value))
+
+
+def keep(ctx, inputs, output):
+    """x and the weights as they came, whatever the dtype of the products."""
+    *tensors, ctx.scale, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def differentiate(ctx, grad):
+    return *sltrain_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dtype), None, None, None
+
+
+sltrain.register_autograd(differentiate, setup_context=keep)
 
 
 def blocks(sp_index: Tensor, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

@@ -35,6 +35,7 @@ class Layer(nn.Module):
 
     in_features: int
     out_features: int
+    prune: float = 1.0  # of the state that `before_step` has forgotten: 1 all, else a share of the moments' entries
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -121,13 +122,13 @@ def convert(
 
 
 @torch.no_grad()
-def before_step(model: nn.Module, step: int, seed: int) -> list[str]:
-    """Lets every layer do what is due before a step; the parameters whose optimizer state is then to be forgotten."""
-    return [
-        f"{name}.{own}"
+def before_step(model: nn.Module, step: int, seed: int) -> dict[str, float]:
+    """Lets every layer do what is due before a step; parameter -> how much of its optimizer state is then forgotten."""
+    return {
+        f"{name}.{own}": layer.prune
         for name, layer in changing(model).items()
         for own in layer.before_step(step, partial(keyed_generator, seed, f"{name}.before_step"))
-    ]
+    }
 
 
 def changing(model: nn.Module) -> dict[str, Layer]:

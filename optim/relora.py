@@ -1,7 +1,7 @@
 """LoRA from scratch, and ReLoRA (2307.05695), which merges what it has learnt into the frozen weight and starts anew.
 
     y = x (W0 + (alpha / rank) B A)^T
-    every `merge_every` steps   W0 += (alpha / rank) B A,   A drawn anew,   B = 0,   state of A and B forgotten
+    every `merge_every` steps   W0 += (alpha / rank) B A,   A drawn anew,   B = 0,   state of A and B pruned
 
 W0 is the Linear's first weight and gets no gradient. Steps between two merges are of one rank; their sum is not. The
 paper trains at full rank for a while first; here W0 is random unless the model brings one. Its learning rate falls to
@@ -75,6 +75,8 @@ class ReLoRA(LoRA, name="relora"):
         rank: of what is trained; below 1 a share of the layer's smaller side, above that side that side.
         alpha: it counts alpha / rank times.
         merge_every: steps from one merge to the next.
+        prune: what a merge takes of the factors' optimizer state: 1: all, they begin anew; below 1, as published (0.8
+            to 0.99): this share of each moment's entries, the smallest, become zero, and counts of steps go on.
     """
 
     def __init__(
@@ -84,11 +86,12 @@ class ReLoRA(LoRA, name="relora"):
         rank: Annotated[Rank, Field(gt=0), Search(choices=[0.125, 0.25, 0.5])] = 0.25,
         alpha: Annotated[float, Field(gt=0), Search(8.0, 128.0)] = 32.0,
         merge_every: Annotated[int, Field(ge=1)] = 1000,
+        prune: Annotated[float, Field(ge=0, le=1)] = 1.0,
         **place: Any,
     ):
         check(ReLoRA, locals())
         super().__init__(in_features, out_features, rank, alpha, **place)
-        self.merge_every = merge_every
+        self.merge_every, self.prune = merge_every, prune
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         self.weight = nn.Parameter(self.weight.to(wide), requires_grad=False)
 

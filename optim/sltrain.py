@@ -19,6 +19,7 @@ from thriftlab.kernels.sltrain_linear import sltrain_linear
 from thriftlab.optim.additive import Additive, uniform
 from thriftlab.optim.factored import Rank
 from thriftlab.optim.hyper import Search, check
+from thriftlab.optim.layers import size_of
 
 
 class SLTrain(Additive, name="sltrain"):
@@ -30,8 +31,8 @@ class SLTrain(Additive, name="sltrain"):
     Args:
         rank: of the low-rank part; below 1 a share of the layer's smaller side, above that side that side.
         density: share of W's entries that are trained by themselves, rounded down; at least one is.
-        alpha: the low-rank part counts alpha / rank times. The paper's are 32 at rank 128 (60M), 16 at 256 (130M,
-            350M), 8 at 512 (1B) and at 1024 (7B); the default is that of 60M.
+        alpha: the low-rank part counts alpha / rank times; null: the paper's at that rank, 32 up to 128 (60M), 16 up to
+            256 (130M, 350M), 8 above (1B, 7B).
     """
 
     sp_index: Tensor
@@ -42,13 +43,14 @@ class SLTrain(Additive, name="sltrain"):
         out_features: int,
         rank: Annotated[Rank, Field(gt=0), Search(choices=[0.125, 0.25, 0.5])] = 0.25,
         density: Annotated[float, Field(gt=0, le=1), Search(choices=[0.01, 0.03, 0.1])] = 0.03,
-        alpha: Annotated[float, Field(gt=0), Search(8.0, 128.0)] = 32.0,
+        alpha: Annotated[float | None, Field(gt=0), Search(8.0, 128.0)] = None,
         *,
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
         check(SLTrain, locals())
+        alpha = published_alpha(size_of(rank, in_features, out_features)) if alpha is None else alpha
         super().__init__(in_features, out_features, rank, alpha, bias=bias, device=device, dtype=dtype)
         self.density = density
         entries = max(1, math.floor(density * in_features * out_features + 1e-9))
@@ -79,3 +81,7 @@ class SLTrain(Additive, name="sltrain"):
             f"{self.in_features}, {self.out_features}, rank={self.rank}, entries={len(self.sp_index)}, "
             f"alpha={self.alpha}"
         )
+
+
+def published_alpha(rank: int) -> float:
+    return 32.0 if rank <= 128 else 16.0 if rank <= 256 else 8.0

@@ -58,6 +58,14 @@ def drop(names: tuple[str, ...], state: State) -> None:
         state.pop(f"{name}.scale", None)
 
 
+def prune(state: State, share: float) -> None:
+    """Zeroes this share of the entries of each moment, the smallest; for moments that are kept entry by entry."""
+    for moment in (tensor for tensor in state.values() if tensor.ndim):
+        sizes = moment.abs()
+        if count := round(share * moment.numel()):
+            moment.masked_fill_(sizes <= sizes.flatten().sort().values[count - 1], 0)
+
+
 def rounding_spec(group: dict[str, Any]) -> Spec:
     """The state that random rounding needs: one integer."""
     return {"rounding": ((), torch.int64)} if group.get("state_dtype") == "bf16" else {}

@@ -18,6 +18,7 @@ from thriftlab.optim.base import keyed_generator
 from thriftlab.optim.layers import before_step, changing, describe, export, rebuild
 from thriftlab.train.backend import make_backend
 from thriftlab.train.budget import Horizon, cosine, jagged
+from thriftlab.train.errors import UserError
 from thriftlab.train.loop import run
 from thriftlab.train.record import read_record
 
@@ -253,6 +254,44 @@ def test_any_rule_begins_anew_with_the_factors_and_keeps_the_rest(name):
             fresh = keys
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("kept", ["fp32", "bf16"])
+def test_pruned_moments_keep_their_largest_entries(share, kept):
+    """Each moment by its own sizes, and the counts go on."""
+    model = tiny()
+    convert(model, ReLoRA, BLOCKS, rank=4, merge_every=2, prune=share)
+    backend = make_backend("single")
+    backend.prepare(model, AdamW(split_groups(model, include=[r"\.(attn|mlp)\."]), state_dtype=kept))
+    for _ in range(2):
+        model(tokens(), tokens()).sum().backward()
+        backend.step(torch.tensor(1.0), None)
+    before = {key: piece.tensor.clone() for key, piece in backend.states().items()}
+    shares = before_step(model, 2, 0)
+    assert set(shares.values()) == {share}
+    backend.forget(shares)
+    after = {key: piece.tensor for key, piece in backend.states().items()}
+    assert after.keys() == before.keys()
+    for key, old in before.items():
+        expected = old.clone()
+        if key.rpartition("/")[0] in shares and old.numel() > 1:
+            order = old.abs().float().numpy().argsort(kind="stable")
+            expected[torch.from_numpy(order[: round(share * old.numel())])] = 0
+            ties = (after[key] != expected) & (old.abs() == old.abs().flatten()[order[round(share * old.numel()) - 1]])
+            expected[ties] = 0  # as large as the largest of those
+        assert torch.equal(after[key], expected), key
+
+
+OTHER_STATES = [{"name": "galore", "rank": 2}, {"name": "adamw", "state_dtype": "8bit"},
+                {"name": "frugal", "subspace": "columns", "density": 0.5}]  # fmt: skip
+
+
+@pytest.mark.parametrize("optim", OTHER_STATES, ids=lambda o: o["name"])
+def test_moments_that_cannot_be_pruned_are_refused_before_training(tiny_data, tmp_path, optim):
+    config = tiny_config(tiny_data, tmp_path / "out", layer={**RELORA, "prune": 0.9}, optim=optim)
+    with pytest.raises(UserError, match="layer.prune below 1 .* use layer.prune=1"):
+        run(config)
+
+
 # ------------------------------------------------------------------------------------------------ in runs
 
 
@@ -313,7 +352,8 @@ def test_ways_of_training(tiny_data, tmp_path):
 @pytest.mark.parametrize("layer, backend", [("relora", "ddp"), ("relora", "owned"), ("lora", "owned")])
 def test_two_ranks_are_one(tiny_data, tmp_path, layer, backend):
     """With the witness, whose probes are no steps."""
-    values = {**RELORA, "merge_every": 3} if layer == "relora" else {"name": "lora", "rank": 4}
+    prune = {"ddp": 1.0, "owned": 0.9}[backend]
+    values = {**RELORA, "merge_every": 3, "prune": prune} if layer == "relora" else {"name": "lora", "rank": 4}
     one, two = (
         tiny_config(tiny_data, tmp_path / name, layer=values, backend=backend)
         for name, backend in (("one", {}), ("two", {"name": backend}))

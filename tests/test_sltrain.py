@@ -16,7 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from thriftlab.kernels.sltrain_linear import reference, sltrain_linear
+from thriftlab.kernels.lost_linear import product_dtype
+from thriftlab.kernels.sltrain_linear import BLOCKS as ROW_BLOCKS
+from thriftlab.kernels.sltrain_linear import backward, forward, reference, sltrain_linear
 from thriftlab.optim import SLTrain, convert
 from thriftlab.optim.base import keyed_generator
 from thriftlab.optim.layers import describe, export, rebuild
@@ -89,6 +91,25 @@ def test_a_second_run_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_it_compiles_as_one_graph():
+    leaves, index, grad = tensors((6,), dtype=torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(sltrain_linear, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        gradients(compiled, leaves, index, grad), gradients(sltrain_linear, leaves, index, grad), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_operators_are_described_to_the_compiler(dtype):
+    """Shapes, strides and dtypes of what they give out, that they change no argument, and their gradient."""
+    (x, a, b, v), index, grad = tensors((6,), dtype=torch.float32)
+    torch.library.opcheck(torch.ops.thriftlab.sltrain, (x, a, b, v, index, 0.7, dtype))
+    plain = (grad.to(dtype), *(t.detach() for t in (x, a, b, v)), index, 0.7, dtype)
+    torch.library.opcheck(torch.ops.thriftlab.sltrain_backward, plain)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_is_as_close_as_its_roundings(autocast):
     """u: the largest relative error of one rounding; sums are made in fp32.
@@ -152,13 +173,16 @@ def test_no_more_than_an_eighth_of_the_weight_is_there_at_once(inner, out, autoc
     count = 37  # tokens, so that no activation looks like a block
     leaves, index, grad = tensors((count,), inner, 128, out, int(0.03 * inner * out), torch.float32)
     known = {(count, inner), (count, out), *(tuple(t.shape) for t in leaves[1:])}
-    most = {}
-    for function in (sltrain_linear, reference):
-        with Temporaries(known) as counted, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            gradients(function, leaves, index, grad)
-        most[function] = counted.most
-    assert most[sltrain_linear] <= inner * out / 8
-    assert most[reference] >= inner * out
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        dtype = product_dtype(leaves[0])
+        with Temporaries(known) as plain:
+            gradients(reference, leaves, index, grad)
+    plain_leaves = [t.detach() for t in leaves]
+    with Temporaries(known) as ours:  # of the operators' insides
+        forward(*plain_leaves, index, 0.7, dtype)
+        backward(grad.to(dtype), *plain_leaves, index, 0.7, dtype)
+    assert inner * out / ROW_BLOCKS <= ours.most <= inner * out / 8
+    assert plain.most >= inner * out
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -188,6 +212,13 @@ def test_it_starts_as_published():
         expected = 1800 / len(counts)
         chi = ((counts - expected) ** 2 / (expected * 0.97)).sum().item()
         assert abs(chi - len(counts)) < 5 * math.sqrt(2 * len(counts)), "uniform over rows and over columns"
+
+
+@pytest.mark.parametrize("rank, alpha", [(128, 32), (256, 16), (512, 8), (1024, 8)])
+def test_alpha_is_the_papers_unless_it_is_given(rank, alpha):
+    with torch.device("meta"):
+        assert SLTrain(2048, 2048, rank=rank).scale == alpha / rank
+        assert SLTrain(2048, 2048, rank=rank, alpha=4.0).scale == 4 / rank
 
 
 def test_a_layer_is_a_function_of_seed_and_name():

@@ -9,7 +9,7 @@ more. One surprise: DDP is told to add and not, as it likes to, to average.
 
 import os
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thriftlab.optim import Method, predicted_state_bytes
+from thriftlab.optim.storage import prune
 from thriftlab.train import channel
 from thriftlab.train.channel import Channel
 from thriftlab.train.errors import UserError
@@ -124,12 +125,14 @@ class Backend:
         """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses."""
         self.optimizer.step()
 
-    def forget(self, names: Container[str]) -> None:
-        """Between two steps: the state of these parameters is empty, as before their first step."""
+    def forget(self, shares: Mapping[str, float]) -> None:
+        """Between two steps, by parameter: all of its state (1), or a share of its moments' entries, the smallest."""
         for group in self.optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
-                if name in names:
+                if shares.get(name) == 1:
                     self.optimizer.state.pop(p, None)
+                elif name in shares:
+                    prune(self.optimizer.state.get(p, {}), shares[name])
 
     # What this rank holds, replicas of what other ranks hold included, all of it in the precision that is stepped.
 

@@ -81,6 +81,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     model.to_empty(device=backend.device)
     fill(model, config.seed, backend)
     optimizer = make_optimizer(config, model)
+    refuse_unprunable(model, optimizer)
     backend.prepare(model, optimizer, config.train.compile, config.train.precision)
     if config.train.layerwise:
         backend.update_in_backward()
@@ -141,6 +142,21 @@ def refuse_cut_weights(model: GPT, backend: Backend) -> None:
             f"{next(iter(layers))} and {len(layers) - 1} more layers change whole weights between steps, which under "
             f"backend {backend.name!r} no rank has; use backend.name=ddp or backend.name=owned"
         )
+
+
+def refuse_unprunable(model: GPT, optimizer: Method) -> None:
+    """ConfigError where layers prune moments entry by entry, and the update rule does not keep them so."""
+    pruned = {name for name, layer in changing(model).items() if layer.prune < 1}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            if name.rpartition(".")[0] not in pruned:
+                continue
+            kept = [entry for entry in optimizer.expected_spec(name, p, group).values() if entry[0]]
+            if not all(shape == p.shape and dtype.is_floating_point for shape, dtype in kept):
+                raise ConfigError(
+                    f"layer.prune below 1 zeroes the smallest entries of moments, and {type(optimizer).__name__} does "
+                    f"not keep those of {name} entry by entry; use layer.prune=1, which forgets any state"
+                )
 
 
 def fill(model: GPT, seed: int, backend: Backend) -> None:
