@@ -21,5 +21,6 @@ def test_the_wheel_is_whole(tmp_path):
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("thriftlab-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = [p for floor in FLOORS for p in (ROOT / floor).rglob("*.py")] + [*(ROOT / "launch/templates").iterdir()]
+    code = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
+    files = code + [path for kind in ("templates", "studies") for path in (ROOT / "launch" / kind).iterdir()]
     assert names == {f"thriftlab/{path.relative_to(ROOT).as_posix()}" for path in files}
