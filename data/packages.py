@@ -48,7 +48,7 @@ def command(package: Package) -> list[str]:
         case "debian":
             return ["apt-get", "download", "--quiet", package.name]
         case "npm":
-            return ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+            return ["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     return [*pip, *package.options, "--requirement", "/dev/stdin"]
 

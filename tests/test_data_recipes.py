@@ -352,8 +352,9 @@ def test_the_recipe_makes_a_data_set_that_says_what_it_is_made_of(registries, tm
     assert any(line.startswith("gensim==4.4.0 --hash=sha256:") for line in asked), "pip checks before it runs setup.py"
 
 
-def test_downloads_are_used_again_and_the_result_is_the_same(registries, tmp_path):
+def test_downloads_are_used_again_and_the_result_is_the_same(registries, tmp_path, monkeypatch):
     first = prepare(config(out=tmp_path / "a"))
+    monkeypatch.setattr(packages, "workspace", lambda folder: pytest.fail("a folder that may be read-only was locked"))
     asked = (tmp_path / "log").read_text()
     second = prepare(config(out=tmp_path / "b"))
     assert second.fingerprint == first.fingerprint and (tmp_path / "log").read_text() == asked
@@ -362,6 +363,8 @@ def test_downloads_are_used_again_and_the_result_is_the_same(registries, tmp_pat
     moved = prepare(config(out=tmp_path / "c", downloads=tmp_path / "elsewhere" / ".downloads"))
     assert moved.fingerprint == first.fingerprint and (tmp_path / "log").read_text() == asked
     assert prepare(config(out=tmp_path / "a")).notes == ("already prepared",), "it outlives its downloads"
+    found = prepare(config(out=tmp_path / "a", downloads=tmp_path / "elsewhere" / ".downloads"))
+    assert found.notes == ("already prepared",), "where packages lie is no difference"
     assert not (tmp_path / "prepared").exists()
 
 
