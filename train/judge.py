@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from thriftlab.data.shards import Dataset, Windows, open_dataset
+from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.train import checkpoint
 from thriftlab.train.build import make_model
 from thriftlab.train.choice import Section
@@ -55,11 +55,10 @@ def write_reference(asked: ReferenceConfig) -> Path:
     delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
     files = {}
     for name in dataset.sources:
-        windows = dataset.windows(name, "train", length)
-        path = out / f"{name}.npy"
+        windows, path = dataset.windows(name, "train", length), out / f"{name}.npy"
         losses = np.lib.format.open_memmap(path, "w+", np.float16, (len(windows), length))
-        for rows in pieces(windows, asked.batch_size, name):
-            losses[rows] = judge(model, windows[np.arange(*rows.indices(len(windows)))], delimiter, config.train.precision)
+        for rows in pieces(len(windows), asked.batch_size, name):
+            losses[rows] = judge(model, windows[rows], delimiter, config.train.precision)
         losses.flush()
         files[path.name] = sha256(path)
     about = {"data": dataset.fingerprint, "sequence_length": length, "run": entry["fingerprint"], "files": files}
@@ -100,10 +99,10 @@ def load_model(config: RunConfig, dataset: Dataset, run: Path) -> GPT:
     return model.eval()
 
 
-def pieces(windows: Windows, size: int, name: str) -> Iterator[slice]:
-    starts = range(0, len(windows), size)
-    for start in tqdm(starts, desc=name, unit="batch", disable=not sys.stderr.isatty()):
-        yield slice(start, start + size)
+def pieces(count: int, size: int, name: str) -> Iterator[np.ndarray]:
+    """The numbers below `count`, up to `size` at a time."""
+    for start in tqdm(range(0, count, size), desc=name, unit="batch", disable=not sys.stderr.isatty()):
+        yield np.arange(start, min(start + size, count))
 
 
 @torch.no_grad()

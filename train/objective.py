@@ -218,7 +218,7 @@ class Goal:
         """Each row of the global batch gets the weights of the one before it in a random cycle."""
         weights = self.backend.gather(weights)
         draw = keyed_generator(self.objective.seed, "shuffle", self.objective.step)
-        order = torch.randperm(len(weights), generator=draw).to(weights.device)
+        order = torch.randperm(len(weights), generator=draw).to(weights.device, non_blocking=True)
         moved = torch.empty_like(weights)
         moved[order] = weights[order.roll(1)]
         return moved[self.backend.rank :: self.backend.world]
@@ -277,7 +277,8 @@ class Goal:
         if self.plain or not self.used:
             return None
         tokens, weight = self.totals[TOKENS], self.totals[WEIGHT]
-        said = watch(self.backend, torch.cat(self.used) * (tokens / weight), self.mask, self.domain, len(self.objective.domains))
+        relative = torch.cat(self.used) * (tokens / weight)
+        said = watch(self.backend, relative, self.mask, self.domain, len(self.objective.domains))
         return {"loss": self.totals[WEIGHTED] / self.denominator, **said, **self.objective.report()}
 
 

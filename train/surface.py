@@ -94,6 +94,8 @@ def type_words(kind: Any, marks: Iterable[Any] = ()) -> str:
         return " or ".join(type_words(member, marks if member is not type(None) else ()) for member in inner)
     if get_origin(kind) is Literal:
         return " | ".join(map(text, inner))
+    if get_origin(kind) is dict:
+        return f"{{NAME: {type_words(inner[1])}}}"
     if get_origin(kind) in (tuple, list):
         many = get_origin(kind) is list or inner[-1] is ...
         return f"list of {type_words(inner[0])}" if many else f"[{', '.join(map(type_words, inner))}]"

@@ -109,10 +109,8 @@ def has_state(signal: type[Signal]) -> bool:
 
 
 def domain_means(losses: Tensor, mask: Tensor, domain_id: Tensor, otherwise: Tensor) -> Tensor:
-    """Mean of the tokens of each domain, float64 [domains], of what `statistics` gets; `otherwise` where it has none."""
-    total, tokens = (
-        by_domain(values.sum(1).double(), domain_id, len(otherwise)) for values in (losses * mask, mask)
-    )
+    """Of what `statistics` gets the mean over the tokens of each domain, float64; `otherwise` where it has none."""
+    total, tokens = (by_domain(values.sum(1).double(), domain_id, len(otherwise)) for values in (losses * mask, mask))
     return torch.where(tokens > 0, total / tokens, otherwise)
 
 

@@ -44,7 +44,7 @@ def read_reference(folder: str | Path) -> dict[str, Any]:
 def open_reference(folder: str | Path, dataset: Dataset, plan: Plan, verify: bool = True) -> Callable[[Batch], Tensor]:
     """A function of a batch of the plan: the reference losses of its rows, fp32 [rows, seq], on the CPU.
 
-    ReferenceLossError where they are of other data or other windows. verify=False leaves the hashes of the files unread.
+    ReferenceLossError where they are of other data or windows. verify=False leaves the hashes of the files unread.
     """
     folder, entry = Path(folder), read_reference(folder)
     for key, asked in (("data", dataset.fingerprint), ("sequence_length", plan.sequence_length)):

@@ -43,7 +43,7 @@ class Rho1(Signal, name="rho1"):
         excess = torch.where(mask > 0, losses, -torch.inf).flatten()
         wanted = self.keep * mask.sum()
         last = (wanted.ceil().long() - 1).clamp(min=0)
-        threshold = excess.sort(descending=True).values[last]
+        threshold = excess.sort(descending=True).values.take(last)
         above, equal = (excess > threshold).sum(), (excess == threshold).sum()
         return {"threshold": threshold, "part": (wanted - above) / equal}
 
