@@ -151,9 +151,10 @@ def _deb(archive: Path, wanted: re.Pattern[str]) -> Iterator[Member]:
         while len(header := file.read(60)) == 60:
             name, size = header[:16].decode().strip(" /"), int(header[48:58])
             if name.startswith("data.tar"):
-                data: BinaryIO = io.BytesIO(file.read(size))
-                if len(data.getbuffer()) < size:
+                body = file.read(size)
+                if len(body) < size:
                     raise EOFError("it ends inside its data")
+                data: BinaryIO = io.BytesIO(body)
                 if name.endswith(".zst"):  # as Ubuntu packs them; tarfile knows the others
                     data = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(data))
                 yield from _tar(data, wanted)
