@@ -65,11 +65,8 @@ def gather(places: Mapping[str, str], downloads: Path) -> dict[str, list[dict[st
             problems[package] = str(error)
     if problems:
         without = [source for source, each in parts.items() if any(part.package in problems for part in each)]
-        raise DataError(
-            "\n".join(
-                [*problems.values(), f"to do without: leave_out={','.join(without)} beside what is left out already"]
-            )
-        )
+        remedy = f"to do without: leave_out={','.join(without)} beside what is left out already"
+        raise DataError("\n".join([*problems.values(), remedy]))
     return {
         source: [describe(part.package, files[part.package]) | {"licence": part.licence} for part in each]
         for source, each in parts.items()
