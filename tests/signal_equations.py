@@ -6,6 +6,7 @@ by.
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -16,7 +17,8 @@ def row_means(losses, mask):
 
 
 def f_of(strategy, loss, low, high, floor=1e-6):
-    h = 2 * (loss - (low + high) / 2) / max(high - low, floor)
+    loss, low, high = (Fraction(float(x)) for x in (loss, low, high))
+    h = float(2 * (loss - (low + high) / 2) / max(high - low, Fraction(floor)))
     h = min(max(h, -1.0), 1.0)
     return {"linupper": min(h + 1, 1.0), "quadratic": 1 - h * h, "extremes": abs(h)}[strategy]
 
