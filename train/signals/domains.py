@@ -59,7 +59,7 @@ class MFTCoder(Signal, name="mftcoder"):
     ) -> Tensor:
         if self.balance == "task":
             return (1 / domain_tokens)[domain_id]
-        of_sample = 1 / mask.sum(1).clamp(min=1)
+        of_sample = 1 / mask.sum(1).clamp(min=1).double()
         return of_sample if self.balance == "sample" else of_sample * (1 / domain_samples)[domain_id]
 
 
