@@ -81,7 +81,7 @@ CASES = {
     "extremes": ("extremes", {"r": 0.1}, reweight("extremes", 0.1)),
     "quantile": ("linupper", {"norm": "quantile", "tail": 0.2}, reweight("linupper", norm="quantile", tail=0.2)),
     "mad": ("extremes", {"norm": "mad"}, reweight("extremes", norm="mad")),
-    "w_max": ("linupper", {"w_max": 1.2}, reweight("linupper", w_max=1.2)),
+    "w_max": ("extremes", {"w_max": 1.1}, reweight("extremes", w_max=1.1)),
     "document": (
         "linupper", {"unit": "document"}, lambda x: slow.by_documents(x.losses, x.mask, x.documents, "linupper", 0.4)
     ),
@@ -205,13 +205,13 @@ def lagged():
 
 
 def test_lagged_statistics_are_those_of_the_step_before(seen):
-    before = [mean for mean, n in slow.row_means(Seen(model_of(), seed=6).losses, seen.mask) if n]
+    before = [mean for mean, n in slow.row_means(Seen(model_of(), seed=2).losses, seen.mask) if n]
     means = slow.row_means(seen.losses, seen.mask)
     f = [slow.f_of("linupper", mean, min(before), max(before)) if n else 0.0 for mean, n in means]
     weights = np.exp(np.array(f) / 0.4)[:, None] * seen.mask
     exact, uniform = seen.gradient(weights, weights.sum()), seen.gradient(seen.mask * 1.0, seen.mask.sum())
-    alone = [stepped(lagged, [1, 3, 8], seeds) for seeds in ((6, 5), (5,))]
-    pairs = [gang.ranks(2, stepped, lagged, [2, 4], seeds) for seeds in ((6, 5), (5,))]
+    alone = [stepped(lagged, [1, 3, 8], seeds) for seeds in ((2, 5), (5,))]
+    pairs = [gang.ranks(2, stepped, lagged, [2, 4], seeds) for seeds in ((2, 5), (5,))]
     for results in [alone[0], *pairs[0]]:
         assert all(near(gradient, exact) for gradient, _, _ in results)
     for results in [alone[1], *pairs[1]]:
@@ -254,9 +254,8 @@ def shuffled():
 
 
 def test_the_shuffled_control_has_the_same_weights_in_other_rows(seen, found):
-    results = stepped(shuffled, [1, 3, 8]) + [
-        part for rank in gang.ranks(2, stepped, shuffled, [2, 4]) for part in rank
-    ]
+    pair = gang.ranks(2, stepped, shuffled, [2, 4])
+    results = stepped(shuffled, [1, 3, 8]) + pair[0] + pair[1]
     assert all(near(gradient, results[0][0]) for gradient, _, _ in results)
     assert not near(results[0][0], found["linupper"][0][0], 1e-3)
 
