@@ -162,7 +162,8 @@ def water_level(weights: Tensor, mask: Tensor, w_max: float) -> Tensor:
     rest = (weight * count).flip(0).cumsum(0).flip(0)
     room = count.sum() - w_max * capped
     caps = torch.where(room > 0, w_max * rest / room, torch.inf)
-    return caps.take((caps >= weight).int().argmax()).to(weights.dtype)
+    enough = caps >= weight * (1 - 1e-9)  # where the two are equal rounding must not tell them apart
+    return caps.take(enough.int().argmax()).to(weights.dtype)
 
 
 class LinUpper(Reweight, name="linupper"):
