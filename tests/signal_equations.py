@@ -16,20 +16,21 @@ def row_means(losses, mask):
     return [(row[m].mean() if m.any() else None, m.sum()) for row, m in zip(losses, mask, strict=True)]
 
 
-def f_of(strategy, loss, low, high, floor=1e-6):
-    loss, low, high = (Fraction(float(x)) for x in (loss, low, high))
-    h = float(2 * (loss - (low + high) / 2) / max(high - low, Fraction(floor)))
-    h = min(max(h, -1.0), 1.0)
-    return {"linupper": min(h + 1, 1.0), "quadratic": 1 - h * h, "extremes": abs(h)}[strategy]
+def f_of(strategy, loss, low, high, floor=1e-6, delta=1.0):
+    loss, low, high, delta = (Fraction(float(x)) for x in (loss, low, high, delta))
+    h = 2 * delta * (loss - (low + high) / 2) / max(high - low, Fraction(floor))
+    h = min(max(h, -delta), delta)
+    f = {"linupper": min(h + delta, delta), "quadratic": 1 - (h / delta) ** 2, "extremes": abs(h), "uniform": 0}
+    return float(f[strategy])
 
 
-def softmax_weights(losses, strategy, r):
-    """The formula of 2502.06733 for a list of losses: weights of sum 1."""
-    low, high = min(losses), max(losses)
-    f = [f_of(strategy, loss, low, high) for loss in losses]
-    top = max(f)
-    e = [math.exp((value - top) / r) for value in f]
-    return [value / sum(e) for value in e]
+def softmax_weights(losses, strategy, r, delta=1.0):
+    """The formula of 2502.06733 for a list of losses: weights of sum 1, and 0 for what is no number."""
+    there = [loss for loss in losses if math.isfinite(loss)]
+    f = [f_of(strategy, loss, min(there), max(there), delta=delta) for loss in there]
+    e = iter([math.exp((value - max(f)) / r) for value in f])
+    e = [next(e) if math.isfinite(loss) else 0.0 for loss in losses]
+    return [value / math.fsum(e) for value in e]
 
 
 def capped(weights, tokens, w_max):

@@ -38,7 +38,7 @@ class Focal(Signal, name="focal"):
         self.gamma, self.detached = gamma, detached
 
     def weights(self, token_loss: Tensor, **_: Any) -> Tensor:
-        missed = -torch.expm1(-token_loss)  # 1 - p
+        missed = -torch.expm1(-token_loss.clamp(min=0))  # 1 - p; rounding can make a loss of 0 negative
         factor = missed**self.gamma
         if self.detached:
             return factor

@@ -55,7 +55,7 @@ def loss_weights(losses: Tensor, strategy: str, r: float, delta: float = 1.0) ->
     """The bare formula, for the losses of one batch.
 
     Args:
-        losses: mean loss of each sample, [samples]; computed in fp32 at least. One that is not finite is a sample
+        losses: mean loss of each sample, [samples]; computed in fp64. One that is not finite is a sample
             without targets: it has no part in minimum and maximum, and weight 0.
         strategy: "linupper", "quadratic", "extremes" or "uniform".
         r: temperature, above 0; the larger, the more alike the weights.
@@ -66,13 +66,13 @@ def loss_weights(losses: Tensor, strategy: str, r: float, delta: float = 1.0) ->
     """
     if not (r > 0 and delta > 0):
         raise ValueError(f"r and delta are above 0, not {r} and {delta}")
-    losses = torch.as_tensor(losses)
-    losses = losses.detach().to(torch.promote_types(losses.dtype, torch.float32))
+    losses = torch.as_tensor(losses).detach()
+    dtype, losses = torch.promote_types(losses.dtype, torch.float32), losses.double()
     there = losses.isfinite()
     low = torch.where(there, losses, torch.inf).amin()
     high = torch.where(there, losses, -torch.inf).amax()
     f = height(strategy, normalised(losses, low, high, delta), delta)
-    return torch.where(there, f / r, -torch.inf).softmax(0).nan_to_num(0.0)
+    return torch.where(there, f / r, -torch.inf).softmax(0).nan_to_num(0.0).to(dtype)
 
 
 class Reweight(Signal):
@@ -153,17 +153,15 @@ def bounds(norm: str, losses: Tensor, tail: float = 0.0) -> tuple[Tensor, Tensor
 def water_level(weights: Tensor, mask: Tensor, w_max: float) -> Tensor:
     """The cap that leaves the largest weight w_max times the mean of the capped weights.
 
-    With the j largest at the cap c it is c = w_max (j c + rest) / n, so c = w_max rest / (n - w_max j); of all j the
-    first will do whose c is not below the next weight.
+    The cap c is the largest with c <= w_max (j c + rest) / n for each j, the number of the largest weights that are cut
+    to c: with fewer or other weights cut the mean is only larger. So it is the smallest w_max rest / (n - w_max j).
     """
     order = weights.flatten().argsort(descending=True)
     weight, count = weights.flatten()[order].double(), mask.flatten()[order].double()
     capped = count.cumsum(0) - count  # tokens before each
     rest = (weight * count).flip(0).cumsum(0).flip(0)
     room = count.sum() - w_max * capped
-    caps = torch.where(room > 0, w_max * rest / room, torch.inf)
-    enough = caps >= weight * (1 - 1e-9)  # where the two are equal rounding must not tell them apart
-    return caps.take(enough.int().argmax()).to(weights.dtype)
+    return torch.where(room > 0, w_max * rest / room, torch.inf).amin().to(weights.dtype)
 
 
 class LinUpper(Reweight, name="linupper"):
