@@ -13,6 +13,8 @@ from thriftlab.optim import METHODS
 from thriftlab.train import settings
 from thriftlab.train.config import RunConfig
 from thriftlab.train.loop import run
+from thriftlab.train.record import read_metrics
+from thriftlab.train.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,3 +65,16 @@ def test_the_method_of_the_docs_trains_as_a_plugin(tiny_data, tmp_path, monkeypa
     config = tiny_config(tiny_data, tmp_path / "out", plugins=(str(tmp_path / "signum.py"),), optim={"name": "signum"})
     memory = run(config)["memory"]
     assert memory["state_bytes"] == memory["predicted_state_bytes"] == memory["parameter_bytes"]
+
+
+def test_the_signal_of_the_docs_trains_as_a_plugin(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIGNALS, "harder", None)  # so that it is taken out again afterwards
+    del SIGNALS["harder"]
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-signal.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line]) <= 10
+    (tmp_path / "harder.py").write_text(code)
+    given = {"plugins": (str(tmp_path / "harder.py"),), "signal": {"name": "harder"}, "log": {"every": 1}}
+    entry = run(tiny_config(tiny_data, tmp_path / "out", **given))
+    lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [line["signal"]["ess"] for line in lines if "signal" in line] == [pytest.approx(5 / 8)] * 8  # the lower median and what is above it
+    assert entry["method"] == "harder"
