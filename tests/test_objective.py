@@ -343,6 +343,86 @@ class Bare:
         return None
 
 
+# ------------------------------------------------------------------------------------------------------------- edges
+
+
+def steps_of(objective, batches, size, spoiled=None):
+    """Results, gradients and the objective after one process has gone through these batches; `spoiled` is the number of
+    a row whose losses are no numbers in the first of them."""
+    backend, model = make_backend("single"), model_of()
+    optimizer = Gradients(model.parameters())
+    backend.prepare(model, optimizer)
+    results = []
+    for step, batch in enumerate(batches):
+        hook = None
+        if step == 0 and spoiled is not None:
+            row = batch.tokens[spoiled, :-1]
+            hook = model.register_forward_hook(
+                lambda _, given, out, row=row: torch.where((given[0] == row).all(1, keepdim=True), torch.nan, out)
+            )
+        objective.at(step, PROGRESS, watched=True)
+        results.append(train_step(backend, batch, None, size, "fp32", None, objective))
+        if hook:
+            hook.remove()
+    return results, [[g.numpy() for g in step] for step in optimizer.seen], objective
+
+
+@pytest.mark.parametrize("mode", ["exact", "lagged"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_that_is_no_number_spoils_its_step_and_no_other(case, mode):
+    batches = [batch_of(seed=2), batch_of()]
+    results, gradients, _ = steps_of(objective_of(case, statistics=mode), batches, 3, spoiled=0)
+    assert [result.applied for result in results] == [False, True]
+    assert len(gradients) == 1 and all(np.isfinite(g).all() for g in gradients[0])
+
+
+def test_statistics_leave_out_a_row_that_is_no_number(seen):
+    """Lagged, minimum and maximum are those of the other rows of the step before; so is DoReMi's excess."""
+    before = Seen(model_of(), seed=2)
+    before.mask[0] = False
+    batches = [batch_of(seed=2), batch_of()]
+    _, gradients, _ = steps_of(lagged(), batches, 3, spoiled=0)
+    means = [mean for mean, n in slow.row_means(before.losses, before.mask) if n]
+    f = [
+        slow.f_of("linupper", mean, min(means), max(means)) if n else 0.0
+        for mean, n in slow.row_means(seen.losses, seen.mask)
+    ]
+    weights = np.exp(np.array(f) / 0.4)[:, None] * seen.mask
+    assert near(gradients[0], seen.gradient(weights, weights.sum()))
+    _, _, objective = steps_of(objective_of("doremi"), batches[:1], 3, spoiled=0)
+    alpha, _ = slow.doremi_alpha(
+        [1 / 4] * 4, [0.0] * 4, before.losses, before.mask, before.domain, before.reference, 1.0, 1e-3
+    )
+    assert objective.state["alpha"].tolist() == pytest.approx(list(alpha), rel=1e-12)
+
+
+BY_LOSS = ("linupper", "quadratic", "extremes", "quantile", "mad", "w_max", "hard")
+
+
+@pytest.mark.parametrize("mode", ["exact", "parity"])
+@pytest.mark.parametrize("case", BY_LOSS)
+def test_one_row_and_equal_rows_are_the_mean_loss(case, mode):
+    one = batch_of()
+    one.tokens[1:, 1:] = -1
+    equal = batch_of()
+    equal.tokens[:] = equal.tokens[0]
+    for batch in (one, equal):
+        (uniform,) = steps_of(objective_of("uniform"), [batch], 3)[1]
+        (gradient,) = steps_of(objective_of(case, statistics=mode), [batch], 3)[1]
+        factor = (1 + PROGRESS / 0.5) / 2 if case == "hard" else 1.0  # D = 1/2, and a denominator that has no weights
+        assert near(gradient, [factor * g for g in uniform], 1e-9), case
+
+
+@pytest.mark.parametrize("mode", ["exact", "lagged"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_without_targets_is_no_step(case, mode):
+    batch = batch_of()
+    batch.tokens[:, 1:] = -1
+    results, gradients, _ = steps_of(objective_of(case, statistics=mode), [batch, batch_of()], 3)
+    assert [result.applied for result in results] == [False, True]
+    assert all(np.isfinite(g).all() for g in gradients[0])
+
+
 def test_what_is_recorded_of_the_weights(seen, found):
     weights, total = slow.reweighted(seen.losses, seen.mask, "linupper", 0.4)
     tokens = seen.mask.sum()
