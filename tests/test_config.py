@@ -114,6 +114,10 @@ def test_the_surface_changes_only_on_purpose():
         ({"data": {"sources": {"web": {"weight": 1, "epochs": 1}}}}, "exactly one of weight and epochs"),
         ({"optim": {"include": ["("]}}, "regular expression"),
         ({"budget": {"tokens": 1, "seconds": 1}}, "takes one of"),
+        ({"layer": {"include": ["mlp"]}}, "include is nothing to layer 'dense', which replaces none"),
+        ({"layer": {"exclude": ["mlp"]}}, "exclude is nothing to layer 'dense', which replaces none"),
+        ({"signal": {"shuffle": True}}, "shuffle=true is nothing to signal 'uniform'"),
+        ({"signal": {"statistics": "lagged"}}, "statistics is nothing to signal 'uniform'"),
     ],
 )
 def test_impossible_combinations(tree, message):

@@ -156,6 +156,19 @@ def test_two_ranks_resume_bitwise_and_one_goes_on_where_two_stopped(tiny_data, t
             assert a.get("signal", {}).get("ess") == pytest.approx(b.get("signal", {}).get("ess"), abs=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [200, 10_000])
+def test_held_out_losses_are_handed_on_when_they_are_due(tiny_data, tmp_path, monkeypatch, tokens):
+    """At step 0, before a weight has moved, and then every so many steps; of each source by itself."""
+    seen = []
+    monkeypatch.setattr(SIGNALS["famo"], "validated", lambda self, losses, step, **_: seen.append((step, losses)))
+    signal, ruler = {"name": "famo", "every": 3, "tokens": tokens}, {"every": 3, "tokens": tokens}
+    run(tiny_config(tiny_data, tmp_path / "out", signal=signal, eval=ruler))
+    assert [step for step, _ in seen] == [0, 3, 6]
+    lines = [line["eval"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "eval" in line]
+    measured = [[line["sources"][name]["loss"] for name in ("plain", "noisy")] for line in lines[:2]]
+    assert [losses.tolist() for _, losses in seen[1:]] == measured  # the evaluations after steps 3 and 6
+
+
 # --------------------------------------------------------------------------------------------------- reference losses
 
 

@@ -56,6 +56,13 @@ class LayerConfig(Choice):
     )
     exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never replaced")
 
+    @model_validator(mode="after")
+    def goes_together(self) -> "LayerConfig":
+        for key, field in LayerConfig.model_fields.items():
+            if self.name == LAYER.default and key != "name" and getattr(self, key) != field.default:
+                raise ValueError(f"{key} is nothing to layer {self.name!r}, which replaces none; name another layer")
+        return self
+
 
 class SignalConfig(Choice):
     """How much the loss of each token counts."""
@@ -72,6 +79,8 @@ class SignalConfig(Choice):
     @model_validator(mode="after")
     def goes_together(self) -> "SignalConfig":
         signal = SIGNALS[self.name]
+        if self.shuffle and self.name == SIGNAL.default:
+            raise ValueError(f"shuffle=true is nothing to signal {self.name!r}, whose weights are all alike")
         if self.statistics != "exact" and not asks_for_statistics(signal):
             raise ValueError(f"statistics is nothing to signal {self.name!r}, which asks for none; leave it out")
         if self.statistics in ("parity", "rank"):
