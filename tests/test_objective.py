@@ -15,7 +15,7 @@ from thriftlab.data.loader import Batch
 from thriftlab.train.backend import make_backend
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.objective import Goal, Objective
-from thriftlab.train.signals import SIGNALS
+from thriftlab.train.signals import SIGNALS, watch
 from thriftlab.train.step import train_step
 
 ROWS, SEQ, DELIMITER = 8, 12, 3
@@ -423,14 +423,17 @@ def test_a_batch_without_targets_is_no_step(case, mode):
     assert all(np.isfinite(g).all() for g in gradients[0])
 
 
-def test_what_is_recorded_of_the_weights(seen, found):
-    weights, total = slow.reweighted(seen.losses, seen.mask, "linupper", 0.4)
-    tokens = seen.mask.sum()
-    relative = (weights * tokens / total)[seen.mask]
-    for _, _, said in found["linupper"]:
+@pytest.mark.parametrize("case", [case for case in CASES if case != "uniform"])
+def test_what_is_recorded_of_the_weights(case, seen, found):
+    weights, total = CASES[case][2](seen)
+    relative = weights * seen.mask.sum() / weights.sum()
+    for _, _, said in found[case]:
         assert said["loss"] == pytest.approx((weights * seen.losses).sum() / total, rel=1e-9)
-        assert said["ess"] == pytest.approx(1 / np.mean(relative**2), rel=1e-6)
+        assert said["ess"] == pytest.approx(1 / np.mean(relative[seen.mask] ** 2), rel=1e-6)
         assert said["largest"] == pytest.approx(relative.max(), rel=1e-6)
-        share = [weights[seen.domain == k].sum() / total for k in range(4)]
+        share = [weights[seen.domain == k].sum() / weights.sum() for k in range(4)]
         assert said["share"] == pytest.approx(share, rel=1e-6)
+        edges = [-1.0, *watch.EDGES, np.inf]
+        histogram = np.histogram(relative[seen.mask], edges)[0] / seen.mask.sum()
+        assert said["histogram"] == pytest.approx(histogram, abs=1.01 / seen.mask.sum())  # one may lie on an edge
         assert math.isclose(sum(said["histogram"]), 1)

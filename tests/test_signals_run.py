@@ -13,19 +13,20 @@ from test_resume import LONG, assert_same, run_status, stop_at, stop_rank, trace
 from tiny import tiny_config
 from zero_cases import LENGTH, ROWS, difference, weights
 
-from thriftlab.data.loader import Batch
+from thriftlab.data.loader import Batch, batches
 from thriftlab.data.shards import open_dataset, write_manifest
 from thriftlab.launch.cli import main
 from thriftlab.train.backend import Backend, make_backend
+from thriftlab.train.build import make_plan
 from thriftlab.train.config import RunConfig, fingerprint
 from thriftlab.train.errors import UserError
 from thriftlab.train.files import replace_atomically, seal
 from thriftlab.train.judge import ReferenceConfig, load_model, write_reference
 from thriftlab.train.loop import run
-from thriftlab.train.objective import Objective
+from thriftlab.train.objective import Objective, split_windows
 from thriftlab.train.record import read_metrics, read_record
 from thriftlab.train.signals import SIGNALS
-from thriftlab.train.signals.reference import read_reference
+from thriftlab.train.signals.reference import open_reference, read_reference
 from thriftlab.train.step import train_step
 
 # ----------------------------------------------------------------------------------------------------------- backends
@@ -188,6 +189,22 @@ def test_reference_losses_are_the_models(tiny_data, tmp_path, mask):
         written = np.load(folder / f"{name}.npy")
         assert written.dtype == np.float16 and written.shape == exact.shape
         assert np.abs(written - exact).max() <= 2**-11 * exact.max() + 1e-4  # half of a digit of fp16, and fp32
+
+
+@pytest.mark.parametrize("sources", [{}, {"noisy": {"weight": 1.0}, "plain": {"weight": 2.0}}])
+def test_a_row_meets_its_own_losses(tiny_data, reference, sources):
+    """Looked up by the sources and windows of a mixture, or computed anew from the tokens."""
+    config, dataset = tiny_config(tiny_data, "-", data={"sources": sources}), open_dataset(tiny_data)
+    model, plan = load_model(config, dataset, reference.parent / "run"), make_plan(config, dataset, 8)
+    look_up, batch_of = open_reference(reference, dataset, plan), batches(plan, 0, 1, torch.device("cpu"))
+    seen = set()
+    for step in range(8):
+        batch = batch_of(step)
+        with torch.no_grad():
+            losses = model(*split_windows(batch.tokens))
+        assert (look_up(batch) - losses).abs().max() <= 2**-11 * losses.max() + 1e-4
+        seen |= set(batch.source.tolist())
+    assert seen == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["rho1", "doremi", "curriculum"])
