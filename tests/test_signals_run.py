@@ -191,6 +191,19 @@ def test_reference_losses_are_the_models(tiny_data, tmp_path, mask):
         assert np.abs(written - exact).max() <= 2**-11 * exact.max() + 1e-4  # half of a digit of fp16, and fp32
 
 
+def test_the_model_that_judges_is_the_last_checkpoint(tiny_data, tmp_path):
+    config = tiny_config(tiny_data, tmp_path / "run", layer={"name": "lost", "rank": 8, "density": 0.1})
+    run(config)
+    last = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    saved = load_file(last / "model.safetensors") | load_file(last / "buffers.safetensors")
+    model = load_model(config, open_dataset(tiny_data), tmp_path / "run")
+    assert any(name.endswith("sp_index") for name in saved)
+    ours = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(
+        (ours[name].detach().numpy() == tensor.reshape(ours[name].shape)).all() for name, tensor in saved.items()
+    )
+
+
 @pytest.mark.parametrize("sources", [{}, {"noisy": {"weight": 1.0}, "plain": {"weight": 2.0}}])
 def test_a_row_meets_its_own_losses(tiny_data, reference, sources):
     """Looked up by the sources and windows of a mixture, or computed anew from the tokens."""
