@@ -110,7 +110,8 @@ def curves(rows: list[tuple[int, Row]], read: Callable[[Result, str], Curve], wh
         zoom(axes, [found for *_, found in bands])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel=AXES[axis], ylabel="nats per token")
-        axes.legend(loc="upper right")
+        if bands:
+            axes.legend(loc="upper right")
 
     caption = (
         f"{what.capitalize()} loss, nats per token, against {AXES[axis]}. "

@@ -204,6 +204,15 @@ def test_a_study_without_a_finished_run_has_a_page(tmp_path):
     assert "no claim" in report(tmp_path).read_text()
 
 
+@pytest.mark.filterwarnings("error")
+def test_runs_that_logged_once_have_a_page(tmp_path):
+    """Seeds of one point each, which have no second in common."""
+    for path in make_study(tmp_path).glob("*/seed-*/metrics.jsonl"):
+        line = json.loads(path.read_text().splitlines()[0])
+        path.write_text(json.dumps({**line, "seconds": 0.5 + int(path.parent.name[-1])}) + "\n")
+    assert "frugal" in report(tmp_path).read_text()
+
+
 @pytest.mark.parametrize("file", ["record.json", "metrics.jsonl"])
 def test_a_flipped_bit_is_a_line_and_not_a_number(tmp_path, file):
     path = make_study(tmp_path) / "frugal/seed-1" / file
