@@ -13,7 +13,7 @@ from thriftlab.launch.results import read_study
 from thriftlab.launch.summary import answers, warnings
 from thriftlab.train.errors import UserError
 from thriftlab.train.files import seal
-from thriftlab.train.record import write_record
+from thriftlab.train.record import read_record, write_record
 
 STATE = {"adamw": 4_000_000, "frugal": 1_900_000, "signsgd": 0}
 SHIFT = {"adamw": 0.0, "frugal": 0.012, "signsgd": 0.15}
@@ -208,9 +208,10 @@ def test_a_study_without_a_finished_run_has_a_page(tmp_path):
 def test_runs_that_logged_once_have_a_page(tmp_path):
     """Seeds of one point each, which have no second in common."""
     for path in make_study(tmp_path).glob("*/seed-*/metrics.jsonl"):
-        line = json.loads(path.read_text().splitlines()[0])
+        line, entry = json.loads(path.read_text().splitlines()[0]), read_record(path.parent / "record.json")
         path.write_text(json.dumps({**line, "seconds": 0.5 + int(path.parent.name[-1])}) + "\n")
-    assert "frugal" in report(tmp_path).read_text()
+        write_record(path.parent, entry)
+    assert "Training loss against seconds" in report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize("file", ["record.json", "metrics.jsonl"])
