@@ -1,12 +1,13 @@
 """Processes for tests: ranks that talk through gloo, and victims to kill; forked from one that has imported torch."""
 
+import gc
 import multiprocessing
 import os
 import socket
 import traceback
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["thriftlab.train.loop", "tiny"])
+context.set_forkserver_preload(["thriftlab.train.loop", "torch._dynamo", "torch.distributed.fsdp", "pytest"])
 
 
 def start(function, *arguments, **environment):
@@ -55,6 +56,7 @@ class Failure:
 def _work(pipe, environment, function, arguments):
     import torch
 
+    gc.freeze()  # a million objects of imported modules, which every full collection would walk through
     os.environ.update({key: str(value) for key, value in environment.items()})
     torch.set_num_threads(1)
     try:
