@@ -58,7 +58,10 @@ def read_manifest(folder: Path) -> Manifest:
     path, checksum = folder / "manifest.json", folder / "manifest.sha256"
     for file in (path, checksum):
         if not file.is_file():
-            raise DataError(f"{file}: missing, so this is no prepared data set; run `thriftlab prepare`")
+            raise DataError(
+                f"{file}: missing, so this is no prepared data set; `thriftlab prepare` makes prepared/embedded, and "
+                "`thriftlab prepare --recipe medium` prepared/medium"
+            )
     if checksum.read_bytes() != _checksum_line(path).encode():
         raise DataError(f"{path}: does not match its hash in {checksum}: one of the two was changed; {REMEDY}")
     manifest: Manifest = json.loads(path.read_bytes())

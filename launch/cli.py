@@ -20,7 +20,7 @@ USAGE = {
     One run. The same command again resumes it.""",
     "compare": """thriftlab compare METHOD ... [--budget tokens=1e7] [--seeds 3] [--lr-grid 3e-4,1e-3] [key=value ...]
     Many runs under one budget, paired by seed with those of the first method, and a report.
-    METHOD is an update rule, a layer, or both, as in lost+frugal.""",
+    METHOD is an update rule, a layer, a signal, or several, as in lost+frugal or frugal+linupper.""",
     "study": """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
     An experiment that is written down: arms, questions, tuning. Without a name: which there are.""",
     "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
@@ -45,8 +45,9 @@ register methods, signals and schedules. Below: key=default, what it means (what
 """
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
-optim.KEY is meant for every method, layer.KEY for every one with a layer, and METHOD.KEY for one,
-as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two keys of one name apart.
+optim.KEY is meant for every method, layer.KEY and signal.KEY for every one with a layer or a
+signal, and METHOD.KEY for one, as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two
+keys of one name apart.
 --budget tokens=1e7 is short for the section `budget` with tokens alone.
 """
 

@@ -110,7 +110,7 @@ def test_truncated_missing_and_swapped(folder):
     shard.unlink()
     with pytest.raises(DataError, match="train-00000.bin: missing"):
         open_dataset(folder, verify=False)
-    with pytest.raises(DataError, match="no prepared data set; run `thriftlab prepare`"):
+    with pytest.raises(DataError, match="no prepared data set; `thriftlab prepare` makes prepared.embedded, and"):
         open_dataset(folder / "nowhere")
 
 
