@@ -1,5 +1,7 @@
 """One gradient, however a batch is split; one decision on all ranks when a step goes wrong."""
 
+import weakref
+
 import gang
 import pytest
 import torch
@@ -126,3 +128,22 @@ def test_bf16_gradients_are_near_the_exact_ones():
 def test_ddp_without_torchrun_is_refused_with_the_command():
     with pytest.raises(BackendError, match="torchrun"):
         make_backend("ddp")
+
+
+def closed_after_its_reducer():
+    """Whether the reducer, which holds the group as well, is gone when the group is destroyed."""
+    backend = make_backend("ddp")
+    backend.prepare(*build(torch.float32))
+    reducer, destroy, seen = weakref.ref(backend.replica.reducer), torch.distributed.destroy_process_group, []
+
+    def watched():
+        seen.append(reducer() is None)
+        destroy()
+
+    torch.distributed.destroy_process_group = watched
+    backend.close()
+    return seen
+
+
+def test_the_reducer_goes_before_its_group():
+    assert gang.ranks(2, closed_after_its_reducer) == [[True]] * 2

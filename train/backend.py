@@ -253,6 +253,7 @@ class DDP(Group):
     """Replicas that sum their gradients (torch's DistributedDataParallel)."""
 
     name = "ddp"
+    replica: DistributedDataParallel
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
@@ -266,6 +267,13 @@ class DDP(Group):
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.replica.no_sync()
+
+    def close(self) -> None:
+        """The reducer goes before the group. As the last to hold it, it would join gloo's threads with the interpreter
+        locked, for which one of them may just be waiting (pytorch issue 56297): a process that never ends."""
+        if hasattr(self, "replica"):
+            del self.replica.reducer, self.replica.logger
+        super().close()
 
 
 def sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
