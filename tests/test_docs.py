@@ -12,6 +12,7 @@ from thriftlab.launch import arguments, array, experiment, hosts, slurm
 from thriftlab.optim import METHODS
 from thriftlab.train import settings
 from thriftlab.train.config import RunConfig
+from thriftlab.train.judge import ReferenceConfig
 from thriftlab.train.loop import run
 from thriftlab.train.record import read_metrics
 from thriftlab.train.signals import SIGNALS
@@ -45,6 +46,8 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
         array.REQUESTS[kind[0]](rest) if kind else settings.build(RunConfig, rest)
     elif command == "launch":
         settings.build(hosts.LaunchConfig, settings.read(argv).drop(RunConfig.model_fields))
+    elif command == "reference":
+        settings.load(ReferenceConfig, argv)
     elif command == "study":
         assert experiment.request(argv) if argv else experiment.listing()
     else:
