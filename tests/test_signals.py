@@ -132,6 +132,10 @@ def test_what_the_formula_refuses():
         loss_weights(torch.ones(3), "upper", 1.0)
     with pytest.raises(ValueError, match="above 0"):
         loss_weights(torch.ones(3), "linupper", 0.0)
+    for shape in ((), (0,), (2, 3)):
+        with pytest.raises(ValueError, match=r"of shape .*; one mean loss for each sample is \[samples\]"):
+            loss_weights(torch.ones(shape), "linupper", 0.4)
+    assert loss_weights(torch.full((3,), torch.nan), "extremes", 0.4).tolist() == [0, 0, 0]
 
 
 # ----------------------------------------------------------------------------------- signals, asked as the trainer does

@@ -62,11 +62,13 @@ def loss_weights(losses: Tensor, strategy: str, r: float, delta: float = 1.0) ->
         delta: half the span of h; of "quadratic" nothing depends on it.
 
     Returns:
-        Weights [samples], of sum 1, fp32 or fp64.
+        Weights [samples], of sum 1, fp32 or fp64; all 0 where no loss is finite. ValueError for anything else.
     """
     if not (r > 0 and delta > 0):
         raise ValueError(f"r and delta are above 0, not {r} and {delta}")
     losses = torch.as_tensor(losses).detach()
+    if losses.ndim != 1 or not len(losses):
+        raise ValueError(f"losses of shape {[*losses.shape]}; one mean loss for each sample is [samples]")
     dtype, losses = torch.promote_types(losses.dtype, torch.float32), losses.double()
     there = losses.isfinite()
     low = torch.where(there, losses, torch.inf).amin()
