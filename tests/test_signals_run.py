@@ -9,6 +9,7 @@ import pytest
 import torch
 import zero_cases
 from safetensors.numpy import load_file
+from test_layerwise import LAYERWISE, NORMAL
 from test_resume import LONG, assert_same, run_status, stop_at, stop_rank, traces
 from tiny import tiny_config
 from zero_cases import LENGTH, ROWS, difference, weights
@@ -98,6 +99,39 @@ def test_every_backend_minimises_what_one_process_does(name):
                 assert a == pytest.approx(b, rel=1e-5), what
         ends = {what: tuple(ours[-1]) for what, (_, ours, _) in found.items()}
         assert len({ends[what] for what in ends if what[1] == STAGES[name][0]}) == len(CASES)
+
+
+SIGNALLED = {
+    "exact": {"name": "linupper", "warmup": 0.2},
+    "lagged": {"name": "extremes", "statistics": "lagged", "warmup": 0.0},
+    "tokens": {"name": "focal"},
+    "sources": {"name": "domains", "alpha": {"noisy": 5.0}},
+    "shuffled": {"name": "quadratic", "shuffle": True},
+}
+
+
+@pytest.mark.parametrize("case", SIGNALLED)
+def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_path, monkeypatch, case):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager", fullgraph=True))
+    small = {**NORMAL, "micro_batch_size": 4}
+    ways = {
+        "plain": small,
+        "layerwise": {**LAYERWISE, "micro_batch_size": 4},
+        "checkpointing": {**small, "activation_checkpointing": True},
+        "recomputed loss": {**small, "loss_keep_bytes": 0},
+        "compile": {**small, "compile": True},
+        "whole": NORMAL,
+        "ones": {**NORMAL, "micro_batch_size": 1},
+    }
+    signal, loss = SIGNALLED[case], {}
+    for way, train in ways.items():
+        loss[way] = run(tiny_config(tiny_data, tmp_path / way, signal=signal, train=train))["results"]["loss"]
+    assert loss["layerwise"] == loss["checkpointing"] == loss["recomputed loss"] == loss["plain"]
+    for way in ("compile", "whole", "ones"):
+        assert loss[way] == pytest.approx(loss["plain"], abs=2e-5)
+    uniform = run(tiny_config(tiny_data, tmp_path / "uniform", train=small))["results"]["loss"]
+    assert abs(uniform - loss["plain"]) > 5e-5  # it would have been seen above
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
