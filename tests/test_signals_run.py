@@ -104,14 +104,15 @@ def test_every_backend_minimises_what_one_process_does(name):
 SIGNALLED = {
     "exact": {"name": "linupper", "warmup": 0.2},
     "lagged": {"name": "extremes", "statistics": "lagged", "warmup": 0.0},
-    "tokens": {"name": "focal"},
+    "documents": {"name": "linupper", "unit": "document"},
+    "tokens": {"name": "rho1", "keep": 0.3},
     "sources": {"name": "domains", "alpha": {"noisy": 5.0}},
     "shuffled": {"name": "quadratic", "shuffle": True},
 }
 
 
 @pytest.mark.parametrize("case", SIGNALLED)
-def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_path, monkeypatch, case):
+def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_path, monkeypatch, reference, case):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager", fullgraph=True))
     small = {**NORMAL, "micro_batch_size": 4}
@@ -124,7 +125,7 @@ def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_pa
         "whole": NORMAL,
         "ones": {**NORMAL, "micro_batch_size": 1},
     }
-    signal, loss = SIGNALLED[case], {}
+    signal, loss = told(SIGNALLED[case], reference), {}
     for way, train in ways.items():
         loss[way] = run(tiny_config(tiny_data, tmp_path / way, signal=signal, train=train))["results"]["loss"]
     assert loss["layerwise"] == loss["checkpointing"] == loss["recomputed loss"] == loss["plain"]
