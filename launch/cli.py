@@ -10,8 +10,10 @@ import select
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 USAGE = {
     "prepare": """thriftlab prepare [--config FILE] [key=value ...]
@@ -51,11 +53,14 @@ keys of one name apart.
 --budget tokens=1e7 is short for the section `budget` with tokens alone.
 """
 
+WITH_PLACE = warnings.formatwarning
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 2 for what the user can mend, 128 + n after signal n."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     wants_help = not {"-h", "--help"}.isdisjoint([command, *rest])
+    warnings.formatwarning = one_line
     try:
         if command in ("-h", "--help"):
             print("thriftlab: which pretraining method pays, under your budget?\n")
@@ -82,6 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell_torchrun(str(error))
         return fail(str(error), getattr(error, "code", 2))
     return 0
+
+
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A RuntimeWarning is for the user, and says all; others are for programmers, who look for the place."""
+    return (
+        f"warning: {message}\n" if category is RuntimeWarning else WITH_PLACE(message, category, filename, lineno, line)
+    )
 
 
 def readers_left() -> bool:

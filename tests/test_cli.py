@@ -374,3 +374,14 @@ COMPARE_MISTAKES = {
 def test_mistakes_in_a_comparison(line, capsys):
     assert cli.main(["compare", *line.split()]) == 2
     assert capsys.readouterr().err == f"error: {COMPARE_MISTAKES[line]}\n"
+
+
+def test_a_warning_for_the_user_is_one_line(tmp_path, tiny_data):
+    """And names no place in the code; in a process of its own, for pytest has ways of its own with warnings."""
+    words = f"train data.path={tiny_data} data.sequence_length=32 model.dim=32 model.layers=1 model.heads=2 train.batch_size=8"
+    words += f" budget.tokens=2560 log.every=1 signal.name=extremes signal.r=0.02 train.threads=1 out={tmp_path}/out"
+    command = [sys.executable, "-m", "thriftlab.launch", *words.split()]
+    heard = subprocess.run(command, capture_output=True, text=True, check=True).stderr.replace("\r", "\n").splitlines()
+    warned = [line for line in heard if "counts like" in line]
+    assert len(warned) == 1 and warned[0].lstrip().startswith("warning: step ")
+    assert not [line for line in heard if ".py:" in line]
