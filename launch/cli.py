@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 USAGE = {
     "prepare": """thriftlab prepare [--config FILE] [key=value ...]
