@@ -114,6 +114,12 @@ def of_domains(alpha, mask, domain):
     return token, token.sum()
 
 
+def inverse_losses(losses, mask, domain, domains):
+    """1 / L_k, with L_k the mean over the tokens of domain k; 1 where it has none."""
+    rows = [domain == k for k in range(domains)]
+    return [1 / losses[r][mask[r]].mean() if mask[r].any() else 1.0 for r in rows]
+
+
 def mftcoder(mask, domain, balance):
     if balance == "task":
         return of_domains([1.0] * (domain.max() + 1), mask, domain)

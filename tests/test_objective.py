@@ -9,7 +9,7 @@ import pytest
 import signal_equations as slow
 import torch
 from test_step import Gradients
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from thriftlab.data.loader import Batch
 from thriftlab.train.backend import make_backend
@@ -84,6 +84,9 @@ CASES = {
     "sample": ("mftcoder", {"balance": "sample"}, lambda x: slow.mftcoder(x.mask, x.domain, "sample")),
     "task-sample": ("mftcoder", {"balance": "task-sample"}, lambda x: slow.mftcoder(x.mask, x.domain, "task-sample")),
     "coba": ("coba", {}, lambda x: slow.of_domains([0.25] * 4, x.mask, x.domain)),
+    "famo": (
+        "famo", {}, lambda x: slow.of_domains(slow.inverse_losses(x.losses, x.mask, x.domain, 4), x.mask, x.domain)
+    ),
     "hard": ("curriculum", {"first": "hard"}, lambda x: slow.curriculum(x.losses, x.mask, PROGRESS, 0.5, "hard")),
 }  # fmt: skip
 
@@ -177,8 +180,8 @@ def test_the_cases_are_different_objectives(found):
     assert same == [("coba", "task")]  # as long as nothing was validated
 
 
-def test_every_signal_is_tried_here_or_named():
-    assert set(SIGNALS) - {name for name, _, _ in CASES.values()} == {"famo"}
+def test_every_signal_is_tried_here():
+    assert set(SIGNALS) == {name for name, _, _ in CASES.values()}
 
 
 def test_the_gradient_of_the_focal_loss_is_that_of_autograd(seen):
@@ -288,11 +291,24 @@ def test_one_gather_and_one_sum_a_step(monkeypatch):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Nobody may ask for the value of a tensor: on a GPU the host would stand still."""
+    """Nobody may ask for the value of a tensor, or for a tensor whose size depends on one: on a GPU the host would
+    stand still."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "_unique2")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was asked for"
+        assert func.overloadpacket.__name__ not in self.WAITING, "a value was asked for"
+        if func.overloadpacket.__name__ in ("index", "index_put_", "index_put"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), "an index depends on values"
         return func(*args, **(kwargs or {}))
+
+
+def loudly(original):
+    def call(tensor):
+        assert not isinstance(_get_current_dispatch_mode(), NoWaiting), "a value was asked for"
+        return original(tensor)
+
+    return call
 
 
 @pytest.mark.parametrize("mode", ["exact", "lagged", "parity"])
@@ -306,7 +322,10 @@ def test_no_value_is_waited_for(case, mode, monkeypatch):
                 return original(*args)
 
         monkeypatch.setattr(Goal, name, quiet)
-    stepped(lambda: objective_of(case, statistics=mode), [4], seeds=(5, 6))
+    for name in ("tolist", "numpy"):  # which ask behind the dispatcher's back
+        monkeypatch.setattr(torch.Tensor, name, loudly(getattr(torch.Tensor, name)))
+    objective = objective_of(case, statistics=mode)
+    steps_of(objective, [batch_of(), batch_of(seed=6)], 4)
 
 
 def test_uniform_is_bitwise_the_mean_loss():
@@ -421,6 +440,48 @@ def test_a_batch_without_targets_is_no_step(case, mode):
     results, gradients, _ = steps_of(objective_of(case, statistics=mode), [batch, batch_of()], 3)
     assert [result.applied for result in results] == [False, True]
     assert all(np.isfinite(g).all() for g in gradients[0])
+
+
+@pytest.mark.parametrize("mode", ["exact", "lagged", "parity"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_source_without_targets_spoils_nothing(case, mode):
+    """Its rows are in the batch, and in micro-batches of their own, and count for nothing."""
+    batch = batch_of()
+    batch.tokens[SOURCE == 1, 1:] = -1
+    for size in (1, 3):
+        (result,), (gradient,), _ = steps_of(objective_of(case, statistics=mode), [batch], size)
+        assert result.applied and all(np.isfinite(g).all() for g in gradient)
+        assert all(tensor.isfinite().all() for tensor in (result.weights or {}).values())
+
+
+def test_famo_lagged_takes_an_absent_sources_last_held_out_loss():
+    objective = objective_of("famo", statistics="lagged")
+    objective.validated(torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64))
+    without = batch_of(seed=2)
+    without.tokens[SOURCE == 1, 1:] = -1
+    _, (_, gradient), _ = steps_of(objective, [without, batch_of()], 3)
+    seen, before = Seen(model_of()), Seen(model_of(), seed=2)
+    before.mask[SOURCE.numpy() == 1] = False
+    alpha = slow.inverse_losses(before.losses, before.mask, before.domain, 4)
+    alpha[1] = 1 / 3.0
+    assert near(gradient, seen.gradient(*slow.of_domains(alpha, seen.mask, seen.domain)))
+
+
+@pytest.mark.parametrize("name", ["famo", "coba"])
+def test_a_held_out_loss_that_is_no_number_says_nothing(name):
+    one, other = (
+        Objective(SIGNALS[name](**({"window": 20, "warmup": 0} if name == "coba" else {})), NAMES) for _ in range(2)
+    )
+    draw = torch.Generator().manual_seed(0)
+    for step in range(8):
+        losses = 3 + torch.rand(4, generator=draw, dtype=torch.float64)
+        for objective in (one, other):
+            objective.at(10 * step, 0.1)
+            objective.validated(losses)
+        for bad in (torch.inf, torch.nan):
+            one.validated(torch.tensor([1.0, bad, 1.0, 1.0], dtype=torch.float64))
+    assert all(torch.equal(one.tensors()[key], tensor) for key, tensor in other.tensors().items())
+    assert all(tensor.isfinite().all() for tensor in one.report().values())
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "uniform"])

@@ -179,10 +179,13 @@ def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, reference, case):
 @pytest.mark.parametrize("case", ["lagged", "famo"])
 def test_two_ranks_resume_bitwise_and_one_goes_on_where_two_stopped(tiny_data, tmp_path, reference, case):
     given = {"signal": RESUMED[case], "backend": {"name": "deepspeed", "stage": 2}, **LONG}
-    whole, moved = (tiny_config(tiny_data, tmp_path / name, **given) for name in ("whole", "moved"))
-    assert all("after step 11" in words for words in gang.ranks(2, stop_rank, whole.model_dump(), 11))
+    whole, broken, moved = (tiny_config(tiny_data, tmp_path / name, **given) for name in ("whole", "broken", "moved"))
     gang.ranks(2, run_status, whole.model_dump())
-    gang.ranks(2, stop_rank, moved.model_dump(), 11)
+    for config in (broken, moved):
+        assert all("after step 11" in words for words in gang.ranks(2, stop_rank, config.model_dump(), 11))
+    gang.ranks(2, run_status, broken.model_dump())
+    assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
+    assert remembered(tmp_path / "broken") == remembered(tmp_path / "whole")
     run(tiny_config(tiny_data, tmp_path / "moved", **{**given, "backend": {}}))
     run(tiny_config(tiny_data, tmp_path / "alone", **{**given, "backend": {}}))
     for other in ("whole", "moved"):
@@ -294,6 +297,12 @@ def test_what_reference_losses_cannot_be_used_for(tiny_data, reference, tmp_path
     raw[-1] ^= 1
     (copy / "plain.npy").write_bytes(raw)
     assert "plain.npy is not what reference.json vouches for; write it again" in refusal(run, rho1(copy))
+    (copy / "noisy.npy").unlink()
+    (copy / "plain.npy").write_bytes((reference / "plain.npy").read_bytes())
+    for verify in (True, False):
+        assert "noisy.npy cannot be read (" in refusal(run, rho1(copy, verify=verify))
+    np.save(copy / "noisy.npy", np.zeros((3, 32), np.float16))
+    assert "noisy.npy is not what reference.json vouches for" in refusal(run, rho1(copy, verify=False))
     text = (copy / "reference.json").read_text()
     (copy / "reference.json").write_text(text.replace('"sequence_length": 32', '"sequence_length": 33'))
     assert "reference.json is damaged" in refusal(run, rho1(copy))

@@ -96,7 +96,10 @@ class Objective:
         return not self.idle and (exact or self.shuffle)
 
     def validated(self, losses: Tensor) -> None:
-        """Takes the held-out loss of each source, float64 [domains]."""
+        """Takes the held-out loss of each source, float64 [domains] on the CPU. One that is not finite says nothing: it
+        would stay in the state for ever."""
+        if not losses.isfinite().all():
+            return
         losses = losses.to(self.device)
         self.signal.validated(losses=losses, state=self.state, step=self.step, progress=self.progress)
 
@@ -151,7 +154,7 @@ class Goal:
         """Predicted tokens of each domain in the global batch, and rows that have any."""
         tokens = self.mask.sum(1).double()
         here = [by_domain(count, self.domain, len(self.objective.domains)) for count in (tokens, tokens.sign())]
-        tokens, samples = self.backend.sum(torch.stack(here))
+        tokens, samples = self.backend.sum(torch.stack(here)).clamp(min=1)  # 1 over it is no infinity, times 0
         return {"domain_tokens": tokens, "domain_samples": samples}
 
     @property
@@ -228,7 +231,7 @@ class Goal:
         mask = self.mask[rows]
         sums = torch.stack([mask.sum(dtype=torch.float64), (weights * mask).sum(dtype=torch.float64)])
         tokens, weight = self.backend.sum(sums) if self.mode == "parity" else sums
-        return (tokens / weight).to(weights.dtype)
+        return torch.where(tokens > 0, tokens / weight, 1).to(weights.dtype)
 
     # -------------------------------------------------------------------------------------------------- statistics
 

@@ -8,8 +8,8 @@ In each step the trainer asks it, in this order, and only for what it declares:
     weights(token_loss, statistics, ...)      how much each token counts, up to a common factor
 
 The one surprise: a signal never sees ranks, micro-batches or the normaliser. Scores are gathered from all of them
-before `statistics`, and the sum of the weights is divided out at the end of the step; so what it says is a function of
-the global batch, and cannot be anything else.
+before `statistics`, and the sum of the weights is divided out at the end of the step. So what it says is a function of
+the global batch, as long as `weights`, which is handed some rows at a time, takes each row by itself.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Signal:
         tokens ("mask"); in either case over the global batch.
     reference: a folder of reference losses (reference.py); a signal that sets it is handed `reference_loss`.
     validate_every: steps between calls of `validated`; 0: never.
-    validate_tokens: held-out tokens of each source that are measured for it; None: all.
+    validate_tokens: held-out tokens of each source that are measured for it; None: as eval.tokens.
     """
 
     unit: Literal["token", "sample", "document", "domain"] = "sample"

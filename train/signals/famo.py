@@ -61,7 +61,8 @@ class FAMO(Signal, name="famo"):
         state["xi"] = state["xi"] - self.step_size * mean / (square.sqrt() + EPS)
 
     def statistics(self, losses: Tensor, mask: Tensor, domain_id: Tensor, state: State, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        return {"losses": domain_means(losses, mask, domain_id, otherwise=torch.ones_like(state["xi"]))}
+        known = torch.where(state["last"].isfinite(), state["last"], 1)  # of a source that this batch does not have
+        return {"losses": domain_means(losses, mask, domain_id, otherwise=known)}
 
     def weights(  # type: ignore[override]
         self, domain_id: Tensor, domain_tokens: Tensor, statistics: dict[str, Tensor], state: State, **_: Any

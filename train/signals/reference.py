@@ -56,10 +56,7 @@ def open_reference(folder: str | Path, dataset: Dataset, plan: Plan, verify: boo
     losses = []
     for source, windows in zip(plan.sources, plan.windows, strict=True):
         path = folder / f"{source.name}.npy"
-        if verify and sha256(path) != entry["files"][path.name]:
-            raise ReferenceLossError(f"{path} is not what {NAME} vouches for; write it again with thriftlab reference")
-        losses.append(np.load(path, mmap_mode="r"))
-        assert losses[-1].shape == (len(windows), plan.sequence_length)
+        losses.append(open_losses(path, (len(windows), plan.sequence_length), entry["files"] if verify else None))
 
     def look_up(batch: Batch) -> Tensor:
         sources = batch.source.numpy()
@@ -71,3 +68,15 @@ def open_reference(folder: str | Path, dataset: Dataset, plan: Plan, verify: boo
         return torch.from_numpy(found)
 
     return look_up
+
+
+def open_losses(path: Path, shape: tuple[int, int], files: dict[str, str] | None) -> np.ndarray:
+    """The losses of one source, mapped; held against the hashes of `files`, if they are given."""
+    try:
+        whole = files is None or sha256(path) == files.get(path.name)
+        losses = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise ReferenceLossError(f"{path} cannot be read ({error}); write it again with thriftlab reference") from None
+    if not whole or losses.shape != shape:
+        raise ReferenceLossError(f"{path} is not what {NAME} vouches for; write it again with thriftlab reference")
+    return losses

@@ -89,7 +89,8 @@ class Reweight(Signal):
             1 - `tail` quantiles; mad: the median and three robust standard deviations to either side
         tail: of norm=quantile, the part of the losses that is clamped at each end
         min_range: nats; a batch whose losses lie closer together is tilted less
-        w_max: no weight is more than this many times the mean weight; null: as many as come
+        w_max: no weight is more than this many times the mean weight; null: as many as come. With lagged statistics the
+            bound is that of the batch before, and an outlier may pass it
         unit: what has one loss and one weight: a window, or the part of a document that lies in it
     """
 
