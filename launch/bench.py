@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
-from thriftlab.launch.arguments import split_commas
+from thriftlab.data.errors import ConfigError
+from thriftlab.launch.peers import FLOOR, FLOOR_OF, NEVER, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
+from thriftlab.launch.studies.compare import split_commas
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
-from thriftlab.optim.peers import FLOOR, FLOOR_OF, NEVER, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
-from thriftlab.train.choice import Section
-from thriftlab.train.errors import ConfigError
+from thriftlab.train.config.choice import Section
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
-from thriftlab.train.record import birth_certificate
+from thriftlab.train.records.record import birth_certificate
 
 REFRESHES = 3  # rounds with a refresh: an SVD of every matrix costs as much as ten steps
 MATRICES = (r"\.(attn|mlp)\.",)

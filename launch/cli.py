@@ -127,21 +127,23 @@ def is_message(error: Exception) -> bool:
 
 
 def prepare(argv: list[str]) -> None:
-    from thriftlab.data import prepare
-    from thriftlab.train import settings
+    from thriftlab.data.prepare import pipeline as prepare
+    from thriftlab.train.config import parse as settings
 
     print(prepare.prepare(settings.load(prepare.PrepareConfig, argv)))
 
 
 def prepare_help(argv: list[str]) -> None:
-    from thriftlab.data.prepare import PrepareConfig
-    from thriftlab.train.surface import describe
+    from thriftlab.data.prepare.pipeline import PrepareConfig
+    from thriftlab.train.config.help import describe
 
     print(SYNTAX, describe(PrepareConfig), sep="\n")
 
 
 def train(argv: list[str]) -> None:
-    from thriftlab.train import config, loop, settings
+    from thriftlab.train import loop
+    from thriftlab.train.config import parse as settings
+    from thriftlab.train.config import schema as config
 
     entry = loop.run(settings.load(config.RunConfig, argv))
     if int(os.environ.get("RANK", 0)) == 0:
@@ -149,46 +151,50 @@ def train(argv: list[str]) -> None:
 
 
 def train_help(argv: list[str]) -> None:
-    from thriftlab.train import choice, config, settings, surface
+    from thriftlab.train.config import choice
+    from thriftlab.train.config import help as surface
+    from thriftlab.train.config import parse as settings
+    from thriftlab.train.config import schema as config
 
     settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
     print(SYNTAX, surface.describe(config.RunConfig), sep="\n")
 
 
 def compare(argv: list[str]) -> None:
-    from thriftlab.launch import arguments
+    from thriftlab.launch.studies import compare as arguments
 
     asked = arguments.arguments(argv).request()
 
-    from thriftlab.launch import study
+    from thriftlab.launch.studies import run as study
 
     study.run(asked)
 
 
 def compare_help(argv: list[str]) -> None:
-    from thriftlab.launch import arguments
-    from thriftlab.train import choice, settings
+    from thriftlab.launch.studies import compare as arguments
+    from thriftlab.train.config import choice
+    from thriftlab.train.config import parse as settings
 
     settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
     print(SYNTAX, COMPARE, arguments.describe(), sep="\n")
 
 
 def study(argv: list[str]) -> None:
-    from thriftlab.launch import experiment
+    from thriftlab.launch.studies import written as experiment
 
     if not argv:
         print(f"The studies:\n{experiment.listing()}")
         return
     asked = experiment.request(argv)
 
-    from thriftlab.launch import study
+    from thriftlab.launch.studies import run as study
 
     study.run(asked)
 
 
 def study_help(argv: list[str]) -> None:
-    from thriftlab.launch import experiment
-    from thriftlab.train.surface import describe
+    from thriftlab.launch.studies import written as experiment
+    from thriftlab.train.config.help import describe
 
     print(
         SYNTAX,
@@ -200,20 +206,21 @@ def study_help(argv: list[str]) -> None:
 
 
 def reference(argv: list[str]) -> None:
-    from thriftlab.train import judge, settings
+    from thriftlab.train import write_reference as judge
+    from thriftlab.train.config import parse as settings
 
     print(judge.write_reference(settings.load(judge.ReferenceConfig, argv)))
 
 
 def reference_help(argv: list[str]) -> None:
-    from thriftlab.train.judge import ReferenceConfig
-    from thriftlab.train.surface import describe
+    from thriftlab.train.config.help import describe
+    from thriftlab.train.write_reference import ReferenceConfig
 
     print(SYNTAX, describe(ReferenceConfig), sep="\n")
 
 
 def submit(argv: list[str]) -> None:
-    from thriftlab.launch import array, slurm
+    from thriftlab.launch.cluster import array, slurm
 
     options, settings = slurm.read_options(argv)
     many = settings.words[:1] and settings.words[0] in array.REQUESTS
@@ -223,8 +230,8 @@ def submit(argv: list[str]) -> None:
 
 
 def submit_help(argv: list[str]) -> None:
-    from thriftlab.launch.slurm import SubmitConfig
-    from thriftlab.train.surface import describe
+    from thriftlab.launch.cluster.slurm import SubmitConfig
+    from thriftlab.train.config.help import describe
 
     print(
         SYNTAX,
@@ -235,52 +242,53 @@ def submit_help(argv: list[str]) -> None:
 
 
 def launch(argv: list[str]) -> None:
-    from thriftlab.launch import hosts
+    from thriftlab.launch.cluster import hosts
 
     hosts.launch(argv)
 
 
 def launch_help(argv: list[str]) -> None:
-    from thriftlab.launch.hosts import LaunchConfig
-    from thriftlab.train.surface import describe
+    from thriftlab.launch.cluster.hosts import LaunchConfig
+    from thriftlab.train.config.help import describe
 
     print(SYNTAX, "Besides these, all keys of `thriftlab train`:\n", describe(LaunchConfig), sep="\n")
 
 
 def settle(argv: list[str]) -> None:
     """What a task of a study calls before its run; not for people."""
-    from thriftlab.launch import array
+    from thriftlab.launch.cluster import array
 
     array.settle(*map(Path, argv))
 
 
 def report(argv: list[str]) -> None:
-    from thriftlab.train.errors import ConfigError
+    from thriftlab.data.errors import ConfigError
 
     if len(argv) not in (1, 2):
         raise ConfigError("thriftlab report takes the folder of one study: thriftlab report FOLDER [TARGET]")
 
-    from thriftlab.launch import publish, report
+    from thriftlab.launch.report import page as report
+    from thriftlab.launch.report import publish
 
     folder, *target = map(Path, argv)
     print(publish.publish(folder, target[0]) if target else report.report(folder))
 
 
 def bench(argv: list[str]) -> None:
-    from thriftlab.train.errors import ConfigError
+    from thriftlab.data.errors import ConfigError
 
     if argv[:1] != ["optim"]:
         raise ConfigError("thriftlab bench measures one thing so far: thriftlab bench optim")
 
     from thriftlab.launch import bench
-    from thriftlab.train import settings
+    from thriftlab.train.config import parse as settings
 
     bench.bench(settings.load(bench.OptimBench, argv[1:]))
 
 
 def bench_help(argv: list[str]) -> None:
     from thriftlab.launch.bench import OptimBench
-    from thriftlab.train.surface import describe
+    from thriftlab.train.config.help import describe
 
     print(SYNTAX, describe(OptimBench), sep="\n")
 

@@ -6,15 +6,15 @@ Adding a method is adding a file.
 import importlib
 import pkgutil
 
-from thriftlab.optim.base import METHODS, Method, predicted_state_bytes, state_bytes
-from thriftlab.optim.layers import LAYERS, Conversion, Layer, convert
-from thriftlab.optim.listing import left_to_adamw
-from thriftlab.optim.lost import convert_lost
-from thriftlab.optim.split import SplitOptimizer, split_groups
-from thriftlab.optim.subspace import Subspace
+from thriftlab.optim.core.listing import left_to_adamw
+from thriftlab.optim.core.method import METHODS, Method, predicted_state_bytes, state_bytes
+from thriftlab.optim.core.split import SplitOptimizer, split_groups
+from thriftlab.optim.layers.base import LAYERS, Conversion, Layer, convert
+from thriftlab.optim.layers.lost import convert_lost
+from thriftlab.optim.state.coordinates import Subspace
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 _every: tuple[type[Method] | type[Layer], ...] = (*METHODS.values(), *LAYERS.values())
 _classes = {cls.__name__: cls for cls in _every}  # AdamW, Frugal, LostLinear ...

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.base import Method, Spec, State
-from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.moments import adamw, adamw_spec
-from thriftlab.optim.storage import StateDtype, by_entry, key_rounding
+from thriftlab.optim.core.hyper import Betas, Search
+from thriftlab.optim.core.method import Method, Spec, State
+from thriftlab.optim.state.rules import adamw, adamw_spec
+from thriftlab.optim.state.storage import StateDtype, by_entry, key_rounding
 
 
 class AdamW(Method, name="adamw"):

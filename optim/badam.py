@@ -16,12 +16,12 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.base import State
-from thriftlab.optim.blocks import Balance, BlockOrder, Unit
+from thriftlab.optim.core.hyper import Betas, Search
+from thriftlab.optim.core.method import State
+from thriftlab.optim.core.split import has_moments
 from thriftlab.optim.frugal import Frugal
-from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.split import has_moments
-from thriftlab.optim.storage import StateDtype
+from thriftlab.optim.state.blocks import Balance, BlockOrder, Unit
+from thriftlab.optim.state.storage import StateDtype
 
 
 class BAdam(Frugal, name="badam"):

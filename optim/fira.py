@@ -23,13 +23,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.base import Spec, State
-from thriftlab.optim.carry import add_up, keeps_rows
-from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.lowrank import TINY, LowRank, correction, direction, growth_limit, norms
-from thriftlab.optim.split import OnRefresh, basis_of, subspace_of
-from thriftlab.optim.storage import StateDtype, wide
-from thriftlab.optim.subspace import Subspace
+from thriftlab.optim.core.hyper import Betas, Search
+from thriftlab.optim.core.method import Spec, State
+from thriftlab.optim.core.projected import TINY, LowRank, correction, direction, growth_limit, norms
+from thriftlab.optim.core.split import OnRefresh, basis_of, subspace_of
+from thriftlab.optim.state.carry import add_up, keeps_rows
+from thriftlab.optim.state.coordinates import Subspace
+from thriftlab.optim.state.storage import StateDtype, wide
 
 
 class Fira(LowRank, name="fira"):

@@ -19,12 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.base import Spec, State
-from thriftlab.optim.blocks import Balance, BlockOrder, Unit, active_blocks
-from thriftlab.optim.carry import add_up
-from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.moments import RULES, add_scaled, add_sign, decay
-from thriftlab.optim.split import (
+from thriftlab.optim.core.hyper import Betas, Search
+from thriftlab.optim.core.method import Spec, State
+from thriftlab.optim.core.split import (
     COUNTERS,
     OnRefresh,
     SplitOptimizer,
@@ -35,8 +32,11 @@ from thriftlab.optim.split import (
     subspace_of,
     zero_moments,
 )
-from thriftlab.optim.storage import StateDtype, by_entry, drop, rounding_spec
-from thriftlab.optim.subspace import CoordinateSubspace, Subspace, is_countable
+from thriftlab.optim.state.blocks import Balance, BlockOrder, Unit, active_blocks
+from thriftlab.optim.state.carry import add_up
+from thriftlab.optim.state.coordinates import CoordinateSubspace, Subspace, is_countable
+from thriftlab.optim.state.rules import RULES, add_scaled, add_sign, decay
+from thriftlab.optim.state.storage import StateDtype, by_entry, drop, rounding_spec
 
 
 class Frugal(SplitOptimizer, name="frugal"):

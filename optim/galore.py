@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.base import State
-from thriftlab.optim.carry import add_up
-from thriftlab.optim.hyper import Betas, Search
-from thriftlab.optim.lowrank import LowRank, direction
-from thriftlab.optim.split import OnRefresh, basis_of, subspace_of
-from thriftlab.optim.storage import StateDtype
-from thriftlab.optim.subspace import Subspace
+from thriftlab.optim.core.hyper import Betas, Search
+from thriftlab.optim.core.method import State
+from thriftlab.optim.core.projected import LowRank, direction
+from thriftlab.optim.core.split import OnRefresh, basis_of, subspace_of
+from thriftlab.optim.state.carry import add_up
+from thriftlab.optim.state.coordinates import Subspace
+from thriftlab.optim.state.storage import StateDtype
 
 
 class GaLore(LowRank, name="galore"):

@@ -19,11 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.base import Spec, State
-from thriftlab.optim.hyper import Betas, Search, Unit
-from thriftlab.optim.moments import adamw_spec, add_scaled, decay
-from thriftlab.optim.split import SplitOptimizer
-from thriftlab.optim.storage import StateDtype, kept_spec, load, make_zero, store, wide
+from thriftlab.optim.core.hyper import Betas, Search, Unit
+from thriftlab.optim.core.method import Spec, State
+from thriftlab.optim.core.split import SplitOptimizer
+from thriftlab.optim.state.rules import adamw_spec, add_scaled, decay
+from thriftlab.optim.state.storage import StateDtype, kept_spec, load, make_zero, store, wide
 
 AdjustLr = Literal["original", "match_rms_adamw"]
 BUFFERS = ("momentum_buffer",)

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.base import Method, Spec, State
-from thriftlab.optim.hyper import Search
-from thriftlab.optim.moments import add_sign, decay
+from thriftlab.optim.core.hyper import Search
+from thriftlab.optim.core.method import Method, Spec, State
+from thriftlab.optim.state.rules import add_sign, decay
 
 
 class SignSGD(Method, name="signsgd"):

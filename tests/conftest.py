@@ -7,7 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
 import pytest  # noqa: E402
-from tiny import prepare_tiny  # noqa: E402
+
+from tests.tools.tiny import prepare_tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

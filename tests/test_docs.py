@@ -5,17 +5,19 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config
 
-from thriftlab.data.prepare import PrepareConfig
-from thriftlab.launch import arguments, array, experiment, hosts, slurm
+from tests.tools.tiny import tiny_config
+from thriftlab.data.prepare.pipeline import PrepareConfig
+from thriftlab.launch.cluster import array, hosts, slurm
+from thriftlab.launch.studies import compare as arguments
+from thriftlab.launch.studies import written as experiment
 from thriftlab.optim import METHODS
-from thriftlab.train import settings
-from thriftlab.train.config import RunConfig
-from thriftlab.train.judge import ReferenceConfig
+from thriftlab.train.config import parse as settings
+from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.loop import run
-from thriftlab.train.record import read_metrics
+from thriftlab.train.records.record import read_metrics
 from thriftlab.train.signals import SIGNALS
+from thriftlab.train.write_reference import ReferenceConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

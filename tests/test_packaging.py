@@ -22,5 +22,6 @@ def test_the_wheel_is_whole(tmp_path):
     [wheel] = tmp_path.glob("thriftlab-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
-    files = code + [path for kind in ("templates", "studies") for path in (ROOT / "launch" / kind).iterdir()]
+    beside = [path for path in (ROOT / "launch").rglob("*") if path.suffix in (".yaml", ".html", ".sbatch")]
+    files = code + beside
     assert names == {f"thriftlab/{path.relative_to(ROOT).as_posix()}" for path in files}

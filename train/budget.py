@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from thriftlab.train.errors import ConfigError
+from thriftlab.data.errors import ConfigError
 
 
 def exact_int(value: Any) -> Any:

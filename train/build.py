@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
-from thriftlab.optim.layers import changing, check_patterns
-from thriftlab.optim.listing import by_reason
-from thriftlab.train.backend import Backend
+from thriftlab.optim.core.listing import by_reason
+from thriftlab.optim.layers.base import changing, check_patterns
+from thriftlab.train.backends.base import Backend
+from thriftlab.train.backends.replicas import refuse_differences
 from thriftlab.train.budget import SCHEDULES, Horizon
-from thriftlab.train.config import LAYER, RunConfig, fingerprint
-from thriftlab.train.errors import ConfigError, UserError
+from thriftlab.train.config.schema import LAYER, RunConfig, fingerprint
 from thriftlab.train.evaluate import count_rows
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
-from thriftlab.train.replicas import refuse_differences
 from thriftlab.train.signals import SIGNALS, Signal
 from thriftlab.train.signals.reference import open_reference
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.data.shards import Dataset, Windows
-from thriftlab.train.backend import Backend
+from thriftlab.train.backends.base import Backend
 from thriftlab.train.objective import split_windows
 from thriftlab.train.step import autocast, document_ids
 

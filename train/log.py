@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.train import record
+from thriftlab.data.files import sha256
 from thriftlab.train.build import Run
-from thriftlab.train.files import sha256
-from thriftlab.train.progress import Progress
-from thriftlab.train.signals.watch import tell
+from thriftlab.train.records import record
+from thriftlab.train.records.progress import Progress
+from thriftlab.train.records.tracking import tracker
 from thriftlab.train.step import StepResult
-from thriftlab.train.tracking import tracker
+from thriftlab.train.watch import tell
 
 
 @dataclass

@@ -12,26 +12,27 @@ from typing import Any
 
 import torch
 
+from thriftlab.data.errors import UserError
+from thriftlab.data.files import sha256
 from thriftlab.data.loader import Batch, batches
 from thriftlab.optim import state_bytes
-from thriftlab.optim.base import keyed_generator
-from thriftlab.optim.layers import before_step
-from thriftlab.optim.listing import listing, remarks, replaced
-from thriftlab.train import checkpoint, record
-from thriftlab.train.backend import Backend, make_backend
+from thriftlab.optim.core.listing import listing, remarks, replaced
+from thriftlab.optim.core.method import keyed_generator
+from thriftlab.optim.layers.base import before_step
+from thriftlab.train.backends.base import Backend, make_backend
+from thriftlab.train.backends.channel import Channel
+from thriftlab.train.backends.pieces import read_whole, whole
+from thriftlab.train.backends.rendezvous import named_losses, set_timeout
+from thriftlab.train.backends.replicas import buffers, take_up_buffers
 from thriftlab.train.build import Run, build
-from thriftlab.train.channel import Channel
-from thriftlab.train.config import RunConfig, method_name
-from thriftlab.train.errors import UserError
+from thriftlab.train.checkpoints import writer as checkpoint
+from thriftlab.train.config.schema import RunConfig, method_name
 from thriftlab.train.evaluate import evaluate
-from thriftlab.train.files import sha256
 from thriftlab.train.log import Counters, Log
-from thriftlab.train.pieces import read_whole, whole
-from thriftlab.train.ranks import named_losses, set_timeout
-from thriftlab.train.replicas import buffers, take_up_buffers
-from thriftlab.train.signals.watch import tell
+from thriftlab.train.records import record
+from thriftlab.train.records.stop import Interrupted, status, stop_file, stop_signals
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
-from thriftlab.train.stop import Interrupted, status, stop_file, stop_signals
+from thriftlab.train.watch import tell
 from thriftlab.train.witness import witness
 
 WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from thriftlab.data.loader import Batch
-from thriftlab.optim.base import keyed_generator
-from thriftlab.train.backend import Backend
+from thriftlab.optim.core.method import keyed_generator
+from thriftlab.train.backends.base import Backend
 from thriftlab.train.signals.base import Signal, asks_for_statistics, by_domain
-from thriftlab.train.signals.watch import watch
+from thriftlab.train.watch import watch
 
 EVERY = slice(None)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.data.loader import Batch
-from thriftlab.train.backend import Backend
+from thriftlab.train.backends.base import Backend
 from thriftlab.train.objective import Objective, document_ids, split_windows
 from thriftlab.train.signals.base import Uniform
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from thriftlab.data.errors import UserError
 from thriftlab.optim import Method
-from thriftlab.optim.base import downhill
-from thriftlab.train.backend import Backend
-from thriftlab.train.errors import UserError
+from thriftlab.optim.core.method import downhill
+from thriftlab.train.backends.base import Backend
+from thriftlab.train.backends.pieces import Piece, Pieces
 from thriftlab.train.objective import count_targets, split_windows, total_loss
-from thriftlab.train.pieces import Piece, Pieces
 from thriftlab.train.step import autocast
 
 TOLERANCE = 1e-3  # of a norm: rounding stays far below it, and no fault that we know of does

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.hyper import Search
+from thriftlab.optim.core.hyper import Search
 from thriftlab.train.signals.base import Signal, State, domain_means
 
 BETAS, EPS = (0.9, 0.999), 1e-8

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thriftlab.data.errors import UserError
+from thriftlab.data.files import sha256, unseal
 from thriftlab.data.loader import Batch
 from thriftlab.data.mixture import Plan
 from thriftlab.data.shards import Dataset
-from thriftlab.train.errors import UserError
-from thriftlab.train.files import sha256, unseal
 
 NAME = "reference.json"
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.hyper import Search
+from thriftlab.optim.core.hyper import Search
 from thriftlab.train.signals.base import Signal
 
 FLOOR = 1e-6  # nats; the smallest range

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.hyper import Search
+from thriftlab.optim.core.hyper import Search
 from thriftlab.train.signals.base import Signal
 
 

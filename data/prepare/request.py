@@ -1,0 +1,156 @@
+"""What a preparation is asked to make: its settings, and how a finished folder is known to answer them.
+
+The surprise: inputs are compared by the names, sizes and times of their files, because hashing a corpus takes as long
+as reading it; input that has gone since makes no difference, so that a prepared folder outlives its corpus.
+"""
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from thriftlab.data.corpora import embedded, recipes
+from thriftlab.data.corpora.packages import DOWNLOADS
+from thriftlab.data.corpora.readers import files, locate
+from thriftlab.data.shards import SHARD_TOKENS
+from thriftlab.data.tokens import load_tokenizer
+
+Request = dict[str, dict[str, Any]]
+
+
+class Input(BaseModel):
+    """Where one source comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(
+        description="file, folder, hf:NAME[:CONFIG[:SPLIT]], embedded[:PART], synthetic[:KEY=VALUE,...], "
+        "recipe:NAME:DOMAIN"
+    )
+    text_key: str = Field("text", description="key or column that holds the text, of jsonl, parquet and Hugging Face")
+    streaming: bool = Field(True, description="read a Hugging Face dataset while it downloads")
+    licence: str = Field("unknown", description="licence of the text, kept in the manifest")
+
+
+def _split_commas(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _embedded() -> dict[str, Input]:
+    return {part: Input(path=f"embedded:{part}", licence=embedded.LICENCE) for part in embedded.PARTS}
+
+
+class PrepareConfig(BaseModel):
+    """One prepared data set, completely."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str | None = Field(
+        None,
+        description="real text of many domains, from public packages: medium. Its inputs come beside those given, and "
+        f"out=prepared/medium and tokenizer={recipes.TOKENIZER} unless given",
+    )
+    leave_out: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
+        (), description="domains of the recipe to do without, as javadoc,spam"
+    )
+    downloads: Path = Field(DOWNLOADS, description="where packages of a recipe are kept, and looked for first")
+    out: Path = Field(Path("prepared/embedded"), description="folder to make")
+    inputs: dict[str, Input] = Field(
+        default_factory=_embedded, min_length=1, description="sources by name; the embedded corpus unless given"
+    )
+    tokenizer: str = Field(
+        "bytes", description="bytes, gpt2, bpe:VOCABULARY (trained on the training text) or a tokenizer.json"
+    )
+    holdout: float = Field(0.05, gt=0, lt=0.5, description="share of the documents held out for validation")
+    holdout_bytes: int = Field(
+        50_000, ge=0, description="bytes to hold out of every source at least, up to a fifth of the source"
+    )
+    near_duplicate: float = Field(
+        0.5, gt=0, le=1, description="share of 8-word shingles in common with held-out text that bars from training"
+    )
+    shard_tokens: int = Field(SHARD_TOKENS, ge=1, description="most tokens in a file")
+    seed: int = Field(0, ge=0, lt=2**63, description="another seed holds out other documents")
+    force: bool = Field(False, description="replace what was prepared in `out` before")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Beside what is given, what a recipe sets."""
+        leave_out = _split_commas(given.get("leave_out", ()))
+        if given.get("recipe") is None:
+            if leave_out:
+                raise ValueError("leave_out is for the domains of a recipe, and there is none")
+            return given
+        settings = recipes.settings(given["recipe"], leave_out)
+        if isinstance(inputs := given.get("inputs", {}), dict):
+            given = given | {"inputs": settings["inputs"] | inputs}
+        return settings | given
+
+    @field_validator("inputs")
+    @classmethod
+    def _names(cls, inputs: dict[str, Input]) -> dict[str, Input]:
+        for name in inputs:
+            if not name.replace("-", "_").isidentifier():
+                raise ValueError(f"source {name!r} names a folder: use letters, digits, _ and -, a letter first")
+        return inputs
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer(cls, name: str) -> str:
+        kind, _, size = name.partition(":")
+        trained = kind == "bpe" and size.isdecimal() and int(size) >= 257
+        if trained or name in ("bytes", "gpt2") or name.endswith(".json"):
+            return name
+        raise ValueError(f"{name!r} is none of bytes, gpt2, bpe:VOCABULARY (257 or more), path of a tokenizer.json")
+
+
+def request_of(config: PrepareConfig) -> Request:
+    """{"settings": all that the result depends on, "content": what is known of the inputs without reading them}."""
+    return {"settings": _settings(config), "content": _content(config)}
+
+
+def difference(made: Request | None, asked: Request) -> str | None:
+    """How what was made differs from what is asked for, in words."""
+    if made is None:
+        return "by other means than this command"
+    for key in sorted(made["settings"].keys() | asked["settings"].keys()):
+        was, now = made["settings"].get(key), asked["settings"].get(key)
+        if was != now:
+            return f"with {key} = {was} and is asked for with {now}"
+    for name, now in asked["content"].items():
+        was = made["content"].get(name)
+        if now is not None and was != now:
+            return f"when {name} was another ({was}, now {now})"
+    return None
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    settings = config.model_dump(mode="json", exclude={"out", "force", "inputs", "recipe", "leave_out", "downloads"})
+    for name, source in config.inputs.items():
+        settings |= {f"inputs.{name}.{key}": value for key, value in source.model_dump().items()}
+    return settings
+
+
+def _content(config: PrepareConfig) -> dict[str, str | None]:
+    """What can be known of the inputs without reading them; None where that is nothing."""
+    content = {name: _stamp(source, config.downloads) for name, source in config.inputs.items()}
+    if not config.tokenizer.startswith("bpe:"):
+        content["the tokenizer"] = load_tokenizer(config.tokenizer).sha256
+    return content
+
+
+def _stamp(source: Input, downloads: Path) -> str | None:
+    """Names, sizes and times of files; of a recipe, names; of the embedded corpus, the Python."""
+    reader, place = locate(source.path)
+    if reader == "recipe":
+        return recipes.stamp(place, downloads)
+    if reader == "embedded":
+        return f"Python {platform.python_version()}"
+    path = Path(place.split(":")[0] if reader == "hf" else place)
+    if reader == "synthetic" or not path.exists():
+        return None
+    listing = [(file.relative_to(path).as_posix(), file.stat()) for file in files(path)]
+    text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in listing)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

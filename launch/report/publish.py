@@ -1,0 +1,66 @@
+"""The part of a study's folder that is kept in a repository: its report, its plan and a line for every run.
+
+One surprise: it can be much smaller than the runs and still be checked. The line of a run has its fingerprint and
+commit, and the runs are functions of those.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from thriftlab.data.errors import UserError
+from thriftlab.data.files import replace_atomically
+from thriftlab.launch.report.figures import Picture, pictures
+from thriftlab.launch.report.page import markdown, template
+from thriftlab.launch.report.results import STUDY, Result, dig, read_study
+
+KEPT = {
+    "lr": ("config", "optim", "lr"), "loss": ("results", "loss"), "bits_per_byte": ("results", "bits_per_byte"),
+    "train_loss": ("results", "train_loss"), "tokens": ("budget", "tokens"), "seconds": ("budget", "seconds"),
+    "parameters": ("model", "trained"), "flops_per_token": ("model", "flops_per_token"),
+    "state_bytes": ("memory", "state_bytes"), "peak_bytes": ("memory", "peak_bytes"),
+    "skipped_steps": ("skipped_steps",), "data": ("data", "fingerprint"), "plan": ("data", "plan"),
+    "commit": ("commit",), "diff_sha256": ("diff_sha256",), "cpu": ("machine", "cpu"), "cores": ("machine", "cores"),
+    "threads": ("machine", "threads"), "gpus": ("machine", "gpus"), "finished": ("finished",),
+    "fingerprint": ("fingerprint",),
+}  # fmt: skip
+
+
+def publish(folder: Path, target: Path) -> Path:
+    """Write TARGET/report.md with its figures, study.json and runs.jsonl; returns TARGET.
+
+    UserError where FOLDER is no study, or TARGET holds something else.
+    """
+    study = read_study(folder)
+    if target.exists() and not (target / STUDY).exists() and any(target.iterdir()):
+        raise UserError(f"{target} holds something else than a study; choose another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("*.svg"):
+        old.unlink()
+    figures = {f"{slug(picture.title)}.svg": picture for picture in pictures(study)}
+    words = markdown(study, figures).replace(f"{folder}/", "")  # where a problem lay on the machine of the runs
+    lines = [json.dumps(line(result)) for result in study.results if result.record]
+    texts = {name: standalone(picture) for name, picture in figures.items()}
+    texts |= {"report.md": words, "runs.jsonl": "".join(f"{text}\n" for text in lines)}
+    for name, text in texts.items():
+        replace_atomically(target / name, text.encode())
+    replace_atomically(target / STUDY, (folder / STUDY).read_bytes())
+    return target
+
+
+def line(result: Result) -> dict[str, Any]:
+    """A run in one line."""
+    kept = {key: dig(result.record, *path) for key, path in KEPT.items()}
+    return {"arm": result.arm, "seed": result.seed, **kept}
+
+
+def slug(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower())
+
+
+def standalone(picture: Picture) -> str:
+    """The figure as a file of its own, in the light colours of the report's page."""
+    light = dict(re.findall(r"--(\w+): (#\w+)", template().partition("@media")[0]))
+    svg = re.sub(r"var\(--(\w+)\)", lambda found: light[found[1]], picture.svg)
+    return svg.replace("<svg ", f'<svg style="background: {light["page"]}" ', 1).replace("inherit", "sans-serif")

@@ -1,0 +1,109 @@
+"""What a new basis means for what was kept: moments are carried over to it, and what changed is measured.
+
+A subspace is asked for no more than down() and up(), so one's own is carried like the library's: the old coordinates'
+identity matrix, taken up in the old basis and down in the new one, is the map T between the two.
+
+One surprise: signs are mended in the moments, not in the basis. A singular vector and its negative span the same line,
+so turning the first moment instead gives the same step, whatever the basis looks like inside.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thriftlab.optim.core.method import State
+from thriftlab.optim.state.coordinates import CoordinateSubspace, Subspace
+from thriftlab.optim.state.dense import DenseSubspace, is_tall
+from thriftlab.optim.state.storage import SECOND_MOMENTS, load, make_zero, store
+
+AnySubspace = CoordinateSubspace | DenseSubspace | Subspace
+
+
+def carry(
+    subspace: AnySubspace, old: State, new: State, grad: Tensor, state: State,
+    buffers: tuple[str, ...], group: dict[str, Any],
+) -> None:  # fmt: skip
+    """Takes the moments `buffers` over to a new basis.
+
+    `project` expresses them in it: first moments by T, second moments by the squares of T's entries. `keep` leaves the
+    numbers as they are; but a basis with arbitrary signs is no reason to turn round, so where a vector of it points
+    away from its predecessor, the first moment's sign changes with it.
+    """
+    if isinstance(subspace, CoordinateSubspace):
+        if group["on_refresh"] == "keep":
+            return
+        moved = [project(load(state, buffer), subspace, old, new, like=grad) for buffer in buffers]
+    else:
+        if group["on_refresh"] == "keep" and not getattr(subspace, "arbitrary_signs", False):
+            return
+        change = transfer(subspace, old, new, grad)
+        if group["on_refresh"] == "keep":
+            change = torch.where(change.diagonal() < 0, -1.0, 1.0).diag()
+        rows = keeps_rows(state[buffers[0]], grad)
+        moved = [turn(load(state, b), change.square() if b in SECOND_MOMENTS else change, rows) for b in buffers]
+    make_zero(buffers, subspace.down(grad, new), state, group)
+    for buffer, moment in zip(buffers, moved, strict=True):
+        store(state, buffer, load(state, buffer).copy_(moment))
+
+
+def project(moment: Tensor, subspace: CoordinateSubspace, old: State, new: State, like: Tensor) -> Tensor:
+    """down_new(up_old(moment)): entries that stay in the subspace keep their moments, others start at zero."""
+    whole = torch.zeros_like(like, dtype=moment.dtype)
+    subspace.put(whole, subspace.where(whole, old), moment)
+    return subspace.down(whole, new)
+
+
+def transfer(subspace: DenseSubspace | Subspace, old: State, new: State, matrix: Tensor) -> Tensor:
+    """T = down_new(up_old(identity))  # [r, r]: column j is where the j-th old vector lies in the new subspace."""
+    identity = torch.zeros_like(subspace.down(matrix, old))
+    identity.diagonal().fill_(1)
+    image = subspace.down(subspace.up(identity, old), new)
+    return image[: identity.shape[1]].T if keeps_rows(identity, matrix) else image[:, : identity.shape[0]]
+
+
+def residual_energy(subspace: AnySubspace, basis: State, grad: Tensor) -> Tensor:
+    """|G - up(down(G))|^2 / |G|^2"""
+    small, whole = subspace.down(grad, basis), grad.float().square().sum()
+    if isinstance(subspace, CoordinateSubspace):
+        return 1 - small.float().square().sum() / whole.clamp(min=1e-30)
+    return (grad - subspace.up(small, basis)).float().square().sum() / whole.clamp(min=1e-30)
+
+
+def overlap(subspace: AnySubspace, old: State, new: State, grad: Tensor) -> Tensor:
+    """|P_new^T P_old|^2 / r; 0 at the first refresh and for subspaces of one's own."""
+    if old and isinstance(subspace, CoordinateSubspace):
+        shared = project(torch.ones_like(subspace.down(grad, old)), subspace, old, new, like=grad).float()
+        return shared.sum() / max(shared.numel(), 1)
+    if old and isinstance(subspace, DenseSubspace):
+        change = transfer(subspace, old, new, grad).float()
+        return change.square().sum() / max(len(change), 1)
+    return torch.zeros((), device=grad.device)
+
+
+def add_up(matrix: Tensor, small: Tensor, subspace: Any, basis: State, scale: float | Tensor) -> None:
+    """matrix += scale * up(small), in place."""
+    if isinstance(scale, Tensor):
+        small, scale = small * scale.to(small), 1.0
+    if isinstance(subspace, DenseSubspace):
+        subspace.add_up(matrix, small, basis, scale)
+    else:
+        matrix.add_(subspace.up(small, basis), alpha=scale)
+
+
+def turn(moment: Tensor, change: Tensor, rows: bool) -> Tensor:
+    """`change` applied to the coordinates of each row, or of each column."""
+    change = change.to(moment.dtype)
+    return moment @ change.T if rows else change @ moment
+
+
+def keeps_rows(small: Tensor, matrix: Tensor) -> bool:
+    """Whether `small` has one row for each row of the matrix, and not one column for each column."""
+    if small.shape == matrix.shape:
+        return is_tall(matrix)
+    if small.ndim != 2 or (small.shape[0] != matrix.shape[0] and small.shape[1] != matrix.shape[1]):
+        raise ValueError(
+            f"the subspace makes {tuple(small.shape)} of a matrix {tuple(matrix.shape)}; "
+            "it must keep its rows or its columns"
+        )
+    return small.shape[0] == matrix.shape[0]

@@ -1,0 +1,221 @@
+"""Where the state lives: the part of a matrix's coordinates that a state-full rule looks after.
+
+A `Subspace` is any object with refresh, down and up; a basis is a dict of tensors, which the optimizer keeps in its
+state. A `CoordinateSubspace` picks entries of the matrix, so its complement is the entries that it leaves out: it reads
+and writes them in place and needs no `up`. Dense subspaces are in bases.py; blocks choose whole tensors of a group and
+are no subspace of one matrix (blocks.py).
+
+The surprise: `Coordinates` stores two integers. The chosen entries are hashed anew at every step, one in each of k
+equal strata of the flat matrix: exactly k, every entry equally likely, with neither a mask nor k int64 indices.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from thriftlab.optim.core.method import Spec, State
+
+
+@runtime_checkable
+class Subspace(Protocol):
+    """A subspace of one's own. It may also have
+
+    - `refine(grad, basis) -> basis`: the next basis from the last one, called instead of every refresh but the first;
+    - `spec(shape, dtype) -> (small shape, {name: (shape, dtype)})`: otherwise a trial refresh tells the sizes;
+    - `uses_gradient = False`: the basis does not depend on the gradient, which then may be NaN;
+    - `arbitrary_signs = True`: a vector and its negative mean the same, as for singular vectors. Where moments are kept
+      over a refresh the optimizer then follows the signs; without it the basis is taken as it is, so that the bases of
+      another program replay its run.
+    """
+
+    def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
+        """The basis for the next `gap` steps of the matrix `name`; count = 0, 1, 2 ... counts its refreshes."""
+        ...
+
+    def down(self, grad: Tensor, basis: State) -> Tensor:
+        """The matrix's coordinates in the subspace."""
+        ...
+
+    def up(self, small: Tensor, basis: State) -> Tensor:
+        """The matrix that has these coordinates, and nothing outside of the subspace."""
+        ...
+
+
+class CoordinateSubspace:
+    """Some entries of the matrix, at the positions `where`: `take` copies them out, `put` writes them back."""
+
+    uses_gradient = False
+
+    def __init__(self, density: float):
+        self.density = density
+
+    def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
+        raise NotImplementedError
+
+    def where(self, matrix: Tensor, basis: State) -> Tensor:
+        raise NotImplementedError
+
+    def take(self, matrix: Tensor, where: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
+        raise NotImplementedError
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
+        """Shape of what `take` gives, and the basis."""
+        raise NotImplementedError
+
+    # A subspace that also knows its entries by number, in row-major order, can be used where a matrix is cut.
+
+    def positions(self, shape: tuple[int, ...], basis: State, entries: Tensor) -> Tensor:
+        """Flat positions of the chosen entries with these numbers."""
+        raise NotImplementedError
+
+    def below(self, position: int, shape: tuple[int, ...], basis: State) -> int:
+        """How many chosen entries lie before a flat position."""
+        raise NotImplementedError
+
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        """Shape of what `take` gives."""
+        raise NotImplementedError
+
+    def down(self, matrix: Tensor, basis: State) -> Tensor:
+        return self.take(matrix, self.where(matrix, basis))
+
+
+class Slices(CoordinateSubspace):
+    """A random floor(density * size) of the columns (dim 1) or rows (dim 0)."""
+
+    dim: int
+
+    def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
+        size = grad.shape[self.dim]
+        chosen = torch.randperm(size, generator=generator)[: int(size * self.density)].sort().values
+        return {"index": chosen.to(grad.device, torch.int32)}  # [k]
+
+    def where(self, matrix: Tensor, basis: State) -> Tensor:
+        return basis["index"].long()
+
+    def take(self, matrix: Tensor, where: Tensor) -> Tensor:
+        return matrix.index_select(self.dim, where)
+
+    def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
+        matrix.index_copy_(self.dim, where, small)
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
+        chosen = int(shape[self.dim] * self.density)
+        small = (chosen, shape[1]) if self.dim == 0 else (shape[0], chosen)
+        return small, {"index": ((chosen,), torch.int32)}
+
+
+class Columns(Slices):
+    dim = 1
+
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        return shape[0], len(basis["index"])
+
+    def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
+        matrix.scatter_(1, where.expand_as(small), small)  # what index_copy_ does, at two thirds of its cost
+
+    def positions(self, shape: tuple[int, ...], basis: State, entries: Tensor) -> Tensor:
+        chosen = max(len(basis["index"]), 1)
+        return entries // chosen * shape[1] + basis["index"].long()[entries % chosen]
+
+    def below(self, position: int, shape: tuple[int, ...], basis: State) -> int:
+        row, column = divmod(position, shape[1])
+        return row * len(basis["index"]) + int((basis["index"] < column).sum())
+
+
+class Rows(Slices):
+    dim = 0
+
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        return len(basis["index"]), shape[1]
+
+    def positions(self, shape: tuple[int, ...], basis: State, entries: Tensor) -> Tensor:
+        return basis["index"].long()[entries // shape[1]] * shape[1] + entries % shape[1]
+
+    def below(self, position: int, shape: tuple[int, ...], basis: State) -> int:
+        row, column = divmod(position, shape[1])
+        return int((basis["index"] < row).sum()) * shape[1] + column * int((basis["index"] == row).any())
+
+
+class Coordinates(CoordinateSubspace):
+    """floor(density * numel) single entries; the small space is 1-D."""
+
+    def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
+        chosen = torch.tensor(int(grad.numel() * self.density), device="cpu")  # the density may change before the next
+        return {"key": torch.randint(2**62, (), generator=generator), "chosen": chosen}
+
+    def where(self, matrix: Tensor, basis: State) -> Tensor:
+        entries = torch.arange(int(basis["chosen"]), device=matrix.device)
+        return self.positions(tuple(matrix.shape), basis, entries)
+
+    def positions(self, shape: tuple[int, ...], basis: State, entries: Tensor) -> Tensor:
+        size, turn = self.circle(shape, basis)
+        if turn == 0:
+            return self.draw(entries, size, basis)
+        ahead = self.drawn_below(size - turn, size, basis)  # what the turn does not take over the end comes last
+        strata = (entries + ahead).remainder_(int(basis["chosen"]))
+        return self.draw(strata, size, basis).add_(turn).remainder_(size)  # [k], ascending
+
+    def below(self, position: int, shape: tuple[int, ...], basis: State) -> int:
+        size, turn = self.circle(shape, basis)
+        edges = max(position - turn, 0), min(position + size - turn, size), size - turn
+        low, high, end = (self.drawn_below(edge, size, basis) for edge in edges)
+        return low + high - end
+
+    def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
+        return (int(basis["chosen"]),)
+
+    def circle(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
+        """Entries, and by how much their circle is turned: where some strata are longer, all entries are to be equally
+        likely."""
+        size, chosen = shape[0] * shape[1], int(basis["chosen"])
+        return size, int(hash63(basis["key"] - 1)) % size if chosen and size % chosen else 0
+
+    def draw(self, stratum: Tensor, size: int, basis: State) -> Tensor:
+        """The entry that is drawn from each stratum, before the turn."""
+        positions, chosen = hash63(stratum + basis["key"]), int(basis["chosen"])
+        if chosen == 0 or size % chosen == 0:
+            return positions.remainder_(size // max(chosen, 1)).add_(stratum, alpha=size // max(chosen, 1))
+        first, end = stratum * size // chosen, (stratum + 1) * size // chosen
+        return positions.remainder_(end - first).add_(first)
+
+    def drawn_below(self, edge: int, size: int, basis: State) -> int:
+        """How many of the entries that are drawn lie below an edge, before the turn."""
+        chosen = int(basis["chosen"])
+        if edge >= size or chosen == 0:
+            return chosen
+        stratum = ((edge + 1) * chosen - 1) // size  # the one that the edge lies in
+        return stratum + int(self.draw(torch.tensor(stratum), size, basis) < edge)
+
+    def take(self, matrix: Tensor, where: Tensor) -> Tensor:
+        return matrix.take(where)
+
+    def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
+        matrix.put_(where, small)
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
+        return (int(shape[0] * shape[1] * self.density),), {"key": ((), torch.int64), "chosen": ((), torch.int64)}
+
+
+SUBSPACES: dict[str, type[CoordinateSubspace]] = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}
+
+
+def is_countable(subspace: object) -> bool:
+    """Whether the chosen entries are known by number, see CoordinateSubspace."""
+    return isinstance(subspace, CoordinateSubspace) and type(subspace).below is not CoordinateSubspace.below
+
+
+def hash63(x: Tensor) -> Tensor:
+    """Scrambles int64 to 63 well-mixed bits: the finaliser of splitmix64, in wrapping arithmetic."""
+    x = _mixed(x.clone(), 30).mul_(-0x40A7B892E31B1A47)
+    x = _mixed(x, 27).mul_(-0x6B2FB644ECCEEE15)
+    return _mixed(x, 31).bitwise_and_((1 << 63) - 1)
+
+
+def _mixed(x: Tensor, shift: int) -> Tensor:
+    """x xor (x >> shift), in place; the shift fills up with zeros, also below a sign."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1))

@@ -1,0 +1,60 @@
+"""The benchmark of the optimizers: what it counts is what there is."""
+
+import json
+
+import pytest
+import torch
+
+from thriftlab.launch import bench, cli, peers
+from thriftlab.optim import METHODS
+
+
+def test_one_round_of_every_method_on_small_shapes(tmp_path, capsys):
+    assert cli.main(["bench", "optim", "--preset", "nano", "rounds=2", "--out", str(tmp_path / "b.json")]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "b.json").read_text())
+    rows = {row["label"]: row for row in result["rows"]}
+    assert set(rows) >= {"torch AdamW foreach", "torch AdamW fused", peers.FLOOR, *peers.variants()}
+    assert {name for name, _ in peers.variants().values()} == set(METHODS)
+    for label, row in rows.items():
+        assert f"| {label} |" in printed
+        assert len(row["plain_seconds"]) == len(row["ratios"]) == 2
+        assert row["spec_bytes"] in (None, row["state_bytes"]), "measured state is the declared state"
+    assert set(rows["torch AdamW foreach"]["ratios"]) == {1.0}
+    assert rows["adamw"]["state_bytes"] == rows["torch AdamW foreach"]["state_bytes"]
+    assert all(f"{name}: left out" in printed for name in peers.PEERS if name not in rows), "a peer may be missing"
+
+
+def test_the_transient_memory_of_a_call_is_its_peak():
+    def call():
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        return second * 2
+
+    assert 8000 <= bench.peak_allocation(call) <= 8064  # and the scalars of the sums
+    assert bench.peak_allocation(lambda: None) == 0
+
+
+def test_held_bytes_look_into_objects_and_count_a_storage_once():
+    class Projector:
+        def __init__(self, basis):
+            self.basis, self.rank = basis, 2
+
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([p])
+    whole = torch.zeros(10, 10)
+    optimizer.state[p] = {"projector": Projector(whole[:2]), "again": whole[3], "step": torch.tensor(1.0), "n": 3}
+    assert peers.held_bytes(optimizer) == 400
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["bench"], "thriftlab bench optim"),
+    (["bench", "data"], "thriftlab bench optim"),
+    (["bench", "optim", "--methods", "adamw,nadam"], "unknown nadam; there are adamw"),
+    (["bench", "optim", "rounds=0"], "integer >= 1"),
+    (["bench", "optim", "preset=nan"], "it takes nano | micro"),
+])  # fmt: skip
+def test_mistakes(words, message, capsys):
+    assert cli.main(words) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,216 @@
+"""What `thriftlab submit` renders, and what its script does when a run ends; SLURM's programs are stand-ins here."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tools.tiny import tiny_config
+from thriftlab.launch import cli
+
+PROGRAMS = {
+    "scontrol": '[ $1 = requeue ] && echo "$2" > requeued\n[ "$2" = hostnames ] && echo n1\necho NodeAddr=127.0.0.1',
+    "srun": 'eval "$TRAINER"',
+    "squeue": "cat queue",
+    "sbatch": 'echo "$@" > submitted; [ -z "$REFUSED" ] && echo 7 || { echo "sbatch: error: $REFUSED" >&2; exit 1; }',
+}
+
+
+@pytest.fixture(autouse=True)
+def desk(tmp_path, monkeypatch, tiny_data):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, text in PROGRAMS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    (tmp_path / "queue").touch()
+    config = tiny_config(tiny_data, Path("out")).model_dump(mode="json")
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def submit(*argv):
+    return cli.main(["submit", "--config", "run.json", *argv])
+
+
+# --------------------------------------------------------------------------------------------------------- rendering
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(desk, capsys):
+    before = sorted(desk.rglob("*"))
+    assert submit("--dry-run", "--nodes", "2", "--gpus", "4", "--cpus", "8", "--time", "4:00:00", "--partition", "gpu",
+                  "--sbatch", "qos=high", "--sbatch", "exclusive", "--sbatch", 'comment=a "b" $c') == 0  # fmt: skip
+    script = capsys.readouterr().out
+    assert sorted(desk.rglob("*")) == before
+    for line in ("nodes=2", "gpus-per-node=4", "cpus-per-task=32", "time=4:00:00", "partition=gpu", "qos=high",
+                 "signal=B:USR1@120", "requeue", "exclusive", r'comment="a \"b\" $c"'):  # fmt: skip
+        assert f"#SBATCH --{line}\n" in script, line
+    assert "--nnodes=2" in script and "--nproc-per-node=4" in script and "--rdzv-backend=c10d" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--sbatch time=3", "--sbatch time is not possible"),
+        ("--sbatch array=0-3", "--sbatch array is not possible"),
+        ("--nodes 0", "command line: nodes = '0' is not possible; it takes integer >= 1"),
+        ("--gpus 3", "train.batch_size = 8 is not a multiple of the 3 ranks"),
+        ("--nodez 2", "unknown key 'nodez'; did you mean 'nodes'?"),
+        ("data.path=nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_is_seen_before_anything_is_submitted(argv, message, capsys, desk):
+    assert submit(*shlex.split(argv)) == 2
+    assert message in capsys.readouterr().err and not (desk / "submitted").exists()
+
+
+def test_values_stay_on_their_line(capsys):
+    assert submit("--partition", "gpu\n#SBATCH --uid=0") == 2
+    assert "partition" in capsys.readouterr().err
+
+
+def test_slurms_own_refusal_is_passed_on_and_leaves_nothing_in_the_way(desk, capsys, monkeypatch):
+    monkeypatch.setenv("REFUSED", "invalid partition specified: gpu")
+    assert submit() == 2
+    assert "job.sbatch: invalid partition specified: gpu" in capsys.readouterr().err.replace("out.sbatch", "job.sbatch")
+    monkeypatch.delenv("REFUSED")
+    assert submit() == 0 and "submitted job 7" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_job_at_work_or_a_stop_file_is_refused(desk, capsys):
+    assert submit() == 0
+    (desk / "queue").write_text("5\n7\n")
+    assert submit() == 2 and "job 7 is at work in out; wait for it, or: scancel 7" in capsys.readouterr().err
+    (desk / "queue").write_text("")
+    (desk / "out" / "STOP").touch()
+    assert submit() == 2 and "out/STOP keeps this run from going on" in capsys.readouterr().err
+    (desk / "out" / "STOP").write_text("job 7\n")  # of the job that is gone
+    assert submit() == 0 and not (desk / "out" / "STOP").exists()
+    assert (desk / "out" / "jobs" / "002" / "code" / "thriftlab" / "train" / "loop.py").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- the script
+
+
+def script(capsys, *argv):
+    assert submit("--dry-run", *argv) == 0
+    Path("job.sh").write_text(capsys.readouterr().out)
+    Path("out").mkdir()
+
+
+def run(trainer, send=None, **environment):
+    """Exit code of the script with a trainer that does this; whether it asked SLURM to requeue the job."""
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "TRAINER": trainer, **environment}
+    process = subprocess.Popen(["bash", "job.sh"], env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
+    if send:
+        while not Path("out/started").exists():
+            time.sleep(0.01)
+        process.send_signal(send)
+    end = time.monotonic() + 30
+    while process.poll() is None and not Path("requeued").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    requeued = Path("requeued").exists() and Path("requeued").read_text() == "7\n"
+    if requeued:
+        process.kill()  # as SLURM does
+    return process.wait(), requeued
+
+
+ENDS = {
+    "done": ("echo done > out/status", 0, False),
+    "done before": ("echo done > out/status; touch out/record.json; TRAINER=true bash job.sh", 0, False),
+    "failed": ("echo failed > out/status; exit 1", 1, False),
+    "died without a word": ("exit 3", 1, False),
+    "killed": ("echo running > out/status; exit 137", 1, False),
+    "preempted by SLURM": ("echo preempted > out/status; exit 1", -9, True),
+    "stopped by hand": ("touch out/STOP; echo preempted > out/status", 0, False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_only_what_the_trainer_calls_preempted_goes_back_to_the_queue(name, capsys):
+    trainer, code, requeued = ENDS[name]
+    script(capsys)
+    Path("out/status").write_text("preempted\n")  # of an earlier attempt
+    assert run(trainer) == (code, requeued)
+
+
+def waits(seconds):
+    """A trainer that goes on until it is asked to stop, at most so long."""
+    until = f"until [ -e out/STOP ] || [ $SECONDS -gt {seconds} ]; do sleep 0.05; done"
+    return f"touch out/started; {until}; echo preempted > out/status"
+
+
+def test_usr1_asks_through_a_stop_file_and_takes_it_back(capsys):
+    script(capsys)
+    assert run(waits(20), send=signal.SIGUSR1) == (-9, True)
+    assert not Path("out/STOP").exists()
+
+
+def test_a_cancelled_job_stays_away(capsys):
+    script(capsys)
+    assert run(waits(1), send=signal.SIGTERM) == (1, False)
+
+
+def test_the_number_of_requeues_is_bounded(capsys):
+    script(capsys, "--requeues", "2")
+    assert run(ENDS["preempted by SLURM"][0], SLURM_RESTART_COUNT="2") == (1, False)
+
+
+def test_a_stop_of_an_attempt_that_slurm_ended_does_not_stop_the_next(capsys):
+    script(capsys)
+    Path("out/STOP").write_text("job 7\n")
+    assert run("[ ! -e out/STOP ] && echo done > out/status") == (0, False)
+
+
+# ------------------------------------------------------------------------------------------------------------ studies
+
+MINE = """
+question: Does the layer pay?
+base: {BASE}
+seeds: 1
+lr_grid: [1.0e-3, 1.0e-2]
+trial_fraction: 1.0
+arms:
+  dense: {}
+  layer+rule: {layer: {name: lost, rank: 4}, optim: {name: frugal}}
+contrasts:
+  - {name: the layer, arms: [layer+rule, dense]}
+"""
+
+
+def test_a_study_is_two_arrays_and_its_runs_take_the_rate_of_their_trials(desk, capsys):
+    run = json.loads(Path("run.json").read_text())
+    base = {key: run[key] for key in ("model", "data", "train", "budget", "eval")} | {"checkpoint": {"every": 0}}
+    Path("mine.yaml").write_text(MINE.replace("{BASE}", json.dumps(base)))
+    assert cli.main(["submit", "study", "mine.yaml", "--out", "study", "--jobs", "2"]) == 0
+    assert capsys.readouterr().out.count("submitted job 7") == 2
+    trials, runs = (Path(f"study/jobs/001/{name}.sbatch").read_text() for name in ("trials", "runs"))
+    assert "study/trials/layer+rule/lr-0.01" in trials and "array=0-3%2" in trials
+    assert "study/layer+rule/seed-0" in runs and "thriftlab.launch settle" in runs
+    request, target = "study/jobs/request.json", Path("study/layer+rule/seed-0")
+    assert cli.main(["settle", request, str(target)]) == 2
+    assert "no trial of layer+rule has finished" in capsys.readouterr().err
+    losses = {}
+    for trial in sorted(Path("study/trials/layer+rule").iterdir()):
+        assert cli.main(["train", "--config", f"{trial}/config.json"]) == 0
+        losses[float(trial.name[3:])] = json.loads((trial / "record.json").read_text())["results"]["loss"]
+    target.mkdir(parents=True)
+    assert cli.main(["settle", request, str(target)]) == 0
+    config = json.loads((target / "config.json").read_text())
+    assert (config["layer"]["rank"], config["optim"]["name"]) == (4, "frugal")
+    assert config["optim"]["lr"] == min(losses, key=losses.get)
+
+
+def test_methods_of_parts_are_submitted(capsys):
+    argv = ["compare", "adamw", "lost+fira", "lost+fira.layer.rank=4", "--seeds", "1", "--dry-run", "out=study"]
+    data = json.loads(Path("run.json").read_text())["data"]["path"]
+    assert cli.main(["submit", *argv, f"data.path={data}", "model.preset=nano", "data.sequence_length=32"]) == 0
+    assert "study/lost+fira/seed-0" in capsys.readouterr().out

@@ -1,0 +1,75 @@
+"""A plain step, one without a refresh: the memory that it takes for a while, and that it compiles."""
+
+import pytest
+import torch
+
+from tests.tools.methods import MAKERS, gradient, parameters
+from thriftlab.launch.bench import peak_allocation
+from thriftlab.optim import Apollo, Fira, Frugal, GaLore, Muon, SignSGD
+from thriftlab.optim.core.projected import norms
+from thriftlab.optim.state.rules import PIECE, add_sign, pieces
+
+SHAPE, RANK = (2048, 512), 32  # 8 PIECEs
+WHOLE, SMALL = 4 * 2048 * 512, 4 * 2048 * RANK  # bytes
+SIGNS, SPARE = 4 * PIECE, 2**14
+
+# The most that a step holds, by what it is made of.
+TRANSIENT = {
+    "signsgd": (lambda p: SignSGD(p), SIGNS),
+    "blocks": (lambda p: Frugal(p, density=0.0), SIGNS),
+    "columns": (lambda p: Frugal(p, subspace="columns", density=0.125), 2 * WHOLE / 8 + SIGNS),
+    "rows": (lambda p: Frugal(p, subspace="rows", density=0.125), 2 * WHOLE / 8 + SIGNS),
+    "coordinates": (lambda p: Frugal(p, subspace="coordinates", density=0.125), 4 * 2 * WHOLE / 8),  # int64 positions
+    "galore": (lambda p: GaLore(p, rank=RANK, subspace="orthogonal"), 2 * SMALL),  # R and N
+    "fira": (lambda p: Fira(p, rank=RANK, subspace="orthogonal"), 2 * SMALL + 10 * 4 * 2048),  # and norms of channels
+    "apollo": (lambda p: Apollo(p, rank=RANK), 2 * SMALL + 10 * 4 * 2048),
+    "mini": (lambda p: Apollo(p, rank=1, granularity="tensor"), 10 * 4 * 2048),
+    "muon": (lambda p: Muon(p), 2 * WHOLE),  # four matrices in bf16, or one beside its update in fp32
+}
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_a_plain_step_holds_little(name):
+    make, bound = TRANSIENT[name]
+    p = torch.nn.Parameter(torch.zeros(SHAPE))
+    p.grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    optimizer = make([("w", p)])
+    optimizer.step()
+    assert peak_allocation(optimizer.step) <= bound + SPARE
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 4), (PIECE + 1,), (3, PIECE // 2 + 1), (1, 2 * PIECE), (700, 300)])
+def test_pieces_are_the_whole(shape):
+    weight = torch.zeros(shape)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    add_sign(weight, grad, -0.5)
+    assert torch.equal(weight, -0.5 * grad.sign())
+    sizes = [piece.numel() for piece, _ in pieces(weight, grad)]
+    assert sum(sizes) == weight.numel() and max(sizes) <= max(PIECE, shape[-1] if len(shape) > 1 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_norms_are_summed_in_fp32_at_least(dim, dtype):
+    matrix = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got, want = norms(matrix, dim), matrix.double().square()
+    want = (want.sum() if dim is None else want.sum(dim, keepdim=True)).sqrt()
+    assert got.shape == want.shape and got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    terms = matrix.numel() / want.numel() / 8 + 8  # one after the other, in eight lanes at least
+    assert torch.allclose(got.double(), want, rtol=terms * torch.finfo(got.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("name", ["fira", "apollo"])  # GaLore is a part of Fira's step
+def test_a_low_rank_step_compiles(name):
+    """In several graphs: torch leaves its own fused kernel out of them, and counters are read on the host."""
+    torch.compiler.reset()
+    weights = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(parameters()["a"].detach())  # a wide one
+        optimizer = MAKERS[name]([("a", p)], gap=100)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for t in range(3):
+            p.grad = gradient("a", t)
+            (step if t else optimizer.step)()
+        weights.append(p.detach())
+    assert torch.allclose(*weights, rtol=0, atol=1e-7)

@@ -1,0 +1,256 @@
+"""What a run leaves behind: lines that survive a kill, a record that betrays a flipped bit, its birth certificate."""
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from thriftlab.data import files
+from thriftlab.train.records import record
+from thriftlab.train.records.record import (
+    MetricsWriter,
+    RecordError,
+    birth_certificate,
+    mfu,
+    peak_flops,
+    read_metrics,
+    read_record,
+    write_json,
+    write_record,
+)
+
+
+def write_lines(path: Path, steps, resume_step=None) -> None:
+    writer = MetricsWriter(path, resume_step)
+    for step in steps:
+        writer.write({"step": step, "loss": step / 3})
+        if step % 4 == 0:
+            writer.write({"step": step, "eval": {"loss": step / 7}})
+    writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 11, "lo', b"{}"])
+@pytest.mark.parametrize("resume", [0, 3, 4, 10])
+def test_interrupted_and_resumed_is_the_unbroken_file(tmp_path, resume, tail):
+    unbroken, broken = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_lines(unbroken, range(1, 21))
+    write_lines(broken, range(1, 11))
+    with open(broken, "ab") as file:
+        file.write(tail)
+    write_lines(broken, range(resume + 1, 21), resume_step=resume)
+    assert broken.read_bytes() == unbroken.read_bytes()
+
+
+def test_without_a_step_the_file_starts_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, range(5))
+    write_lines(path, range(2))
+    assert [line["step"] for line in read_metrics(path)] == [0, 0, 1]
+    write_lines(tmp_path / "new.jsonl", [1], resume_step=7)
+    assert len(read_metrics(tmp_path / "new.jsonl")) == 1
+
+
+def test_every_line_is_out_when_write_returns_and_a_torn_one_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write({"step": 1, "loss": float("nan"), "deep": {"list": [float("inf"), 1.5]}})
+    assert read_metrics(path) == [{"step": 1, "loss": None, "deep": {"list": [None, 1.5]}}]
+    writer.close()
+    with open(path, "ab") as file:
+        file.write(b'{"step": 2}')
+    assert len(read_metrics(path)) == 1
+
+
+def test_damage_inside_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    for read in (read_metrics, lambda path: MetricsWriter(path, 3)):
+        with pytest.raises(RecordError, match=r"metrics.jsonl, line 2 is damaged"):
+            read(path)
+    assert path.read_text().count("\n") == 3
+    with pytest.raises(RecordError, match="missing"):
+        read_metrics(tmp_path / "nothing.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------- record
+
+RECORD = {"status": "done", "results": {"loss": 1 / 3, "nan": float("nan")}, "note": 'é"', "memory": [1, 2**70]}
+
+
+def test_a_record_comes_back(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", range(3))
+    write_record(tmp_path, RECORD)
+    found = read_record(tmp_path / "record.json")
+    digest = hashlib.sha256((tmp_path / "metrics.jsonl").read_bytes()).hexdigest()
+    assert found == {**RECORD, "results": {"loss": 1 / 3, "nan": None}, "files": {"metrics.jsonl": digest}}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "record.json"]
+
+
+@pytest.mark.parametrize("name", ["record.json", "metrics.jsonl"])
+def test_any_flipped_bit_is_found(tmp_path, name):
+    write_lines(tmp_path / "metrics.jsonl", range(3))
+    write_record(tmp_path, RECORD)
+    path = tmp_path / name
+    content = path.read_bytes()
+    draw = random.Random(0)
+    for _ in range(300):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(RecordError, match=f"{name} is .*run again"):
+            read_record(tmp_path / "record.json")
+
+
+def test_the_seal_protects_every_byte(tmp_path):
+    write_record(tmp_path, RECORD)
+    path = tmp_path / "record.json"
+    for changed in (path.read_bytes().replace(b"  ", b"\t"), path.read_bytes() + b"\n"):
+        path.write_bytes(changed)
+        with pytest.raises(RecordError, match="damaged"):
+            read_record(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b'{"sha256": 1}', b"\xff\xfe"])
+def test_what_is_no_record_is_refused(tmp_path, content):
+    (tmp_path / "record.json").write_bytes(content)
+    with pytest.raises(RecordError, match="record.json is damaged"):
+        read_record(tmp_path / "record.json")
+
+
+def test_a_missing_record_says_that_the_run_is_not_done(tmp_path):
+    with pytest.raises(RecordError, match="has not finished"):
+        read_record(tmp_path / "record.json")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_json(tmp_path / "config.json", {"seed": 1, "lr": float("inf")})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1, "lr": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_json(tmp_path / "config.json", {"seed": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ birth certificate
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A repository of its own with train/records/record.py in it, from which the module believes to be running."""
+    root = tmp_path / "checkout"
+    (root / "train" / "records").mkdir(parents=True)
+    shutil.copy(record.__file__, root / "train" / "records" / "record.py")
+    git(root, "init", "-q")
+    monkeypatch.setattr(record, "__file__", str(root / "train" / "records" / "record.py"))
+    return root
+
+
+def test_a_clean_checkout_is_its_commit(checkout, tmp_path):
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-qm", "first")
+    certificate = birth_certificate(tmp_path / "out")
+    assert certificate["commit"] == git(checkout, "rev-parse", "HEAD")
+    assert certificate["diff_sha256"] is None and not (tmp_path / "out").exists()
+
+
+def test_a_dirty_checkout_can_be_rebuilt_from_commit_and_diff(checkout, tmp_path):
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-qm", "first")
+    with open(checkout / "train" / "records" / "record.py", "a") as file:
+        file.write("# changed\n")
+    (checkout / "train" / "records" / "new metöd.py").write_text("x = 1\n")
+    (checkout / "secret.txt").write_text("not code")
+    certificate = birth_certificate(tmp_path)
+    diff = (tmp_path / "code.diff").read_bytes()
+    assert certificate["diff_sha256"] == hashlib.sha256(diff).hexdigest() == birth_certificate()["diff_sha256"]
+    assert b"not code" not in diff
+
+    git(tmp_path, "clone", "-q", str(checkout), "copy")
+    git(tmp_path / "copy", "apply", str(tmp_path / "code.diff"))
+    for name in ("record.py", "new metöd.py"):
+        copied, original = (root / "train" / "records" / name for root in (tmp_path / "copy", checkout))
+        assert copied.read_bytes() == original.read_bytes()
+
+
+def test_installed_inside_somebody_elses_repository_has_no_commit(checkout):
+    (checkout / "mine.py").write_text("")
+    git(checkout, "add", "mine.py")
+    git(checkout, "commit", "-qm", "theirs")
+    certificate = birth_certificate()
+    assert certificate["commit"] is None and certificate["diff_sha256"] is None
+    assert certificate["versions"]["thriftlab"]
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert birth_certificate()["commit"] is None
+
+
+def test_the_certificate_says_what_ran_and_not_whose_machine():
+    certificate = birth_certificate()
+    json.dumps(certificate, allow_nan=False)
+    assert certificate["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert certificate["versions"]["torch"] == torch.__version__
+    assert certificate["machine"]["cores"] >= 1 and certificate["machine"]["memory_bytes"] > 2**20
+    assert certificate["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpus"}
+
+
+# ------------------------------------------------------------------------------------------------- memory and speed
+
+
+PEAK = """
+import torch
+from thriftlab.train.records.record import peak_bytes
+before = peak_bytes()
+block = torch.ones(2**28, dtype=torch.uint8)
+print(before, peak_bytes())
+"""
+
+
+def test_the_peak_is_this_process_own():
+    held = torch.ones(2**30, dtype=torch.uint8)
+    before, after = map(int, subprocess.check_output([sys.executable, "-c", PEAK]).split())
+    assert 2**25 < before < held.nbytes  # not what the parent had
+    assert 2**28 - 2**24 < after - before < 2**28 + 2**26
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("something new", None),
+    ],
+)
+def test_peaks_by_name(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_utilisation(monkeypatch):
+    assert mfu(1e4, 1e9, "cpu") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert mfu(156e3, 1e9, torch.device("cuda", 0)) == pytest.approx(0.5)
+    assert mfu(156e3, 1e9, "cuda", devices=2) == pytest.approx(0.25)

@@ -1,0 +1,141 @@
+"""The state of any torch optimizer, by parameter name: tensors and JSON, exact in both directions.
+
+Keyed by name, it survives a change of the order of parameters and groups. Tensors come back with their own dtype:
+torch's `load_state_dict` would cast fp32 moments and int64 indices of a bf16 parameter to bf16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thriftlab.data.errors import UserError
+
+IDENTITY = ("params", "names", "param_names")  # of a group: what says which parameters it has
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, read or applied; the message says which, why, and what to do."""
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, rest): `rest` is JSON that says where each tensor belongs.
+
+    Tensors are named "PARAMETER/KEY" and are not copied. One tensor in several places is stored once and comes back
+    as one. Names are the groups' `names` (or torch's `param_names`), else the positions of the parameters.
+    """
+    names = group_names(optimizer)
+    flat = [name for group in names for name in group]
+    saved = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    keys: dict[int, str] = {}
+    state = {flat[index]: _detach(entries, flat[index], tensors, keys) for index, entries in saved["state"].items()}
+    groups = [
+        {"names": names[i], "options": _detach(_options(group), f"group {i}", tensors, keys)}
+        for i, group in enumerate(saved["param_groups"])
+    ]
+    return tensors, {"state": state, "groups": groups}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Give `optimizer` the state and hyper-parameters that `pack_optimizer` took, bit for bit.
+
+    Raises CheckpointError if its groups do not have the same parameters.
+    """
+    names = group_names(optimizer)
+    flat = [name for group in names for name in group]
+    options = {frozenset(group["names"]): group["options"] for group in rest["groups"]}
+    _check_same_groups(names, list(options))
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}  # training must not write into the checkpoint
+    state = {name: _attach(entries, copies) for name, entries in rest["state"].items()}
+    for key, tensor in copies.items():  # what several ranks wrote has no tree
+        name, _, entry = key.rpartition("/")
+        if name in flat and name not in rest["state"]:
+            state.setdefault(name, {})[entry] = tensor
+
+    current = optimizer.state_dict()
+    groups = [
+        _merge(group, _attach(options[frozenset(named)], copies))
+        for group, named in zip(current["param_groups"], names, strict=True)
+    ]
+    by_index = {index: state[name] for index, name in enumerate(flat) if name in state}
+    optimizer.load_state_dict({**current, "state": by_index, "param_groups": groups})
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(flat, parameters, strict=True):
+        if name in state:
+            optimizer.state[parameter] = _exact(state[name], optimizer.state[parameter])
+
+
+def group_names(optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """The names of every group's parameters; positions over all groups where there are no names."""
+    names, count = [], 0
+    for group in optimizer.param_groups:
+        positions = [str(count + i) for i in range(len(group["params"]))]
+        names.append(list(group.get("names") or group.get("param_names") or positions))
+        count += len(positions)
+    flat = [name for group in names for name in group]
+    if len(flat) != count or len(set(flat)) != count:
+        raise CheckpointError("the optimizer's groups need one unique name for each parameter to be saved by name")
+    return names
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in IDENTITY}
+
+
+def _merge(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The group with its saved hyper-parameters; tensors (a learning rate) stay on the device where they are."""
+    for key, now in group.items():
+        if isinstance(now, Tensor) and isinstance(saved.get(key), Tensor):
+            saved[key] = saved[key].to(now.device)
+    return {**group, **saved}
+
+
+def _check_same_groups(names: list[list[str]], saved: list[frozenset[str]]) -> None:
+    present = [frozenset(group) for group in names]
+    if sorted(map(sorted, present)) == sorted(map(sorted, saved)):
+        return
+    here, there = frozenset().union(*present), frozenset().union(*saved)
+    raise CheckpointError(
+        f"the optimizer's {len(present)} groups do not have the parameters of the checkpoint's {len(saved)}: "
+        f"missing {sorted(there - here)[:5]}, new {sorted(here - there)[:5]}"
+        f"{'' if here != there else ', the same parameters in other groups'}. "
+        "Resume with the configuration that wrote it, or start anew in another folder"
+    )
+
+
+def _detach(value: Any, key: str, tensors: dict[str, Tensor], keys: dict[int, str]) -> Any:
+    """The tree with every tensor replaced by {"__tensor__": key of it in `tensors`}."""
+    if isinstance(value, Tensor):
+        if id(value) not in keys:
+            if key in tensors:
+                raise CheckpointError(f"two tensors of the optimizer are called {key!r}")
+            keys[id(value)], tensors[key] = key, value
+        return {"__tensor__": keys[id(value)]}
+    if isinstance(value, dict):
+        return {name: _detach(item, f"{key}/{name}", tensors, keys) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_detach(item, f"{key}/{i}", tensors, keys) for i, item in enumerate(value))
+    return value
+
+
+def _attach(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if list(value) == ["__tensor__"]:
+            return tensors[value["__tensor__"]]
+        return {name: _attach(item, tensors) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_attach(item, tensors) for item in value)
+    return value
+
+
+def _exact(saved: Any, loaded: Any) -> Any:
+    """What was saved, on the devices where `load_state_dict` put it."""
+    if isinstance(saved, Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict):
+        return {**loaded, **{key: _exact(item, loaded[key]) for key, item in saved.items()}}
+    if isinstance(saved, list | tuple):
+        return type(saved)(_exact(item, there) for item, there in zip(saved, loaded, strict=True))
+    return saved

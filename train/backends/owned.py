@@ -1,0 +1,158 @@
+"""Owned: every parameter has one rank that steps it, whole. ZeRO-1's and ZeRO-2's saving (1910.02054) for any method.
+
+    each micro-batch    every rank computes all gradients
+    the last one        each gradient is summed on the rank that owns it, and freed elsewhere
+    step                owners scale, clip and update; the state exists on the owner only
+    then                each owner sends its weights to the others
+
+A rule sees whole matrices, so nothing about it changes; a choice over a group (which blocks are active) depends on
+names alone. One surprise: the norm is bitwise that of one process. The norms of the tensors are gathered, in the order
+of the parameters, where a sum of the owners' squares would add in another order.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from thriftlab.optim.core.owners import assign, items
+from thriftlab.train.backends.base import Group, as_method
+from thriftlab.train.backends.optim_state import unpack_optimizer
+from thriftlab.train.backends.pieces import Source, read_whole
+
+BUCKET = 2**22  # entries that travel together; a tensor that is larger travels alone
+IN_FLIGHT = 4  # buckets
+
+
+class Bucket(NamedTuple):
+    """Parameters of one owner and one dtype that travel together."""
+
+    owner: int
+    parameters: list[Tensor]
+
+
+class Owned(Group):
+    """Whole parameters by turns: reduced to their owners, updated there, broadcast."""
+
+    name = "owned"
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
+    ) -> None:
+        super().prepare(model, optimizer, compiled)
+        self.method = as_method(optimizer, self.name)
+        self.owners = assign(items(self.method), self.world)
+        named = dict(model.named_parameters())
+        self.buckets = make_buckets([(self.owners[name], p) for name, p in named.items() if name in self.owners])
+        self.mine = {p for name, p in named.items() if self.owners.get(name) == self.rank}
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        yield
+        if last:
+            self.sum_gradients()
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Every gradient summed on its owner. One that no rank has stays None, as with one process."""
+        has = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.uint8, device=self.device)
+        dist.all_reduce(has, dist.ReduceOp.MAX)
+        self.has_gradient = {p for p, there in zip(self.parameters, has.tolist(), strict=True) if there}
+
+        def keep_own(p: Tensor, total: Tensor) -> None:
+            if p not in self.mine:
+                p.grad = None
+            elif p.grad is None:
+                p.grad = total.clone()
+            else:
+                p.grad.copy_(total)
+
+        self.travel(
+            pack=lambda p: torch.zeros_like(p) if p.grad is None else p.grad,
+            send=lambda flat, owner: dist.reduce(flat, owner, async_op=True),
+            unpack=keep_own,
+        )
+
+    def total_norm(self, grads: list[Tensor]) -> Tensor:
+        place = {p: i for i, p in enumerate(p for p in self.parameters if p in self.has_gradient)}
+        norms = torch.zeros(len(place), device=self.device, dtype=self.parameters[0].dtype)
+        if grads:
+            mine = [place[p] for p in place if p.grad is not None]  # the parameters of `grads`
+            norms[mine] = torch.stack(torch._foreach_norm(grads)).to(norms)
+        return torch.linalg.vector_norm(self.sum(norms))
+
+    def update(self) -> None:
+        super().update()
+        self.travel(
+            pack=lambda p: p.detach() if p in self.mine else torch.empty_like(p),
+            send=lambda flat, owner: dist.broadcast(flat, owner, async_op=True),
+            unpack=lambda p, new: None if p in self.mine else p.detach().copy_(new),
+        )
+
+    def travel(
+        self,
+        pack: Callable[[Tensor], Tensor],
+        send: Callable[[Tensor, int], Any],
+        unpack: Callable[[Tensor, Tensor], Any],
+    ) -> None:
+        """Sends something of every parameter that has a gradient, bucket by bucket, a few of them at a time."""
+        flying: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
+
+        def land() -> None:
+            work, flat, parameters = flying.popleft()
+            work.wait()
+            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                unpack(p, part.view(p.shape))
+
+        for owner, parameters in self.buckets:
+            present = [p for p in parameters if p in self.has_gradient]
+            if present:
+                flat = torch.cat([pack(p).reshape(-1) for p in present])
+                flying.append((send(flat, owner), flat, present))
+            if len(flying) == IN_FLIGHT:
+                land()
+        while flying:
+            land()
+
+    def owns(self, name: str) -> bool:
+        return self.owners.get(name) == self.rank
+
+    def answers(self, key: str) -> bool:
+        name = key if key in self.owners else key.rpartition("/")[0]
+        return self.owners.get(name, 0) == self.rank
+
+    def predicted_state_bytes(self) -> int:
+        specs = (
+            self.method.expected_spec(name, p, group)
+            for group in self.method.param_groups
+            for name, p in zip(group["names"], group["params"], strict=True)
+            if self.owns(name)
+        )
+        kept = (entry for spec in specs for entry in spec.values() if entry[0])
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in kept)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "state": {}}
+
+    def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
+        self.put_weights(lambda name, piece: weights.read(name, piece.start, piece.stop))
+        mine = [key for key in states.shapes if self.answers(key) or key.rpartition("/")[0] not in self.owners]
+        tree = {name: state for name, state in options["state"].items() if self.owns(name)}
+        tensors = {key: read_whole(states, key) for key in mine}
+        unpack_optimizer(self.optimizer, tensors, {**options, "state": tree})
+
+
+def make_buckets(owned: list[tuple[int, Tensor]]) -> list[Bucket]:
+    """The parameters in buckets of up to BUCKET entries, owners by turns, so that all of them receive at once."""
+    by_owner: dict[tuple[int, torch.dtype], list[list[Tensor]]] = {}
+    for owner, p in owned:
+        buckets = by_owner.setdefault((owner, p.dtype), [[]])
+        if buckets[-1] and sum(q.numel() for q in buckets[-1]) + p.numel() > BUCKET:
+            buckets.append([])
+        buckets[-1].append(p)
+    turns = [(turn, owner, bucket) for (owner, _), rows in by_owner.items() for turn, bucket in enumerate(rows)]
+    return [Bucket(owner, bucket) for _, owner, bucket in sorted(turns, key=lambda item: item[:2])]

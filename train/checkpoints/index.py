@@ -1,0 +1,66 @@
+"""The tensors of a checkpoint that several ranks wrote, as if they were whole.
+
+    index = {"model": {"embed.weight": {"shape": [512, 64], "pieces": [[start, stop, rank], ...]}, ...}, ...}
+
+One surprise: nothing is read before it is asked for. safetensors maps a file into memory, so a rank that wants a
+hundredth of a matrix reads a hundredth of it from the disk.
+"""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from thriftlab.train.backends.optim_state import CheckpointError
+from thriftlab.train.backends.pieces import gaps
+
+Index = dict[str, dict[str, dict[str, Any]]]  # group -> key -> {"shape", "pieces"}
+
+
+def file_name(group: str, rank: int) -> str:
+    return f"{group}.{rank}.safetensors" if rank else f"{group}.safetensors"
+
+
+def merge(indices: Iterable[Index]) -> Index:
+    """The index of all ranks. CheckpointError unless every entry of every tensor is in exactly one piece."""
+    merged: Index = {}
+    for index in indices:
+        for group, entries in index.items():
+            keys = merged.setdefault(group, {})
+            for key, entry in entries.items():
+                first = keys.setdefault(key, {"shape": list(entry["shape"]), "pieces": []})
+                first["pieces"] = sorted([*first["pieces"], *map(list, entry["pieces"])])
+                if first["shape"] != list(entry["shape"]):
+                    raise CheckpointError(f"{key!r} is {first['shape']} on one rank and {entry['shape']} on another")
+    for entries in merged.values():
+        for key, entry in entries.items():
+            if wrong := gaps([tuple(piece[:2]) for piece in entry["pieces"]], torch.Size(entry["shape"]).numel()):
+                raise CheckpointError(f"{key!r}: {wrong} on all ranks together")
+    return merged
+
+
+class Shards:
+    """The tensors of one group: a `Source`."""
+
+    def __init__(self, folder: Path, group: str, entries: dict[str, dict[str, Any]]):
+        self.shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+        self.pieces = {key: entry["pieces"] for key, entry in entries.items()}
+        self.file = functools.cache(lambda rank: safe_open(folder / file_name(group, rank), "pt"))
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Entries start to stop of a tensor, flat. CheckpointError where there is no such tensor."""
+        if key not in self.shapes:
+            raise CheckpointError(f"the checkpoint has no {key!r}; was it written for another model or method?")
+        stop = torch.Size(self.shapes[key]).numel() if stop is None else stop
+        if start == stop:
+            return self.file(self.pieces[key][0][2]).get_tensor(key).view(-1)[:0]
+        parts = [
+            self.file(rank).get_tensor(key).view(-1)[max(start - first, 0) : stop - first]
+            for first, last, rank in self.pieces[key]
+            if start < last and first < stop or first == last
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

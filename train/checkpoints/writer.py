@@ -1,0 +1,301 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all, and verified before they are used.
+
+    FOLDER/step-00000100/  model.safetensors  optim.safetensors  state.json  checksums.json
+
+Every rank writes the pieces that it answers for: rank 3 `model.3.safetensors`, rank 0 the names above, and whole
+tensors in their shape. state.json says where each piece lies, so that a run of any other backend and world size can
+read them (shards.py). A checkpoint is written under a temporary name, synced and renamed, so that a kill at any moment
+leaves the one before it untouched. Nothing is ever unpickled. The surprise: the state of an optimizer goes around
+torch's `load_state_dict`, which casts it to the dtype of the parameters, and comes back bit for bit.
+"""
+
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from thriftlab.data.files import seal, sha256, sync, unseal, write_synced
+from thriftlab.train.backends.channel import ALONE, Channel
+from thriftlab.train.backends.optim_state import CheckpointError, pack_optimizer, unpack_optimizer
+from thriftlab.train.backends.pieces import Piece, Pieces, read_whole, whole
+from thriftlab.train.checkpoints.codec import from_json, to_json
+from thriftlab.train.checkpoints.index import Index, Shards, file_name, merge
+
+__all__ = ["Checkpoint", "CheckpointError", "Writer", "fault", "latest", "load", "pack_optimizer", "unpack_optimizer"]
+
+FORMAT = 2
+Tensors = dict[str, dict[str, Tensor]]
+Named = dict[str, Tensor] | Pieces
+
+
+class Writer:
+    """Writes checkpoints into one folder, which one run owns, and keeps the newest `keep`.
+
+    Args:
+        folder: Where the `step-*` folders go, seen by all ranks; made if missing. What dead writers left is removed.
+        keep: How many checkpoints stay, at least 1.
+        background: Copy the tensors at once and write them in a thread. A failure surfaces at the next `save` or
+            `wait` as CheckpointError, on every rank; the checkpoint before it stays.
+        channel: How the ranks that write together talk, and nobody else in it.
+    """
+
+    def __init__(self, folder: Path, keep: int, background: bool = True, channel: Channel = ALONE):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, not {keep}")
+        self.folder, self.keep, self.background, self.channel = Path(folder), keep, background, channel
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.thread: Thread | None = None
+        self.failure: BaseException | None = None
+        if channel.rank == 0:
+            _remove_leftovers(self.folder)
+
+    def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Write `step-{step}`, all ranks together; the tensors may change as soon as this returns.
+
+        A step that is already there and whole is left alone: a state is a function of (config, step).
+
+        Args:
+            tensors: {"model": {name: tensor or piece}, ...}: each group becomes one safetensors file of this rank. Over
+                the ranks every entry is there exactly once. Tied weights go in once.
+            meta: JSON values, tuples, torch dtypes, and floats of any value; all come back equal. The first rank's.
+        """
+        self.wait()
+        copies = {group: _snapshot(named) for group, named in tensors.items()}
+        to_json(meta)  # what cannot be written is refused here and not in the thread
+        if not self.background:
+            return self._write(step, copies, meta)
+        self.thread = Thread(target=self._write_noting_failure, args=(step, copies, meta), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Return once everything is on the disk. Raises what went wrong in the background."""
+        if self.thread is not None:
+            self.thread.join()
+        self.thread, failure, self.failure = None, self.failure, None
+        if failure is not None:
+            raise failure
+
+    def _write_noting_failure(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:
+            self.failure = error
+
+    def _write(self, step: int, groups: dict[str, Pieces], meta: dict[str, Any]) -> None:
+        """The first rank opens the folder, all fill it, the first one closes it."""
+        target, temporary = self.folder / f"step-{step:08d}", None
+        try:
+            temporary = self.channel.first(lambda: _begin(target))
+            if temporary is None:
+                return
+            indices, sums = zip(
+                *self.channel.together(lambda: _fill(temporary, self.channel.rank, groups)), strict=True
+            )
+            self.channel.first(lambda: _commit(temporary, target, merge(indices), sums, step, meta))
+            self.channel.first(lambda: _keep_newest(self.folder, step, self.keep))
+        except (OSError, SafetensorError) as error:
+            if temporary and self.channel.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. The checkpoints before "
+                "it are untouched; make room or repair the disk, and run the same command to resume"
+            ) from error
+
+
+def _snapshot(named: Named) -> Pieces:
+    """Copies on the CPU, with no memory in common."""
+    first: dict[tuple, str] = {}
+    pieces = {name: value if isinstance(value, Piece) else whole(value) for name, value in named.items()}
+    for name, (_, _, tensor) in pieces.items():
+        place = (tensor.device, tensor.data_ptr())
+        if tensor.numel() and first.setdefault(place, name) != name:
+            raise CheckpointError(f"{first[place]!r} and {name!r} share memory (tied weights?): save one of them, once")
+    return {name: piece._replace(tensor=piece.tensor.to("cpu", copy=True)) for name, piece in pieces.items()}
+
+
+def _begin(target: Path) -> Path | None:
+    """An empty folder to write into; None where the checkpoint is there already."""
+    if target.exists() and fault(target) is None:
+        return None
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def _fill(folder: Path, rank: int, groups: dict[str, Pieces]) -> tuple[Index, dict[str, Any]]:
+    """Writes one rank's files. Returns where its pieces are, and the sums of its files."""
+    index: Index = {}
+    sums = {}
+    for group, pieces in groups.items():
+        index[group] = {key: {"shape": p.shape, "pieces": [(p.start, p.stop, rank)]} for key, p in pieces.items()}
+        if pieces or rank == 0:
+            path = folder / file_name(group, rank)
+            save_file({key: p.tensor.view(p.shape) if p.is_whole else p.tensor for key, p in pieces.items()}, path)
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+            sums[path.name] = _sums(path)
+    return index, sums
+
+
+def _sums(path: Path) -> dict[str, Any]:
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _commit(temporary: Path, target: Path, index: Index, sums: Any, step: int, meta: dict[str, Any]) -> None:
+    """Writes what binds the files together, and gives the folder its name."""
+    text = to_json({"format": FORMAT, "step": step, "index": index, "meta": meta})
+    write_synced(temporary / "state.json", text.encode())
+    files = {name: entry for of_rank in sums for name, entry in of_rank.items()}
+    files["state.json"] = _sums(temporary / "state.json")
+    write_synced(temporary / "checksums.json", seal({"files": files}))
+    sync(temporary)
+    _remove(target)  # a broken one of the same step, if any
+    os.rename(temporary, target)
+    sync(target.parent)
+
+
+def _keep_newest(folder: Path, step: int, keep: int) -> None:
+    for older in [path for at, path in _steps(folder) if at < step][keep - 1 :]:
+        _remove(older)
+
+
+def _remove(target: Path) -> None:
+    """Out of sight first, so that a kill leaves no half of it under its name."""
+    if target.exists():
+        hidden = target.with_name(f".{target.name}.removed.{os.getpid()}.tmp")
+        os.rename(target, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".step-*.tmp"):
+        owner = int(path.name.split(".")[-2])
+        if owner == os.getpid() or not _alive(owner):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. Tensors are read from the disk, onto the CPU, when they are asked for."""
+
+    step: int
+    path: Path
+    index: Index
+    meta: dict[str, Any]
+
+    def source(self, group: str) -> Shards:
+        """The tensors of a group, to be read in pieces; none where it was not written."""
+        return Shards(self.path, group, self.index.get(group, {}))
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """All of them, whole."""
+        sources = {group: self.source(group) for group in self.index}
+        return {group: {key: read_whole(s, key) for key in s.shapes} for group, s in sources.items()}
+
+
+def latest(folder: Path, channel: Channel = ALONE) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None where none was ever completed; one answer on all ranks.
+
+    Warns about every broken one that it passes over. Raises CheckpointError if there are checkpoints and none is
+    whole: starting anew is the user's decision.
+    """
+    broken: list[tuple[Path, str]] = []
+    for _, path in channel.share(_steps(Path(folder)))[0]:
+        wrong = fault(path, channel)
+        if wrong is None:
+            for name, why in broken if channel.rank == 0 else []:
+                message = f"the checkpoint {name} is broken ({why}); going on from the one before it, {path}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return _open(path)
+        broken.append((path, wrong))
+    if broken:
+        found = "; ".join(f"{path.name}: {why}" for path, why in broken)
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole ({found}). Restore one from a copy, or move the "
+            "folder away to start anew"
+        )
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, verified. Raises CheckpointError if anything in it has changed."""
+    if wrong := fault(Path(path)):
+        raise CheckpointError(f"the checkpoint {path} is broken ({wrong}); use another one, or restore it from a copy")
+    return _open(Path(path))
+
+
+def fault(path: Path, channel: Channel = ALONE) -> str | None:
+    """What is wrong with a checkpoint, or None: every file is there, with its size and its sha256.
+
+    The ranks of the channel share the work, and the answer.
+    """
+    try:
+        sums = unseal((path / "checksums.json").read_bytes())["files"]
+    except FileNotFoundError:
+        return _one("checksums.json is missing", channel)
+    except (OSError, ValueError, KeyError) as error:
+        return _one(f"checksums.json: {error}", channel)
+    world = len(channel.share(None))
+    ours = list(sums.items())[channel.rank :: world]
+    wrong = next((f"{name} {wrong}" for name, expected in ours if (wrong := _file_fault(path / name, expected))), None)
+    if found := _one(wrong, channel):
+        return found
+    step = from_json((path / "state.json").read_text())["step"]
+    return None if path.name == f"step-{step:08d}" else f"it holds step {step}: was it renamed?"
+
+
+def _one(answer: str | None, channel: Channel) -> str | None:
+    """The first answer of a rank that has one."""
+    return next((said for said in channel.share(answer) if said), None)
+
+
+def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"has {size} bytes instead of {expected['bytes']}"
+        return None if sha256(path) == expected["sha256"] else "does not match its sha256"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
+
+
+def _open(path: Path) -> Checkpoint:
+    state = from_json((path / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {path} has format {state.get('format', 1)}, and this thriftlab reads format {FORMAT}; "
+            "finish that run with the version that wrote it, or start anew in another folder"
+        )
+    return Checkpoint(state["step"], path, state["index"], state["meta"])
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of what calls itself a checkpoint, newest first."""
+    found = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

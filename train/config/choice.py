@@ -1,0 +1,98 @@
+"""Sections of a configuration that are chosen by name: `optim.name=frugal` brings the keys of FRUGAL, and no others.
+
+A section is looked up in its registry when a value arrives, not when the configuration is defined, so that what a
+plugin registers has its place like anything else.
+One surprise: validating a list of plugins runs them, because what they register may be asked for in the next line.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny
+from pydantic_core import PydanticCustomError
+
+from thriftlab.optim.core.hyper import model_of
+
+config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Choice(Section):
+    """A section whose `name` picks an entry of a registry and whose further keys are that entry's hyper-parameters."""
+
+    name: str
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the chosen thing takes, without what every choice of this kind has."""
+        shared = cast(type[Choice], type(self).__base__).model_fields
+        return {key: getattr(self, key) for key in type(self).model_fields if key not in shared}
+
+
+class Registry:
+    """Annotates a Choice: values are validated by the model of the entry that they name.
+
+    Args:
+        entries: name -> factory, read at every validation.
+        base: the keys that all entries share.
+        default: the entry of a value that names none.
+    """
+
+    def __init__(self, entries: Mapping[str, Callable], base: type[Choice], default: str):
+        self.entries, self.base, self.default = entries, base, default
+
+    def model(self, name: str) -> type[Choice]:
+        return config_model(self.entries[name], name, self.base)
+
+    def validate(self, value: Any) -> Choice:
+        if isinstance(value, Choice):
+            value = value.model_dump()
+        if not isinstance(value, dict):
+            raise PydanticCustomError("model_type", "is a section")
+        name = value.get("name", self.default)
+        if name not in list(self.entries):
+            raise PydanticCustomError("unknown_name", "unknown name", {"name": name, "known": list(self.entries)})
+        return self.model(name).model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        kind: Any = Annotated[self.base, BeforeValidator(self.validate), SerializeAsAny()]
+        return handler.generate_schema(kind)
+
+
+def load_plugin(path: str) -> str:
+    """Run a Python file once; what it registers can be chosen from then on."""
+    name = f"thriftlab_plugin_{plugin_sha256(path)[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise PydanticCustomError("plugin", "is not a Python file (.py)")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise PydanticCustomError("plugin", "{error}", {"error": f"{type(error).__name__}: {error}"}) from error
+    return path
+
+
+def plugin_sha256(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise PydanticCustomError("plugin", "{error}", {"error": error.strerror or str(error)}) from None
+
+
+Plugin = Annotated[str, AfterValidator(load_plugin)]
+
+
+class Plugins(Section):
+    """The plugins alone, to run them before anything else is looked at."""
+
+    plugins: tuple[Plugin, ...] = ()

@@ -1,0 +1,160 @@
+"""Files and command line -> one validated model, or one line for every mistake.
+
+    load(RunConfig, ["--config", "base.yaml", "optim.name=frugal", "--optim.gap=50", "--train.clip", "None"])
+
+Later wins: file after file, then the command line. One surprise: this is not pydantic-settings. That one
+builds its arguments before a plugin could register a method, knows neither `data.sources.web.weight=2` nor the Python
+text of dicts and tuples that a wandb agent writes, and forgets which source a bad value came from.
+"""
+
+import ast
+import json
+import tomllib
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from thriftlab.data.errors import ConfigError
+from thriftlab.train.config.mistakes import explain, sources
+
+Model = TypeVar("Model", bound=BaseModel)
+COMMAND_LINE = "command line"
+PARSERS: dict[str, Callable[[str], Any]] = {
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+}
+
+
+class Settings:
+    """A tree of values as they were given, where each leaf came from, and the bare words between them."""
+
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.tree: dict[str, Any] = {}
+        self.origin: dict[tuple[str, ...], str] = {}
+        self.words = list(words)
+
+    def put(self, path: tuple[str, ...], value: Any, source: str) -> None:
+        """Set a leaf, or all leaves of a dict, over what is there; an empty dict clears a section.
+
+        True and False become text: a field of type bool reads it, and no number takes it for 1 or 0.
+        """
+        if isinstance(value, dict) and value:
+            for key, part in value.items():
+                self.put((*path, str(key)), part, source)
+            return
+        tree = self.tree
+        for depth, key in enumerate(path[:-1], 1):
+            if not isinstance(tree.setdefault(key, {}), dict):
+                where = sources(self.origin, path[:depth])
+                raise ConfigError(f"{where}: {key} = {tree[key]!r}, but {source}: {'.'.join(path)}; use one of the two")
+            tree = tree[key]
+        self.origin = {leaf: where for leaf, where in self.origin.items() if leaf[: len(path)] != path}
+        self.origin[path] = source
+        tree[path[-1]] = str(value).lower() if isinstance(value, bool) else value
+
+    def pick(self, keys: Collection[str]) -> "Settings":
+        """The part under these top-level keys, without the words."""
+        part = Settings()
+        part.tree = {key: value for key, value in self.tree.items() if key in keys}
+        part.origin = {path: source for path, source in self.origin.items() if path[0] in keys}
+        return part
+
+    def drop(self, keys: Collection[str]) -> "Settings":
+        """The part under the other top-level keys, without the words."""
+        return self.pick(self.tree.keys() - set(keys))
+
+
+def load(model: type[Model], argv: Sequence[str]) -> Model:
+    """The model that files and command line describe. ConfigError with one line for every mistake."""
+    return build(model, read(argv))
+
+
+def build(model: type[Model], settings: Settings) -> Model:
+    if settings.words:
+        raise ConfigError(f"{COMMAND_LINE}: {settings.words[0]!r} has no value; write {settings.words[0]}=VALUE")
+    try:
+        return model.model_validate(settings.tree)
+    except ValidationError as error:
+        lines = [explain(model, settings.tree, settings.origin, details) for details in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def read(argv: Sequence[str]) -> Settings:
+    """`--config FILE`, `--plugin FILE` any number of times; `key=value`, `--key=value`, `--key value`; bare words."""
+    pairs, words = split(argv)
+    settings = Settings(words)
+    for key, file in pairs:
+        if key == "config":
+            for name, value in read_file(file).items():
+                settings.put(tuple(str(name).split(".")), value, file)
+    plugins = [value for key, value in pairs if key == "plugin"]
+    if plugins:
+        earlier = settings.tree.get("plugins", [])
+        settings.put(("plugins",), (earlier if isinstance(earlier, list) else [earlier]) + plugins, COMMAND_LINE)
+    for key, value in pairs:
+        if key not in ("config", "plugin"):
+            settings.put(tuple(key.split(".")), parse(key, value), COMMAND_LINE)
+    return settings
+
+
+def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Arguments as pairs of key and text, and the words that are neither. `--lr-grid` is `lr_grid`."""
+    pairs, words, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        key, has_value, value = word.removeprefix("--").partition("=")
+        key = key if "." in key else key.replace("-", "_")
+        if not has_value and not word.startswith("--"):
+            words.append(word)
+            continue
+        if not has_value:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{COMMAND_LINE}: {word} has no value; write {word} VALUE")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs, words
+
+
+def parse(key: str, value: str) -> Any:
+    """Text as the value that it spells, in YAML or Python. Numbers stay text: the field knows its type."""
+    if not value.startswith(("[", "{", "(")):
+        return None if value in ("None", "none", "null") else value
+    try:
+        python = python_literal(value)
+        return yaml.safe_load(value) if python is None else python
+    except yaml.YAMLError:
+        raise ConfigError(f"{COMMAND_LINE}: {key} = {value!r} is not a list; brackets do not close or fit") from None
+
+
+def python_literal(text: str) -> Any:
+    """What Python printed, as a wandb agent passes it; None for other text, where a backslash is just a backslash."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
+    return value if repr(value) == text or text.startswith("(") else None
+
+
+def read_file(file: str) -> dict[Any, Any]:
+    path = Path(file)
+    if path.suffix not in PARSERS:
+        raise ConfigError(f"{file}: a configuration file ends in {', '.join(PARSERS)}")
+    try:
+        content = PARSERS[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{file}{line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # JSON, TOML and UTF-8 say the place in their message
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{file}: keys and values are expected, not {content!r:.40}")
+    return content or {}

@@ -1,0 +1,287 @@
+"""RunConfig: one run, completely. A frozen tree of pydantic models; unknown keys are errors.
+
+One surprise: the fingerprint leaves out what does not change the result, so a run on two ranks is the run on one.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from thriftlab.data.errors import ConfigError
+from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
+from thriftlab.optim import LAYERS, METHODS
+from thriftlab.train.backends import owned  # noqa: F401  (backends)
+from thriftlab.train.backends.base import BACKENDS
+from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (backends)
+from thriftlab.train.budget import SCHEDULES, Budget, Whole
+from thriftlab.train.config.choice import Choice, Plugin, Registry, Section, plugin_sha256
+from thriftlab.train.model import ModelConfig
+from thriftlab.train.signals import SIGNALS
+from thriftlab.train.signals.base import asks_for_statistics, has_state
+from thriftlab.train.signals.reference import read_reference
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+
+
+def regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{error}, in a regular expression") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(regular_expression)]
+
+
+class OptimConfig(Choice):
+    """The method, and the parameters that it treats as matrices."""
+
+    include: tuple[Pattern, ...] = Field(
+        (r"\.(attn|mlp)\.",), description="regular expressions: matrices with a matching name are split by the method"
+    )
+    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never split")
+
+
+class LayerConfig(Choice):
+    """What stands in the place of the Linears, and of which."""
+
+    include: tuple[Pattern, ...] = Field(
+        (r"\.(attn|mlp)\.",), description="regular expressions: Linears whose weight has a matching name are replaced"
+    )
+    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never replaced")
+
+    @model_validator(mode="after")
+    def goes_together(self) -> "LayerConfig":
+        for key, field in LayerConfig.model_fields.items():
+            if self.name == LAYER.default and key != "name" and getattr(self, key) != field.default:
+                raise ValueError(f"{key} is nothing to layer {self.name!r}, which replaces none; name another layer")
+        return self
+
+
+class SignalConfig(Choice):
+    """How much the loss of each token counts."""
+
+    statistics: Literal["exact", "lagged", "parity", "rank"] = Field(
+        "exact",
+        description="what a signal knows of the losses of a batch. exact: of this batch, over all ranks and "
+        "micro-batches; if there are several on a rank, by a forward pass ahead of them. lagged: of the batch before; "
+        "in the first step all tokens count alike. parity: of a micro-batch over all ranks, as published. rank: of a "
+        "micro-batch on one rank. With these two the result depends on how the batch is split",
+    )
+    shuffle: bool = Field(False, description="control: every window of a batch gets the weights of another one")
+
+    @model_validator(mode="after")
+    def goes_together(self) -> "SignalConfig":
+        signal = SIGNALS[self.name]
+        if self.shuffle and self.name == SIGNAL.default:
+            raise ValueError(f"shuffle=true is nothing to signal {self.name!r}, whose weights are all alike")
+        if self.statistics != "exact" and not asks_for_statistics(signal):
+            raise ValueError(f"statistics is nothing to signal {self.name!r}, which asks for none; leave it out")
+        if self.statistics in ("parity", "rank"):
+            if self.shuffle:
+                raise ValueError("shuffle=true is over the whole batch; use statistics=exact or lagged")
+            if has_state(signal):
+                raise ValueError(
+                    f"signal {self.name!r} remembers something of each step, and statistics={self.statistics} has "
+                    "other ones for each micro-batch; use exact or lagged"
+                )
+        return self
+
+
+class ScheduleConfig(Choice):
+    """The factor of the learning rate over the budget."""
+
+    @model_validator(mode="after")
+    def is_possible(self) -> "ScheduleConfig":
+        SCHEDULES[self.name](1.0, **self.hyperparameters())
+        return self
+
+
+OPTIM = Registry(METHODS, OptimConfig, "adamw")
+LAYER = Registry(LAYERS, LayerConfig, "dense")
+SIGNAL = Registry(SIGNALS, SignalConfig, "uniform")
+SCHEDULE = Registry(SCHEDULES, ScheduleConfig, "cosine")
+
+
+class SourceConfig(Section):
+    """How much of one source is seen."""
+
+    weight: float | None = Field(None, gt=0, description="share of the batch, relative to the other weights")
+    epochs: float | None = Field(None, gt=0, description="passes over the source within the budget")
+
+    @model_validator(mode="after")
+    def exactly_one(self) -> "SourceConfig":
+        if (self.weight is None) == (self.epochs is None):
+            raise ValueError("a source takes exactly one of weight and epochs")
+        return self
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut into windows."""
+
+    path: str = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
+    sequence_length: Count = Field(256, description="tokens of one window")
+    sources: dict[str, SourceConfig] = Field(
+        {}, description="mixture, data.sources.NAME.weight or .epochs; empty: all sources in proportion to their size"
+    )
+    document_mask: bool = Field(False, description="tokens attend within their own document only")
+    verify: bool = Field(True, description="check the sha256 of every shard before training")
+
+
+class TrainConfig(Section):
+    """One optimizer step."""
+
+    batch_size: Count = Field(32, description="windows of one optimizer step, over all ranks")
+    micro_batch_size: Count | None = Field(
+        None, description="windows of one forward on one rank; null: what suits the device"
+    )
+    clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")
+    activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
+    loss_keep_bytes: int | None = Field(
+        KEEP_BYTES,
+        ge=0,
+        description="of log-probabilities that the loss of a micro-batch keeps for its backward; the rest is computed "
+        "again, to the same bits; null: keep all",
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    max_skipped_steps: Count = Field(
+        10, description="stop after this many steps in a row whose loss or gradient is not finite"
+    )
+    layerwise: bool = Field(
+        False, description="update each tensor inside of backward and free its gradient; saves the memory of gradients"
+    )
+    threads: Count | None = Field(None, description="torch threads of one process; null: torch's choice")
+    deterministic: bool = Field(False, description="deterministic kernels only, where torch has them")
+
+    @model_validator(mode="after")
+    def layerwise_alone(self) -> "TrainConfig":
+        needs = {"clip": None, "max_skipped_steps": 1, "compile": False}
+        wrong = [f"train.{key}={json.dumps(value)}" for key, value in needs.items() if getattr(self, key) != value]
+        if self.layerwise and wrong:
+            raise ValueError(
+                "layerwise=true uses each gradient before all are known, so it can neither clip their norm nor skip a "
+                f"step, and a compiled backward gives them out all at once; set {' '.join(wrong)}"
+            )
+        return self
+
+    def rows_per_rank(self, world: int) -> int:
+        """Windows of one step on one of `world` ranks. ConfigError where they do not divide."""
+        rows, rest = divmod(self.batch_size, world)
+        if rest:
+            raise ConfigError(f"train.batch_size = {self.batch_size} is not a multiple of the {world} ranks; change it")
+        return rows
+
+
+class BackendConfig(Section):
+    """Who works together."""
+
+    name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
+        "auto", description="how ranks work together; auto: ddp under torchrun, else single"
+    )
+    stage: int | None = Field(None, ge=0, le=3, description="ZeRO's, of a backend that has stages; null: 1")
+    settings: dict[str, Any] = Field({}, description="deepspeed: further keys of its JSON configuration")
+    witness: bool = Field(True, description="hold several ranks against one process in two probe steps first")
+    timeout: float = Field(600, gt=0, description="seconds that a rank waits for another before the run gives up")
+
+    def options(self) -> dict[str, Any]:
+        """What the backend is told beside its name."""
+        return {key: value for key in ("stage", "settings") if (value := getattr(self, key)) not in (None, {})}
+
+    @model_validator(mode="after")
+    def takes_its_options(self) -> "BackendConfig":
+        for key in self.options():
+            takers = [name for name, backend in BACKENDS.items() if key in inspect.signature(backend).parameters]
+            if self.name not in takers:
+                raise ValueError(f"{key} is nothing to backend {self.name!r}; it belongs to {', '.join(takers)}")
+        return self
+
+
+class EvalConfig(Section):
+    """The ruler: held-out loss."""
+
+    every: Steps = Field(0, description="steps between evaluations; 0: only at the end")
+    batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
+    tokens: Whole | None = Field(None, ge=1, description="held-out tokens of each source; null: all")
+
+
+class CheckpointConfig(Section):
+    """What is kept to resume from."""
+
+    every: Steps = Field(200, description="steps between checkpoints; 0: only when the run stops or ends")
+    keep: Count = Field(2, description="newest checkpoints that stay on disk")
+    background: bool = Field(True, description="write while training goes on")
+
+
+class LogConfig(Section):
+    """Where numbers go."""
+
+    every: Count = Field(10, description="steps between lines in metrics.jsonl")
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="mirror the metrics in wandb")
+    project: str = Field("thriftlab", description="wandb project")
+    group: str | None = Field(None, description="wandb group; null: none")
+    tensorboard: bool = Field(False, description="mirror the metrics in OUT/tensorboard")
+    progress: bool = Field(True, description="show a progress bar")
+
+
+class RunConfig(Section):
+    """One training run. Every value has a default: `RunConfig()` trains a small model on the embedded corpus."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the order of the data and the methods")
+    out: str = Field("runs/run", min_length=1, description="folder of the run")
+    plugins: tuple[Plugin, ...] = Field(
+        (), description="Python files that are run first and may register methods, signals and schedules"
+    )
+    model: ModelConfig = ModelConfig()
+    layer: Annotated[LayerConfig, LAYER] = Field({"name": LAYER.default}, validate_default=True)
+    data: DataConfig = DataConfig()
+    optim: Annotated[OptimConfig, OPTIM] = Field({"name": OPTIM.default}, validate_default=True)
+    signal: Annotated[SignalConfig, SIGNAL] = Field({"name": SIGNAL.default}, validate_default=True)
+    schedule: Annotated[ScheduleConfig, SCHEDULE] = Field({"name": SCHEDULE.default}, validate_default=True)
+    budget: Budget = Budget(tokens=1_000_000)
+    train: TrainConfig = TrainConfig()
+    backend: BackendConfig = BackendConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+# What a method is made of: a layer, an update rule, a signal, or several of them, as in "lost+frugal".
+SEAMS: dict[str, Registry] = {"layer": LAYER, "optim": OPTIM, "signal": SIGNAL}
+
+
+def method_name(config: RunConfig) -> str:
+    """The method of a run: the names of all that is not the default, or the default update rule's."""
+    chosen = {section: getattr(config, section).name for section in SEAMS}
+    names = [name for section, name in chosen.items() if name != SEAMS[section].default]
+    return "+".join(names) or chosen["optim"]
+
+
+# What does not change the result of a run: its name and place and what is written on the way; and how fast it is.
+PLUMBING = ("out", "plugins", "data.path", "data.verify", "backend.timeout", "backend.witness", "eval.batch_size",
+            "train.max_skipped_steps", "checkpoint", "log")  # fmt: skip
+SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.loss_keep_bytes",
+         "train.compile", "train.layerwise", "train.threads", "train.deterministic")  # fmt: skip
+
+
+def fingerprint(config: RunConfig, data_fingerprint: str) -> str:
+    """sha256 of everything that determines the result of a run, up to the order in which floating-point sums are taken.
+
+    The data count by their own fingerprint and plugins by their content, not by where they lie. Under a budget of
+    seconds the speed is part of the result, so what changes only the speed counts as well.
+    """
+    tree = config.model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
+    for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
+        *sections, leaf = key.split(".")
+        del functools.reduce(dict.__getitem__, sections, tree)[leaf]
+    if reference := tree["signal"].get("reference"):  # likewise
+        tree["signal"]["reference"] = read_reference(reference)
+    tree |= {"data_fingerprint": data_fingerprint, "plugin_sha256": [plugin_sha256(path) for path in config.plugins]}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,245 @@
+"""What a run leaves behind: metrics.jsonl while it trains, record.json when it is done, and its birth certificate.
+
+record.json is sealed: it carries its own sha256 and those of the files beside it, so a flipped bit is found. The
+surprise: nan and inf are written as null, because JSON has no word for them; the key stays.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thriftlab.data.errors import UserError
+from thriftlab.data.files import finite, replace_atomically, seal, sha256, unseal, write_json
+
+__all__ = [
+    "MetricsWriter", "RecordError", "birth_certificate", "mfu", "peak_bytes", "peak_flops", "read_metrics",
+    "read_record", "write_json", "write_record",
+]  # fmt: skip
+
+
+class RecordError(UserError):
+    """A run's output is missing or damaged; the message names the file and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+class MetricsWriter:
+    """Appends JSON lines, each of them on its way to the disk when `write` returns.
+
+    Args:
+        path: metrics.jsonl.
+        resume_step: Keep the lines up to this step and drop what came after the checkpoint, a torn line included, so
+            that an interrupted run has the lines of an unbroken one. None: start an empty file.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        kept = _length_up_to(Path(path), resume_step) if resume_step is not None else 0
+        self.file = open(path, "ab")
+        self.file.truncate(kept)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(finite(line), allow_nan=False).encode() + b"\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _length_up_to(path: Path, step: int) -> int:
+    """Bytes of the leading lines whose step is at most `step`."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    metrics = _parse(path, lines)
+    return sum(len(line) for line, values in zip(lines, metrics, strict=False) if values["step"] <= step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. A torn last line is left out; any other damage raises RecordError."""
+    if not Path(path).exists():
+        raise RecordError(f"{path} is missing: the run has not started, or its folder was moved")
+    return _parse(Path(path), Path(path).read_bytes().splitlines(keepends=True))
+
+
+def _parse(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
+    if lines and not lines[-1].endswith(b"\n"):
+        lines = lines[:-1]
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+            metrics[-1]["step"]
+        except (ValueError, TypeError, KeyError):
+            raise RecordError(f"{path}, line {number} is damaged; restore the file or delete that line") from None
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------- record
+
+
+BESIDE = ("metrics.jsonl", "config.json", "code.diff")  # what a record vouches for
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """Atomically write OUT/record.json, sealed, with the sha256 of the run's other files."""
+    files = {name: sha256(Path(out) / name) for name in BESIDE if (Path(out) / name).exists()}
+    replace_atomically(Path(out) / "record.json", seal({**finite(record), "files": files}))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record at `path`. Raises RecordError if it, or a file beside it, is not what the run wrote."""
+    path = Path(path)
+    remedy = f"restore it from a copy, or move {path.parent} away and run again"
+    try:
+        record = unseal(path.read_bytes())
+    except FileNotFoundError:
+        raise RecordError(f"{path} is missing: the run has not finished; run it again to resume") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is damaged ({error}); {remedy}") from None
+    for name, expected in record.get("files", {}).items():
+        beside = path.with_name(name)
+        if beside.exists() and sha256(beside) != expected:
+            raise RecordError(f"{beside} is not the file that {path} was written with; {remedy}")
+    return record
+
+
+# ------------------------------------------------------------------------------------------------ birth certificate
+
+PACKAGES = (
+    "thriftlab", "torch", "numpy", "triton", "deepspeed", "datasets", "tokenizers", "tiktoken", "safetensors",
+    "pydantic", "scipy", "wandb", "transformers",
+)  # fmt: skip
+
+
+def birth_certificate(out: Path | None = None) -> dict[str, Any]:
+    """Which code ran, on what: {"commit", "diff_sha256", "versions", "machine"}.
+
+    Uncommitted changes of the project's checkout, new Python files included, go to OUT/code.diff (where `out` is
+    given). An installed package has no commit (None); its version stands for it.
+    """
+    commit, diff = code()
+    if diff and out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        replace_atomically(Path(out) / "code.diff", diff)
+    return {
+        "commit": commit,
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "machine": _machine(),
+    }
+
+
+def code() -> tuple[str | None, bytes]:
+    """The commit of this code, and what was changed since. A snapshot that `thriftlab submit` took carries both."""
+    here = Path(__file__).resolve()
+    if (snapshot := here.parents[2] / "COMMIT").exists():
+        return snapshot.read_text() or None, snapshot.with_name("code.diff").read_bytes()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None, b""  # not the project's own checkout, though perhaps inside somebody else's
+    root = Path(os.fsdecode((_git(here.parent, "rev-parse", "--show-toplevel") or b"").strip()))
+    commit = (_git(root, "rev-parse", "HEAD") or b"").decode().strip() or None
+    new = (_git(root, "ls-files", "-z", "--others", "--exclude-standard", "*.py") or b"").split(b"\0")
+    diffs = [_git(root, "diff", "HEAD", "--binary")]
+    diffs += [_git(root, "diff", "--no-index", "/dev/null", os.fsdecode(path)) for path in new if path]
+    return commit, b"".join(diff or b"" for diff in diffs)
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    """What git says, or None where there is no git, no repository, or no such thing."""
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-c", "core.quotepath=off", *arguments], cwd=folder, capture_output=True
+        )
+    except OSError:
+        return None
+    differs = "--no-index" in arguments and done.returncode == 1
+    return done.stdout if done.returncode == 0 or differs else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------------------- memory and speed
+
+
+def peak_bytes() -> int:
+    """Highest memory of this process so far: allocated on the GPU where one is used, else resident on the host."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024  # ru_maxrss would start at what the parent process had
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# Dense bf16 matrix peaks in FLOP/s, from the makers' data sheets (where NVIDIA prints only the number with sparsity,
+# half of it). The first pattern that the device's name matches counts.
+PEAKS = (
+    (r"MIG", None),  # a slice of a GPU
+    (r"\bB200\b", 2250e12),
+    (r"\bH200 NVL\b", 835.5e12),
+    (r"\bH200\b", 989.5e12),
+    (r"\bH100 PCIe\b", 756.5e12),
+    (r"\bH100 NVL\b", 835.5e12),
+    (r"\bH100\b", 989.5e12),
+    (r"\bA[18]00\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL4\b", 121e12),
+    (r"\bA10\b", 125e12),
+    (r"\bRTX A6000\b", 154.8e12),
+    (r"\bRTX 4090$", 165.2e12),
+    (r"\bRTX 3090$", 71e12),
+    (r"\bMI325X\b", 1307.4e12),
+    (r"\bMI300X\b", 1307.4e12),
+    (r"\bMI250X\b", 383e12),
+)
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak of a device by the name that torch gives it, FLOP/s; None where it is not known."""
+    return next((peak for pattern, peak in PEAKS if re.search(pattern, name)), None)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, device: torch.device | str, devices: int = 1) -> float | None:
+    """Model FLOPs utilisation (PaLM, arXiv 2204.02311) against the dense bf16 peak; None where no peak is known.
+
+    Args:
+        tokens_per_second: Of all devices together.
+        flops_per_token: Of the model, forward and backward, without recomputation.
+    """
+    device = torch.device(device)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return tokens_per_second * flops_per_token / (peak * devices) if peak else None

@@ -1,0 +1,72 @@
+"""How a run is asked to stop, and the word it leaves for those who wait for it.
+
+A signal, or a file OUT/STOP, asks; the loop answers at the end of a step. OUT/status is one word: running, preempted,
+done or failed. One surprise: a process that was killed leaves "running"; only who watched it knows that it is gone.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from thriftlab.data.files import replace_atomically
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved and can go on. `number`: of the signal that asked, None for OUT/STOP.
+
+    `code` is what a shell expects, 128 + number; but 0 after OUT/STOP under torchrun, which would take another one for
+    a crash and start the ranks again.
+    """
+
+    def __init__(self, out: Path, step: int, number: int | None):
+        asked = f", as {out}/STOP asks; without it" if stop_file(out) else ";"
+        super().__init__(f"stopped after step {step} and saved in {out}{asked} the same command resumes")
+        self.code = 0 if not number and "TORCHELASTIC_RUN_ID" in os.environ else 128 + (number or signal.SIGTERM)
+
+
+def stop_file(out: Path) -> bool:
+    """A file OUT/STOP asks the run to stop, from anywhere, and keeps it from going on."""
+    return Path(out, "STOP").exists()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The numbers of the SIGINTs, SIGTERMs and SIGHUPs that come; a second SIGINT stops at once."""
+    received: list[int] = []
+    speaks = int(os.environ.get("RANK", 0)) == 0
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        if speaks and not received:
+            print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def status(out: Path, speaks: bool) -> Iterator[None]:
+    """Keeps OUT/status true while the body runs. `speaks`: whether this rank writes it."""
+
+    def write(word: str) -> None:
+        if speaks:
+            out.mkdir(parents=True, exist_ok=True)
+            replace_atomically(out / "status", f"{word}\n".encode())
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        write("preempted" if isinstance(error, Interrupted) else "failed")
+        raise
+    write("done")
