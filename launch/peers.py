@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.optim.core.method import METHODS
+from thriftlab.optim import METHODS
 
 NEVER = 10**9  # a gap between refreshes that is not reached
 RANK = 128

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search
-from thriftlab.optim.core.method import Method, Spec, State
+from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.method import Method
+from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.rules import adamw, adamw_spec
 from thriftlab.optim.state.storage import StateDtype, by_entry, key_rounding
 
@@ -41,10 +42,7 @@ class AdamW(Method, name="adamw"):
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, state_dtype=state_dtype, seed=seed,
-            maximize=maximize,
-        )  # fmt: skip
+        super().__init__(**arguments(locals()))
 
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -19,16 +19,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search
-from thriftlab.optim.core.method import Spec, State
-from thriftlab.optim.core.projected import TINY, LowRank, correction, direction, growth_limit, norms
-from thriftlab.optim.core.split import OnRefresh, basis_of, subspace_of
-from thriftlab.optim.state.carry import keeps_rows
-from thriftlab.optim.state.coordinates import Subspace
+from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms
+from thriftlab.optim.core.split import OnRefresh
+from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype
+from thriftlab.optim.state.subspaces import Subspace, basis_of, keeps_rows, subspace_of
 
 
-class Apollo(LowRank, name="apollo"):
+class Apollo(Projected, name="apollo"):
     """APOLLO: SGD with Adam's learning rate for each channel, told from a random projection.
 
     Args:
@@ -70,13 +69,9 @@ class Apollo(LowRank, name="apollo"):
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, gap=gap, scale=scale,
-            granularity=granularity, gamma=gamma, subspace=subspace, on_refresh=on_refresh, stagger=stagger,
-            state_dtype=state_dtype, seed=seed, maximize=maximize,
-        )  # fmt: skip
+        super().__init__(**arguments(locals()))
 
-    def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         small = subspace_of(group).down(grad, basis_of(state))
         dim = int(keeps_rows(small, grad)) if group["granularity"] == "channel" else None
         phi = norms(direction(small, state, age, group), dim) / (norms(small, dim) + TINY)

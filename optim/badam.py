@@ -16,11 +16,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search
-from thriftlab.optim.core.method import State
+from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.core.split import has_moments
 from thriftlab.optim.frugal import Frugal
-from thriftlab.optim.state.blocks import Balance, BlockOrder, Unit
+from thriftlab.optim.state.blocks import Balance, BlockOrder, BlockUnit
+from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.storage import StateDtype
 
 
@@ -50,18 +50,14 @@ class BAdam(Frugal, name="badam"):
         density: Annotated[float, Field(ge=0, le=1), Search(choices=[0.125, 0.25, 0.5])] = 0.25,
         gap: Annotated[int, Field(ge=1), Search(choices=[50, 100, 200])] = 100,
         order: Annotated[BlockOrder, Search(choices=["random", "ascending", "descending"])] = "descending",
-        unit: Annotated[Unit, Field()] = "layer",
+        unit: Annotated[BlockUnit, Field()] = "layer",
         balance: Annotated[Balance, Field()] = "count",
         state_dtype: Annotated[StateDtype, Field()] = "fp32",
         seed: int = 0,
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, density=density, gap=gap, order=order,
-            unit=unit, balance=balance, state_dtype=state_dtype, seed=seed, maximize=maximize,
-            subspace="blocks", free="none", on_refresh="reset",
-        )  # fmt: skip
+        super().__init__(**arguments(locals()), subspace="blocks", free="none", on_refresh="reset")
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         if has_moments(state, group):

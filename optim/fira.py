@@ -23,16 +23,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search
-from thriftlab.optim.core.method import Spec, State
-from thriftlab.optim.core.projected import TINY, LowRank, correction, direction, growth_limit, norms
-from thriftlab.optim.core.split import OnRefresh, basis_of, subspace_of
-from thriftlab.optim.state.carry import add_up, keeps_rows
-from thriftlab.optim.state.coordinates import Subspace
+from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms
+from thriftlab.optim.core.split import OnRefresh
+from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype, wide
+from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, keeps_rows, subspace_of
 
 
-class Fira(LowRank, name="fira"):
+class Fira(Projected, name="fira"):
     """Fira: full-rank training under a low-rank constraint of the state.
 
     Args:
@@ -71,13 +70,9 @@ class Fira(LowRank, name="fira"):
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, gap=gap, alpha=alpha,
-            gamma=gamma, residual=residual, subspace=subspace, on_refresh=on_refresh, stagger=stagger,
-            state_dtype=state_dtype, seed=seed, maximize=maximize,
-        )  # fmt: skip
+        super().__init__(**arguments(locals()))
 
-    def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         subspace, basis, exact = subspace_of(group), basis_of(state), group["residual"] == "exact"
         beta = 1.0 if exact else group["alpha"]
         small = subspace.down(grad, basis)

@@ -15,28 +15,17 @@ the chosen entries take their step apart, and are written back over what the fre
 
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search
-from thriftlab.optim.core.method import Spec, State
-from thriftlab.optim.core.split import (
-    COUNTERS,
-    OnRefresh,
-    SplitOptimizer,
-    basis_of,
-    has_moments,
-    is_split,
-    splits,
-    subspace_of,
-    zero_moments,
-)
-from thriftlab.optim.state.blocks import Balance, BlockOrder, Unit, active_blocks
-from thriftlab.optim.state.carry import add_up
-from thriftlab.optim.state.coordinates import CoordinateSubspace, Subspace, is_countable
+from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.split import COUNTERS, OnRefresh, SplitOptimizer, has_moments, zero_moments
+from thriftlab.optim.state.blocks import Balance, BlockOrder, Blocks, BlockUnit
+from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable
+from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.rules import RULES, add_scaled, add_sign, decay
 from thriftlab.optim.state.storage import StateDtype, by_entry, drop, rounding_spec
+from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, is_split, splits, subspace_of
 
 
 class Frugal(SplitOptimizer, name="frugal"):
@@ -80,7 +69,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         density: Annotated[float, Field(ge=0, le=1), Search(choices=[0.0, 0.125, 0.25, 0.5])] = 0.25,
         gap: Annotated[int, Field(ge=1), Search(choices=[50, 200, 500])] = 200,
         order: Annotated[BlockOrder, Field()] = "descending",
-        unit: Annotated[Unit, Field()] = "tensor",
+        unit: Annotated[BlockUnit, Field()] = "tensor",
         balance: Annotated[Balance, Field()] = "count",
         rule: Annotated[Literal["adam", "lion", "sgdm"], Field()] = "adam",
         free: Annotated[Literal["sign", "sgd", "none"], Field()] = "sign",
@@ -93,25 +82,18 @@ class Frugal(SplitOptimizer, name="frugal"):
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, subspace=subspace, density=density, gap=gap,
-            order=order, unit=unit, balance=balance, rule=rule, free=free, split_lr_scale=split_lr_scale,
-            free_lr_scale=free_lr_scale, on_refresh=on_refresh, stagger=stagger, state_dtype=state_dtype, seed=seed,
-            maximize=maximize,
-        )  # fmt: skip
+        super().__init__(**arguments(locals()))
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         rule, lr = RULES[group["rule"]], group["lr"] * group["split_lr_scale"]
+        subspace, basis = subspace_of(group), basis_of(state)
         decay(weight, group)
-        if group["subspace"] == "blocks":
+        if isinstance(subspace, Blocks):
             if has_moments(state, group):
                 rule.descend(weight, grad, state, age, group, lr)
             else:
                 free_step(weight, grad, group, lr)
-            return
-
-        subspace, basis = subspace_of(group), basis_of(state)
-        if isinstance(subspace, CoordinateSubspace):
+        elif isinstance(subspace, CoordinateSubspace):
             where = subspace.where(grad, basis)
             chosen = subspace.take(weight, where)
             rule.descend(chosen, subspace.take(grad, where), state, age, group, lr)
@@ -125,38 +107,38 @@ class Frugal(SplitOptimizer, name="frugal"):
             free_step(weight, residual, group, lr)
 
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
-        if group["subspace"] != "blocks":
+        subspace = subspace_of(group)
+        if not isinstance(subspace, Blocks):
             super().refresh(name, grad, state, group, count)
-        elif name not in blocks(group, count):
+        elif name not in subspace.active(group, count):
             drop(RULES[group["rule"]].buffers, state)
         elif group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(grad, state, group)
 
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-        if not splits(shape, group) or group["subspace"] == "blocks":
+        subspace = subspace_of(group)
+        if not splits(shape, group) or isinstance(subspace, Blocks):
             return by_entry(group)
-        return by_entry(group) and group["on_refresh"] != "keep" and is_countable(subspace_of(group))
+        return by_entry(group) and group["on_refresh"] != "keep" and is_countable(subspace)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if group["subspace"] == "blocks":
-            blocks(group, count=0)
+        subspace = subspace_of(group)
+        if isinstance(subspace, Blocks):
+            subspace.active(group, count=0)
             if group["stagger"]:
                 raise ValueError("stagger=True: blocks take turns already; it is for the other subspaces")
 
-    def small_spec(
-        self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]
-    ) -> tuple[tuple[int, ...], Spec]:
-        if group["subspace"] == "blocks":  # of an active one
-            return shape, {}
-        return super().small_spec(shape, dtype, group)
-
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
-        if group["subspace"] == "blocks" and is_split(weight, group):
+        subspace = subspace_of(group)
+        if isinstance(subspace, Blocks) and is_split(weight, group):
             steps = int(self.state[weight]["step"]) if self.state.get(weight) else 0
-            if name not in blocks(group, max(steps - 1, 0) // group["gap"]):
+            if name not in subspace.active(group, max(steps - 1, 0) // group["gap"]):
                 return {**COUNTERS, **rounding_spec(group)}
         return super().expected_spec(name, weight, group)
+
+    def remarks(self) -> list[str]:
+        return [*super().remarks(), *(idle_blocks(group) for group in self.param_groups if never_active(group))]
 
 
 def free_step(weight: Tensor, grad: Tensor, group: dict[str, Any], lr) -> None:
@@ -167,10 +149,19 @@ def free_step(weight: Tensor, grad: Tensor, group: dict[str, Any], lr) -> None:
         add_scaled(weight, grad, -lr * group["free_lr_scale"])
 
 
-def blocks(group: dict[str, Any], count: int) -> set[str]:
-    """The state-full matrices of a group after refresh `count`."""
-    sizes = {name: p.numel() for name, p in zip(group["names"], group["params"], strict=True) if is_split(p, group)}
-    return active_blocks(
-        list(sizes), group["density"], group["order"], group["seed"], count,
-        group["unit"], group["balance"], list(sizes.values()),
-    )  # fmt: skip
+def never_active(group: dict[str, Any]) -> bool:
+    """Whether the group has blocks, of which a fixed number is active, and that number is 0."""
+    subspace, matrices = subspace_of(group), [p for p in group["params"] if is_split(p, group)]
+    if not (isinstance(subspace, Blocks) and matrices and group["density"] > 0):
+        return False
+    return group["balance"] == "count" and not callable(group["order"]) and not subspace.active(group, count=0)
+
+
+def idle_blocks(group: dict[str, Any]) -> str:
+    """What is said of such a group."""
+    matrices = sum(is_split(p, group) for p in group["params"])
+    return (
+        f"density {group['density']:g} of the blocks of {matrices} matrices (unit={group['unit']!r}) "
+        f"rounds to none, as in the published code: no matrix has a state"
+        + (", and none is trained" if group["free"] == "none" else f", all take free={group['free']!r}")
+    )

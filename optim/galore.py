@@ -17,16 +17,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search
-from thriftlab.optim.core.method import State
-from thriftlab.optim.core.projected import LowRank, direction
-from thriftlab.optim.core.split import OnRefresh, basis_of, subspace_of
-from thriftlab.optim.state.carry import add_up
-from thriftlab.optim.state.coordinates import Subspace
+from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.projected import Projected, direction
+from thriftlab.optim.core.split import OnRefresh
+from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.storage import StateDtype
+from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, subspace_of
 
 
-class GaLore(LowRank, name="galore"):
+class GaLore(Projected, name="galore"):
     """GaLore: Adam in the span of the gradient's leading singular vectors.
 
     Args:
@@ -61,13 +60,9 @@ class GaLore(LowRank, name="galore"):
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, gap=gap, scale=scale,
-            subspace=subspace, on_refresh=on_refresh, stagger=stagger, state_dtype=state_dtype, seed=seed,
-            maximize=maximize,
-        )  # fmt: skip
+        super().__init__(**arguments(locals()))
 
-    def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         subspace, basis = subspace_of(group), basis_of(state)
         normalized = direction(subspace.down(grad, basis), state, age, group)
         add_up(weight, normalized, subspace, basis, -group["lr"] * group["scale"])

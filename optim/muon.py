@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search, Unit
-from thriftlab.optim.core.method import Spec, State
+from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
 from thriftlab.optim.core.split import SplitOptimizer
+from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.rules import adamw_spec, add_scaled, decay
 from thriftlab.optim.state.storage import StateDtype, kept_spec, load, make_zero, store, wide
 
@@ -53,7 +53,7 @@ class Muon(SplitOptimizer, name="muon"):
         params,
         lr: Annotated[float | Tensor, Field(ge=0), Search(1e-4, 1e-1)] = 1e-3,
         weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.1,
-        momentum: Annotated[Unit, Search(choices=[0.9, 0.95])] = 0.95,
+        momentum: Annotated[BelowOne, Search(choices=[0.9, 0.95])] = 0.95,
         nesterov: Annotated[bool, Field()] = True,
         ns_coefficients: Annotated[tuple[float, float, float], Field()] = (3.4445, -4.7750, 2.0315),
         eps: Annotated[float, Field(gt=0)] = 1e-7,
@@ -68,11 +68,7 @@ class Muon(SplitOptimizer, name="muon"):
         *,
         maximize: bool = False,
     ):
-        super().__init__(
-            params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, eps=eps, ns_steps=ns_steps,
-            ns_coefficients=ns_coefficients, adjust_lr_fn=adjust_lr_fn, iteration=iteration, betas=betas,
-            split_lr_scale=split_lr_scale, adam_eps=adam_eps, state_dtype=state_dtype, seed=seed, maximize=maximize,
-        )  # fmt: skip
+        super().__init__(**arguments(locals()))
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

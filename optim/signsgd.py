@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Search
-from thriftlab.optim.core.method import Method, Spec, State
+from thriftlab.optim.core.hyper import Search, arguments
+from thriftlab.optim.core.method import Method
+from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.rules import add_sign, decay
 
 
@@ -32,7 +33,7 @@ class SignSGD(Method, name="signsgd"):
         *,
         maximize: bool = False,
     ):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(**arguments(locals()))
 
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.optim import BelowOne
 
 
 def exact_int(value: Any) -> Any:
@@ -96,7 +97,6 @@ def schedule(function: Callable[..., float]) -> Callable[..., float]:
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 AboveZero = Annotated[float, Field(gt=0, le=1)]
 
 

@@ -16,7 +16,7 @@ from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
-from thriftlab.optim.core.listing import by_reason
+from thriftlab.optim.core.groups import by_reason
 from thriftlab.optim.layers.base import changing, check_patterns
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.replicas import refuse_differences

@@ -16,9 +16,9 @@ from thriftlab.data.errors import UserError
 from thriftlab.data.files import sha256
 from thriftlab.data.loader import Batch, batches
 from thriftlab.optim import state_bytes
-from thriftlab.optim.core.listing import listing, remarks, replaced
-from thriftlab.optim.core.method import keyed_generator
-from thriftlab.optim.layers.base import before_step
+from thriftlab.optim.core.split import listing
+from thriftlab.optim.layers.base import before_step, replaced
+from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train.backends.base import Backend, make_backend
 from thriftlab.train.backends.channel import Channel
 from thriftlab.train.backends.pieces import read_whole, whole
@@ -281,7 +281,7 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[st
         },
         "skipped_steps": counters.skipped,
         "signal": tell(run.objective.report(), [source.name for source in run.plan.sources]),
-        "remarks": remarks(run.optimizer),
+        "remarks": run.optimizer.remarks(),
         "finished": time.time(),
     }
     if run.chief:

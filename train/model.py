@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES, linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
-from thriftlab.optim.core.method import keyed_generator
 from thriftlab.optim.layers.base import Layer
+from thriftlab.optim.state.keys import keyed_generator
 
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
 PRESETS: dict[str, dict[str, Any]] = {

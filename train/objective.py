@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.data.loader import Batch
-from thriftlab.optim.core.method import keyed_generator
+from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.signals.base import Signal, asks_for_statistics, by_domain
 from thriftlab.train.watch import watch

@@ -1,0 +1,1 @@
+"""What an update rule is made of: base class, split of matrices, hyper-parameters, groups, fragments, owners."""

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
-from thriftlab.optim.core.method import Method, State
-from thriftlab.optim.core.split import SplitOptimizer, basis_of, splits, subspace_of
+from thriftlab.optim.state.blocks import Blocks
 from thriftlab.optim.state.coordinates import CoordinateSubspace
-from thriftlab.optim.state.storage import key_rounding
+from thriftlab.optim.state.keys import State
+from thriftlab.optim.state.subspaces import basis_of, subspace_of
 
 LOCAL = ("whole.first", "whole.size", "basis.first", "basis.stop")  # state that says where a fragment lies
 
@@ -67,40 +68,6 @@ def locate(state: State, first: int, size: int) -> None:
     state["whole.first"], state["whole.size"] = torch.tensor(first), torch.tensor(size)
 
 
-def update_fragments(
-    method: Method,
-    fragments: list[Fragment],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    group: dict[str, Any],
-) -> None:
-    """`method.update` of fragments, in place, for tensors for which `method.elementwise` holds.
-
-    Args:
-        weights, grads: flat, [stop - start] each.
-        group: with the names and shapes of all its tensors, whoever holds them; `params` may be meta tensors.
-    """
-    begin(fragments, states)
-    names = [fragment.name for fragment in fragments]
-    matrices = []
-    if isinstance(method, SplitOptimizer):
-        matrices = [i for i, fragment in enumerate(fragments) if splits(fragment.shape, group)]
-        for i in matrices:
-            key_rounding([names[i]], [states[i]], group)
-            method.update_matrix(names[i], weights[i], grads[i], states[i], on_fragment(group, fragments[i], states[i]))
-            for key in [key for key in states[i] if key.startswith("diagnostic.")]:
-                del states[i][key]  # they are of the whole matrix
-    plain = [i for i in range(len(fragments)) if i not in matrices]
-    method.update(
-        [names[i] for i in plain],
-        [weights[i] for i in plain],
-        [grads[i] for i in plain],
-        [states[i] for i in plain],
-        group,
-    )
-
-
 def begin(fragments: list[Fragment], states: list[State]) -> None:
     """Gives the states of new fragments their place."""
     for fragment, state in zip(fragments, states, strict=True):
@@ -117,7 +84,7 @@ def countable(group: dict[str, Any]) -> CoordinateSubspace:
 
 def on_fragment(group: dict[str, Any], fragment: Fragment, state: State) -> dict[str, Any]:
     """The group of a matrix as one fragment of it sees it; blocks, which choose whole matrices, look the same."""
-    if group["subspace"] == "blocks":
+    if isinstance(subspace_of(group), Blocks):
         return group
     return {**group, "subspace": FragmentSubspace(countable(group), fragment, state)}
 
@@ -125,7 +92,7 @@ def on_fragment(group: dict[str, Any], fragment: Fragment, state: State) -> dict
 # What a checkpoint sees: each tensor of a fragment's state as a piece of the whole tensor's.
 
 
-def pieces(
+def saved_pieces(
     fragment: Fragment, state: State, group: dict[str, Any]
 ) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
     """(key, shape of the whole, where the piece starts in it, piece [n]), row-major."""
@@ -165,3 +132,23 @@ def take_up(
 
 def is_moment(key: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 0 and not key.startswith("basis.")
+
+
+# FSDP2 cuts tensors by rows.
+
+
+def rows_here(p: DTensor) -> tuple[int, int]:
+    """Where this rank's rows begin and end in the flat tensor: each rank has as many as the first, while there are."""
+    mesh, row = p.device_mesh, p.numel() // max(p.shape[0], 1)
+    most = -(-p.shape[0] // mesh.size())
+    start = min(most * mesh.get_local_rank(), p.shape[0]) * row
+    return start, start + p.to_local().numel()
+
+
+def check_placement(name: str, p: DTensor) -> None:
+    if p.device_mesh.ndim != 1 or tuple(p.placements) != (Shard(0),):
+        raise ValueError(
+            f"{name} is a DTensor with placements {tuple(p.placements)} on a mesh of {tuple(p.device_mesh.shape)} "
+            "ranks; sharded parameters are supported where they are cut by rows, (Shard(dim=0),), over a mesh of one "
+            "dimension: call fully_shard with such a mesh, without shard_placement_fn and without tensor parallelism"
+        )

@@ -24,8 +24,8 @@ from pydantic.errors import PydanticUserError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-Unit = Annotated[float, Field(ge=0, lt=1)]
-Betas = tuple[Unit, Unit]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[BelowOne, BelowOne]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def hyperparameters(factory: Callable) -> dict[str, inspect.Parameter]:
     """The parameters of `factory` that are annotated with `Annotated[...]`, in the order of its signature."""
     signature = inspect.signature(factory, eval_str=True)
     return {name: p for name, p in signature.parameters.items() if get_origin(p.annotation) is Annotated}
+
+
+def arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """What a constructor was called with, from its `locals()` on its first line."""
+    return {name: value for name, value in values.items() if name not in ("self", "__class__")}
 
 
 def search_space(factory: Callable) -> dict[str, Search]:

@@ -9,17 +9,19 @@ The surprise: torch's own `load_state_dict` casts state to the parameter's dtype
 matches parameters by position. Here dtypes stay as saved, and names decide where both sides have them.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
-
-State = dict[str, Tensor]
-Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+from thriftlab.optim.core.fragments import Fragment, begin, check_placement, rows_here
+from thriftlab.optim.core.groups import match_groups, named_tensors
+from thriftlab.optim.core.owners import Cost, assign
+from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -66,6 +68,27 @@ class Method(torch.optim.Optimizer):
         """Whether a tensor of this shape is stepped entry by entry, so that pieces of it can be (fragments.py)."""
         return False
 
+    def work(self, weight: Tensor, group: dict[str, Any]) -> int:
+        """Operations of one tensor's step, up to a constant: here a walk over its entries."""
+        return weight.numel()
+
+    def cost(self, name: str, weight: Tensor, group: dict[str, Any]) -> Cost:
+        """What one tensor costs the rank that owns it; an active one, where state comes and goes."""
+        return Cost(name, self.work(weight, group), spec_bytes(self.spec(tuple(weight.shape), weight.dtype, **group)))
+
+    def costs(self) -> list[Cost]:
+        """Of the parameters of all groups that take gradients, in order."""
+        return [
+            self.cost(name, p, group)
+            for group in self.param_groups
+            for name, p in zip(group["names"], group["params"], strict=True)
+            if p.requires_grad
+        ]
+
+    def remarks(self) -> list[str]:
+        """Where the method, as it is set, is not what its name promises."""
+        return []
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError where the hyper-parameters of a new group do not go together."""
 
@@ -84,19 +107,67 @@ class Method(torch.optim.Optimizer):
     def step_only(self, names: list[str], weights: list[Tensor], group: dict[str, Any]) -> None:
         """Steps those of some parameters of a group that have a gradient, as `step` would: others do not matter."""
         due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
-        if any(hasattr(p, "device_mesh") for _, p in due):
-            due = self.step_sharded(due, group)
+        if sharded := [(name, p) for name, p in due if isinstance(p, DTensor)]:
+            self.step_sharded(sharded, group)
+            due = [(name, p) for name, p in due if not isinstance(p, DTensor)]
         names, weights = [name for name, _ in due], [p for _, p in due]
         grads = [downhill(p, p.grad, group["maximize"]) for p in weights if p.grad is not None]
         self.update(names, weights, grads, [self.state[p] for p in weights], group)
 
-    def step_sharded(self, due: list[tuple[str, Any]], group: dict[str, Any]) -> list[tuple[str, Tensor]]:
-        """Steps those parameters that are DTensors (dtensor.py); returns the others."""
-        from thriftlab.optim.core.dtensor import step_sharded
+    # Tensors that are cut: fragments of them, and those of FSDP2.
 
-        sharded = [(name, p) for name, p in due if hasattr(p, "device_mesh")]
-        step_sharded(self, [name for name, _ in sharded], [p for _, p in sharded], group)
-        return [(name, p) for name, p in due if not hasattr(p, "device_mesh")]
+    def update_fragments(
+        self,
+        fragments: list[Fragment],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: dict[str, Any],
+    ) -> None:
+        """`update` of fragments, in place, of tensors for which `elementwise` holds.
+
+        Args:
+            weights, grads: flat, [stop - start] each.
+            group: with the names and shapes of all its tensors, whoever holds them; `params` may be meta tensors.
+        """
+        begin(fragments, states)
+        self.update([fragment.name for fragment in fragments], weights, grads, states, group)
+
+    def step_sharded(self, named: list[tuple[str, DTensor]], group: dict[str, Any]) -> None:
+        """Steps parameters of a group that are DTensors (`torch.distributed.fsdp.fully_shard`), which have a gradient.
+
+        What is stepped entry by entry is stepped where it lies. Any other tensor has one rank, its owner, that keeps
+        its state. Collective over their mesh; ValueError for a placement other than rows over a mesh of one dimension.
+        A rank's `state_dict()` is its own part: save one per rank, and resume with as many.
+        """
+        for name, p in named:
+            check_placement(name, p)
+        self.step_rows([pair for pair in named if self.elementwise(tuple(pair[1].shape), group)], group)
+        owners = assign(self.costs(), named[0][1].device_mesh.size())
+        for name, p in named:
+            if not self.elementwise(tuple(p.shape), group):
+                self.step_owned(name, p, owners[name], group)
+
+    def step_rows(self, named: list[tuple[str, DTensor]], group: dict[str, Any]) -> None:
+        """Steps the rows that this rank has, without a word to the others."""
+        named = [(name, p) for name, p in named if p.to_local().numel()]
+        fragments = [Fragment(name, tuple(p.shape), *rows_here(p)) for name, p in named]
+        weights = [p.to_local().view(-1) for _, p in named]
+        grads = [p.grad.to_local().reshape(-1) for _, p in named]  # type: ignore[union-attr]
+        slopes = [downhill(weight, grad, group["maximize"]) for weight, grad in zip(weights, grads, strict=True)]
+        self.update_fragments(fragments, weights, slopes, [self.state[p] for _, p in named], group)
+
+    def step_owned(self, name: str, p: DTensor, owner: int, group: dict[str, Any]) -> None:
+        """Gathers weight and gradient, steps the whole tensor on its owner; the others take their rows of it."""
+        ranks = p.device_mesh.get_group()
+        weight, grad = p.full_tensor(), p.grad.full_tensor()  # type: ignore[union-attr]
+        if dist.get_rank(ranks) == owner:
+            self.update([name], [weight], [downhill(weight, grad, group["maximize"])], [self.state[p]], group)
+        dist.broadcast(weight, group=ranks, group_src=owner)
+        start, stop = rows_here(p)
+        p.to_local().copy_(weight.view(-1)[start:stop].view(p.to_local().shape))
+
+    # Groups and state, by name.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. Its hyper-parameters are checked; parameters without names are named by their position."""
@@ -140,70 +211,24 @@ def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
     return -grad if maximize else grad
 
 
-def named_tensors(group: dict[str, Any], start: int) -> dict[str, list]:
-    """`params` and `names` of a group of tensors or `(name, tensor)` pairs; without names they count from `start`."""
-    if isinstance(group["params"], set):
-        raise TypeError("parameters in a set have no order; use a list")
-    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    names = group.get("names")
-    if params and isinstance(params[0], tuple):
-        names, params = map(list, zip(*params, strict=True))
-    names = [str(start + i) for i in range(len(params))] if names is None else list(names)
-    if len(names) != len(params):
-        raise ValueError(f"a parameter group has {len(params)} parameters and {len(names)} names")
-    if len({id(p) for p in params}) < len(params):
-        raise ValueError("a parameter group lists a parameter twice; list a tied parameter once")
-    return {"params": params, "names": names}
-
-
-def match_groups(own: list[dict], saved: list[dict]) -> list[dict]:
-    """The saved groups in the order of our own: by name where both have names, else by position as in torch."""
-    if len(own) != len(saved):
-        raise ValueError(f"the saved optimizer state has {len(saved)} parameter groups, this optimizer has {len(own)}")
-    if not (_named(own) and _named(saved)):
-        return [{**s, "names": o["names"]} for o, s in zip(own, saved, strict=True)]
-    by_names = {frozenset(group["names"]): group for group in saved}
-    groups = []
-    for group in own:
-        found = by_names.get(frozenset(group["names"]))
-        if found is None:
-            strangers = set(group["names"]) ^ {name for s in saved for name in s["names"]}
-            raise ValueError(f"the saved optimizer state has other parameter groups; for example {min(strangers)!r}")
-        index = dict(zip(found["names"], found["params"], strict=True))
-        groups.append({**found, "names": group["names"], "params": [index[name] for name in group["names"]]})
-    return groups
-
-
-def keyed_seed(seed: int, name: str, count: int) -> int:
-    """63 bits that are a function of (seed, name, count)."""
-    digest = hashlib.blake2b(f"{seed}/{count}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def keyed_generator(seed: int, name: str, count: int) -> torch.Generator:
-    """A CPU generator that is a function of (seed, name, count)."""
-    return torch.Generator().manual_seed(keyed_seed(seed, name, count))
-
-
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the state that is allocated now, 0-dim counters apart."""
     tensors = (value for state in optimizer.state.values() for value in state.values())
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor) and t.ndim)
 
 
-def predicted_state_bytes(optimizer: Method) -> int:
-    """The same from the declared `spec`, before or after it is allocated, for the parameters that take gradients."""
-    specs = (
-        optimizer.expected_spec(name, p, group)
+def predicted_state_bytes(optimizer: Method, keeps: Callable[[str], bool] = lambda name: True) -> int:
+    """The same from the declared `spec`, before or after it is allocated, for the parameters that take gradients.
+
+    Args:
+        keeps: whether the state of a parameter is counted, by its name.
+    """
+    return sum(
+        spec_bytes(optimizer.expected_spec(name, p, group))
         for group in optimizer.param_groups
         for name, p in zip(group["names"], group["params"], strict=True)
-        if p.requires_grad
+        if p.requires_grad and keeps(name)
     )
-    return sum(torch.Size(shape).numel() * dtype.itemsize for spec in specs for shape, dtype in spec.values() if shape)
-
-
-def _named(groups: list[dict]) -> bool:
-    return all("names" in group and not all(name.isdigit() for name in group["names"]) for group in groups)
 
 
 def _is_data(value: Any) -> bool:
@@ -213,6 +238,6 @@ def _is_data(value: Any) -> bool:
 def _restored(value: Tensor, p: Tensor) -> Tensor:
     """A copy of a saved tensor on the device of `p`, fp32 beside fp32 in its layout; counters on the CPU."""
     alike = value.shape == p.shape and value.ndim and value.dtype == p.dtype in (torch.float32, torch.float64)
-    if alike and not hasattr(p, "device_mesh"):
+    if alike and not isinstance(p, DTensor):
         return torch.empty_like(p).copy_(value)
     return value.to(p.device if value.ndim else "cpu", copy=True)

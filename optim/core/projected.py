@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.optim.core.method import Spec, State
 from thriftlab.optim.core.split import SplitOptimizer, splits
+from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.rules import Adam, decay
 from thriftlab.optim.state.storage import make_zero, wide
 
@@ -22,15 +22,10 @@ ADAM = Adam()
 TINY = 1e-8  # keeps quotients of norms finite, as in the published code
 
 
-class LowRank(SplitOptimizer):
-    """A split method with these conventions; the subclass's `move` is the step without the decay."""
+class Projected(SplitOptimizer):
+    """A split method with these conventions."""
 
-    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
-        self.move(weight, grad, state, group, age)
-        decay(weight, group)
-
-    def move(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
-        raise NotImplementedError
+    decay_after = True
 
     def limiter_spec(self, shape: tuple[int, ...], dtype: torch.dtype, overrides: dict[str, Any]) -> Spec:
         """The state of `growth_limit`, which split matrices have."""

@@ -8,21 +8,29 @@ The surprise: the bias correction counts from the step at which the moments were
 the first step; they are two counters, because `on_refresh="keep"` moves one and not the other.
 """
 
-import difflib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from thriftlab.optim.core.method import Method, Spec, State, keyed_generator, keyed_seed
-from thriftlab.optim.state.carry import AnySubspace, carry, overlap, residual_energy
-from thriftlab.optim.state.coordinates import SUBSPACES
-from thriftlab.optim.state.dense import BASES
-from thriftlab.optim.state.rules import RULES, Rule, adamw, adamw_spec
+from thriftlab.optim.core.fragments import Fragment, begin, on_fragment
+from thriftlab.optim.core.groups import by_reason
+from thriftlab.optim.core.method import Method
+from thriftlab.optim.state.carry import carry, overlap, residual_energy
+from thriftlab.optim.state.keys import Spec, State, keyed_generator, keyed_seed
+from thriftlab.optim.state.rules import RULES, Rule, adamw, adamw_spec, decay
 from thriftlab.optim.state.storage import by_entry, kept_spec, key_rounding, make_zero, rounding_spec
+from thriftlab.optim.state.subspaces import (
+    basis_of,
+    is_declared,
+    is_split,
+    picks_entries,
+    splits,
+    subspace_of,
+    uses_gradient,
+)
 
 OnRefresh = Literal["reset", "keep", "project"]
 COUNTERS: Spec = {"step": ((), torch.int64), "start": ((), torch.int64)}
@@ -30,7 +38,13 @@ DIAGNOSTICS: Spec = {"diagnostic.residual": ((), torch.float32), "diagnostic.ove
 
 
 class SplitOptimizer(Method):
-    """2-D tensors of the groups with `split` (the default) go to `update_matrix`, one by one; all others to AdamW."""
+    """2-D tensors of the groups with `split` (the default) go to `update_matrix`, one by one; all others to AdamW.
+
+    A subclass writes its equation in `descend`. With `decay_after` weight decay follows that, W <- (1 - lr wd) W; else
+    it is part of the equation.
+    """
+
+    decay_after = False
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         super().__init__(params, split=True, **defaults)
@@ -71,6 +85,8 @@ class SplitOptimizer(Method):
                 return
         state["step"] += 1
         self.descend(weight, grad, state, group, age=step + 1 - int(state["start"]))
+        if self.decay_after:
+            decay(weight, group)
 
     def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
         """The method's own step; `age` = 1, 2, ... counts the steps since the moments were zero."""
@@ -103,6 +119,45 @@ class SplitOptimizer(Method):
 
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group) and not splits(shape, group)
+
+    def update_fragments(
+        self,
+        fragments: list[Fragment],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: dict[str, Any],
+    ) -> None:
+        begin(fragments, states)
+        plain: list[int] = []
+        for i, fragment in enumerate(fragments):
+            if not splits(fragment.shape, group):
+                plain.append(i)
+                continue
+            key_rounding([fragment.name], [states[i]], group)
+            here = on_fragment(group, fragment, states[i])
+            self.update_matrix(fragment.name, weights[i], grads[i], states[i], here)
+            for key in [key for key in states[i] if key.startswith("diagnostic.")]:
+                del states[i][key]  # they are of the whole matrix
+        super().update_fragments(
+            [fragments[i] for i in plain],
+            [weights[i] for i in plain],
+            [grads[i] for i in plain],
+            [states[i] for i in plain],
+            group,
+        )
+
+    def work(self, weight: Tensor, group: dict[str, Any]) -> int:
+        """A product with a matrix, unless its subspace picks entries."""
+        products = is_split(weight, group) and not picks_entries(group)
+        return weight.numel() * (min(weight.shape) if products else 1)
+
+    def remarks(self) -> list[str]:
+        left = left_to_adamw(self)
+        if any(name not in left for group in self.param_groups for name in group["names"]):
+            return []
+        why = sorted({reason for reason in left.values() if reason.startswith("rank")}) or ["none was chosen by name"]
+        return [f"no matrix is split, this is full AdamW alone ({'; '.join(why)})"]
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
@@ -140,19 +195,6 @@ class SplitOptimizer(Method):
         return tuple(subspace.down(trial, basis).shape), {key: (tuple(t.shape), t.dtype) for key, t in basis.items()}
 
 
-def is_split(weight: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a tensor of the group is one of the matrices that the method splits."""
-    return splits(tuple(weight.shape), group)
-
-
-def splits(shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-    """Whether a tensor of this shape would be. A dense subspace that fills the whole matrix leaves nothing to split."""
-    if not group["split"] or len(shape) != 2:
-        return False
-    named = isinstance(group.get("subspace"), str) and group["subspace"] in BASES  # one's own object knows its own size
-    return not named or subspace_of(group).size(shape) < min(shape)  # type: ignore[union-attr]
-
-
 def refuse_other_kind(name: str, weight: Tensor, state: State, group: dict[str, Any], split: bool) -> None:
     """ValueError where a matrix has become split, or is no longer, since it got its state."""
     if "subspace" in group and "step" in state and ("start" in state) != split:
@@ -161,24 +203,6 @@ def refuse_other_kind(name: str, weight: Tensor, state: State, group: dict[str, 
             f"{'split' if split else 'left to full AdamW'}, and its state is of the other kind; "
             f"set them back, or begin anew with optimizer.state[parameter].clear()"
         )
-
-
-def is_declared(basis: State, subspace: AnySubspace, grad: Tensor) -> bool:
-    """Whether the basis still has the shapes that the subspace declares, if it does."""
-    if not hasattr(subspace, "spec"):
-        return True
-    declared = subspace.spec(tuple(grad.shape), grad.dtype)[1]
-    return {key: tuple(tensor.shape) for key, tensor in basis.items()} == {key: s for key, (s, _) in declared.items()}
-
-
-def subspace_of(group: dict[str, Any]) -> AnySubspace:
-    """The group's own subspace object, or the one that it names."""
-    subspace = group["subspace"]
-    if not isinstance(subspace, str):
-        return subspace
-    if subspace in BASES:
-        return BASES[subspace](group.get("rank"), group.get("density"))
-    return SUBSPACES[subspace](group["density"])
 
 
 def rule_of(group: dict[str, Any]) -> Rule:
@@ -198,20 +222,9 @@ def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
     return count if since == 0 else None
 
 
-def uses_gradient(group: dict[str, Any]) -> bool:
-    """Whether a subspace is made of the gradient; one's own is thought to be, unless its `uses_gradient` is False."""
-    subspace = group["subspace"]
-    return subspace != "blocks" and getattr(subspace_of(group), "uses_gradient", True)
-
-
 def is_finite(grad: Tensor) -> bool:
     """Reads the gradient on the host; one without data (meta, fake) is finite."""
     return grad.is_meta or isinstance(grad, FakeTensor) or bool(grad.isfinite().all())
-
-
-def basis_of(state: State) -> State:
-    """The basis that the last refresh left in the state."""
-    return {key.removeprefix("basis."): tensor for key, tensor in state.items() if key.startswith("basis.")}
 
 
 def has_moments(state: State, group: dict[str, Any]) -> bool:
@@ -224,35 +237,33 @@ def zero_moments(small: Tensor, state: State, group: dict[str, Any]) -> None:
     make_zero(rule_of(group).buffers, small, state, group)
 
 
-def split_groups(model: Any, include: Sequence[str], exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Parameter groups by name: `[{"params", "names", "split"}, ...]`, every parameter that takes gradients in one.
-
-    The matrices with a name that a pattern of `include` is found in, and none of `exclude`, are split. A tied parameter
-    appears once, under its first name; a pattern may match any of its names. A pattern that matches none of the model's
-    parameters is a ValueError.
-    """
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-        tensors[id(p)] = p
-    every = [name for tied in names.values() for name in tied]
-    for pattern in (*include, *exclude):
-        if not any(re.search(pattern, name) for name in every):
-            raise ValueError(f"pattern {pattern!r} matches no parameter; near: {', '.join(near(pattern, every))}")
-
-    def wanted(key: int) -> bool:
-        found = [any(re.search(p, name) for p in patterns for name in names[key]) for patterns in (include, exclude)]
-        return tensors[key].ndim == 2 and found == [True, False]
-
-    return [
-        {"params": [tensors[key] for key in keys], "names": [names[key][0] for key in keys], "split": split}
-        for split in (True, False)
-        if (keys := [key for key in names if tensors[key].requires_grad and wanted(key) == split])
-    ]
+def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Name -> reason, for every parameter of a split method that full AdamW trains; empty for other optimizers."""
+    if not isinstance(optimizer, SplitOptimizer):
+        return {}
+    found = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            if p.ndim != 2:
+                found[name] = f"{p.ndim}-D"
+            elif not group["split"]:
+                found[name] = "not chosen by name"
+            elif not is_split(p, group):
+                rank = group.get("rank") or subspace_of(group).size(p.shape)  # type: ignore[union-attr]
+                found[name] = f"rank {rank} >= smaller side {min(p.shape)}"
+    return found
 
 
-def near(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that look most like what the pattern may have meant."""
-    words = re.sub(r"\W+", ".", pattern).strip(".")
-    return difflib.get_close_matches(words, names, n=3, cutoff=0.0)
+def listing(optimizer: Method) -> str:
+    """What is left to AdamW, by reason, in one line, and `remarks`, a line each; or nothing."""
+    return "\n".join(line for line in (left_line(optimizer), *optimizer.remarks()) if line)
+
+
+def left_line(optimizer: torch.optim.Optimizer) -> str:
+    left = left_to_adamw(optimizer)
+    if not left:
+        return ""
+    groups = optimizer.param_groups
+    sizes = {name: p.numel() for g in groups for name, p in zip(g["names"], g["params"], strict=True)}
+    share = sum(sizes[name] for name in left) / max(sum(sizes.values()), 1)
+    return f"full AdamW for {len(left)} of {len(sizes)} tensors ({share:.0%} of the parameters): {by_reason(left)}"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftlab.optim.core.groups import by_reason, near
 from thriftlab.optim.core.hyper import hyperparameters
-from thriftlab.optim.core.method import keyed_generator
-from thriftlab.optim.core.split import near
+from thriftlab.optim.state.keys import keyed_generator
 
 LAYERS: dict[str, type["Layer"]] = {}
 EXCLUDED = ("embed", "lm_head", "router")
@@ -234,3 +234,12 @@ def size_of(rank: int | float, in_features: int, out_features: int) -> int:
     if rank <= 0 or (rank >= 1 and size != rank):
         raise ValueError(f"rank = {rank}: give a whole number, or a share of the smaller side between 0 and 1")
     return min(size, smaller)
+
+
+def replaced(layer: str, conversion: Conversion) -> str:
+    """How many Linears a layer method stands for, and which it was to and does not; empty where none was meant."""
+    done, left = conversion.converted, conversion.left
+    if not done and not left:
+        return ""
+    rest = f"; left as they are: {by_reason(left)}" if left else ""
+    return f"{layer} in the place of {len(done)} of {len(done) + len(left)} Linears{rest}"

@@ -1,4 +1,4 @@
-"""CoLA (2502.10940), y = B act(A x), and without its activation the plain low-rank layer y = B A x.
+"""CoLA (2502.10940): two factors with an activation between them, y = B act(A x).
 
 One surprise: CoLA puts SiLU into every projection and keeps the one of SwiGLU as well, in its smaller models; the
 larger ones (350M and above) drop that: `model.gate=none`.
@@ -47,25 +47,3 @@ class CoLA(Factored, name="cola"):
         std = (self.rank * (self.in_features + self.out_features)) ** -0.25
         for factor in (self.lr_in, self.lr_out):
             factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * std)
-
-
-class LowRank(CoLA, name="lowrank"):
-    """Low-rank: W = B A.
-
-    Args:
-        rank: below 1 a share of the layer's smaller side, above that side that side.
-        init: svd, the Linear's best approximation; or gauss, std rank^-1/4 (in + out)^-1/4.
-        init_gain: scales lr_out once. A number: the layer starts as this many times B A x; dense: its output on normal
-            noise starts as large as the Linear's; null: as it is.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: Annotated[Rank, Field(gt=0), Search(choices=[0.125, 0.25, 0.5])] = 0.25,
-        init: Annotated[Start, Field()] = "svd",
-        init_gain: Annotated[Gain, Field()] = None,
-        **place: Any,
-    ):
-        super().__init__(in_features, out_features, rank, "none", init, init_gain, **place)

@@ -23,7 +23,7 @@ from thriftlab.optim.layers.factored import Act, Factored, Gain, Rank, svd
 
 Score = Literal["rest_l2", "rest_l1", "weight_l2", "random"]
 Values = Literal["orig", "comp", "zero"]
-Split = Literal["both", "in", "out"]
+Sigma = Literal["both", "in", "out"]
 
 
 class LostLinear(Factored, name="lost"):
@@ -59,7 +59,7 @@ class LostLinear(Factored, name="lost"):
         score: Annotated[Score | Tensor, Field()] = "rest_l2",
         values: Annotated[Values, Field()] = "orig",
         window: Annotated[int | None, Field()] = None,
-        sigma: Annotated[Split, Field()] = "both",
+        sigma: Annotated[Sigma, Field()] = "both",
         multiple: Annotated[int, Field(ge=1)] = 1,
         init_gain: Annotated[Gain, Field()] = None,
         *,

@@ -11,13 +11,35 @@ The surprise: by count, as in the papers, the state's size changes from refresh 
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from thriftlab.optim.core.method import keyed_seed
+import torch
+
+from thriftlab.optim.state.keys import Spec, keyed_seed
 
 BlockOrder = Literal["random", "ascending", "descending", "mirror"] | Callable[[list[str], int], list[str]]
-Unit = Literal["tensor", "layer"]
+BlockUnit = Literal["tensor", "layer"]
 Balance = Literal["count", "bytes"]
+
+
+class Blocks:
+    """The subspace that is a whole matrix, or nothing of it: by turns, over the matrices of a group."""
+
+    name = "blocks"
+    uses_gradient = False
+
+    def active(self, group: dict[str, Any], count: int) -> set[str]:
+        """The state-full matrices of a group after refresh `count`."""
+        named = zip(group["names"], group["params"], strict=True)
+        sizes = {name: p.numel() for name, p in named if group["split"] and p.ndim == 2}
+        return active_blocks(
+            list(sizes), group["density"], group["order"], group["seed"], count,
+            group["unit"], group["balance"], list(sizes.values()),
+        )  # fmt: skip
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], Spec]:
+        """Shape of the coordinates of a matrix that is active, and its basis, of which there is no need."""
+        return shape, {}
 
 
 def active_blocks(
@@ -26,7 +48,7 @@ def active_blocks(
     order: BlockOrder,
     seed: int,
     count: int,
-    unit: Unit = "tensor",
+    unit: BlockUnit = "tensor",
     balance: Balance = "count",
     sizes: Sequence[int] = (),
 ) -> set[str]:

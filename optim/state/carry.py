@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.optim.core.method import State
-from thriftlab.optim.state.coordinates import CoordinateSubspace, Subspace
-from thriftlab.optim.state.dense import DenseSubspace, is_tall
+from thriftlab.optim.state.coordinates import CoordinateSubspace
+from thriftlab.optim.state.dense import DenseSubspace
+from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.storage import SECOND_MOMENTS, load, make_zero, store
-
-AnySubspace = CoordinateSubspace | DenseSubspace | Subspace
+from thriftlab.optim.state.subspaces import AnySubspace, Subspace, keeps_rows
 
 
 def carry(
@@ -81,29 +80,7 @@ def overlap(subspace: AnySubspace, old: State, new: State, grad: Tensor) -> Tens
     return torch.zeros((), device=grad.device)
 
 
-def add_up(matrix: Tensor, small: Tensor, subspace: Any, basis: State, scale: float | Tensor) -> None:
-    """matrix += scale * up(small), in place."""
-    if isinstance(scale, Tensor):
-        small, scale = small * scale.to(small), 1.0
-    if isinstance(subspace, DenseSubspace):
-        subspace.add_up(matrix, small, basis, scale)
-    else:
-        matrix.add_(subspace.up(small, basis), alpha=scale)
-
-
 def turn(moment: Tensor, change: Tensor, rows: bool) -> Tensor:
     """`change` applied to the coordinates of each row, or of each column."""
     change = change.to(moment.dtype)
     return moment @ change.T if rows else change @ moment
-
-
-def keeps_rows(small: Tensor, matrix: Tensor) -> bool:
-    """Whether `small` has one row for each row of the matrix, and not one column for each column."""
-    if small.shape == matrix.shape:
-        return is_tall(matrix)
-    if small.ndim != 2 or (small.shape[0] != matrix.shape[0] and small.shape[1] != matrix.shape[1]):
-        raise ValueError(
-            f"the subspace makes {tuple(small.shape)} of a matrix {tuple(matrix.shape)}; "
-            "it must keep its rows or its columns"
-        )
-    return small.shape[0] == matrix.shape[0]

@@ -1,45 +1,16 @@
-"""Where the state lives: the part of a matrix's coordinates that a state-full rule looks after.
+"""Subspaces of single entries of a matrix: its columns, its rows, or entries anywhere (FRUGAL, 2411.07837).
 
-A `Subspace` is any object with refresh, down and up; a basis is a dict of tensors, which the optimizer keeps in its
-state. A `CoordinateSubspace` picks entries of the matrix, so its complement is the entries that it leaves out: it reads
-and writes them in place and needs no `up`. Dense subspaces are in bases.py; blocks choose whole tensors of a group and
-are no subspace of one matrix (blocks.py).
+The complement of chosen entries is the entries that are left out. So they are read and written in place, and no `up`
+is needed.
 
 The surprise: `Coordinates` stores two integers. The chosen entries are hashed anew at every step, one in each of k
 equal strata of the flat matrix: exactly k, every entry equally likely, with neither a mask nor k int64 indices.
 """
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from torch import Tensor
 
-from thriftlab.optim.core.method import Spec, State
-
-
-@runtime_checkable
-class Subspace(Protocol):
-    """A subspace of one's own. It may also have
-
-    - `refine(grad, basis) -> basis`: the next basis from the last one, called instead of every refresh but the first;
-    - `spec(shape, dtype) -> (small shape, {name: (shape, dtype)})`: otherwise a trial refresh tells the sizes;
-    - `uses_gradient = False`: the basis does not depend on the gradient, which then may be NaN;
-    - `arbitrary_signs = True`: a vector and its negative mean the same, as for singular vectors. Where moments are kept
-      over a refresh the optimizer then follows the signs; without it the basis is taken as it is, so that the bases of
-      another program replay its run.
-    """
-
-    def refresh(self, grad: Tensor, name: str, count: int, generator: torch.Generator) -> State:
-        """The basis for the next `gap` steps of the matrix `name`; count = 0, 1, 2 ... counts its refreshes."""
-        ...
-
-    def down(self, grad: Tensor, basis: State) -> Tensor:
-        """The matrix's coordinates in the subspace."""
-        ...
-
-    def up(self, small: Tensor, basis: State) -> Tensor:
-        """The matrix that has these coordinates, and nothing outside of the subspace."""
-        ...
+from thriftlab.optim.state.keys import Spec, State, hash63
 
 
 class CoordinateSubspace:
@@ -201,21 +172,9 @@ class Coordinates(CoordinateSubspace):
         return (int(shape[0] * shape[1] * self.density),), {"key": ((), torch.int64), "chosen": ((), torch.int64)}
 
 
-SUBSPACES: dict[str, type[CoordinateSubspace]] = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}
+COORDINATES: dict[str, type[CoordinateSubspace]] = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}
 
 
 def is_countable(subspace: object) -> bool:
     """Whether the chosen entries are known by number, see CoordinateSubspace."""
     return isinstance(subspace, CoordinateSubspace) and type(subspace).below is not CoordinateSubspace.below
-
-
-def hash63(x: Tensor) -> Tensor:
-    """Scrambles int64 to 63 well-mixed bits: the finaliser of splitmix64, in wrapping arithmetic."""
-    x = _mixed(x.clone(), 30).mul_(-0x40A7B892E31B1A47)
-    x = _mixed(x, 27).mul_(-0x6B2FB644ECCEEE15)
-    return _mixed(x, 31).bitwise_and_((1 << 63) - 1)
-
-
-def _mixed(x: Tensor, shift: int) -> Tensor:
-    """x xor (x >> shift), in place; the shift fills up with zeros, also below a sign."""
-    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from thriftlab.optim.core.method import Spec, State
+from thriftlab.optim.state.keys import Spec, State
 
 GAP = 1.04  # a ratio of neighbouring singular values from which on they are told apart; promised from 1.05 on
 ANGLE = 5e-4  # the largest principal angle to the singular vectors where there is such a gap; promised: 1e-3
@@ -106,7 +106,7 @@ class Orthogonal(DenseSubspace):
         return torch.linalg.qr(gaussian(grad, rank, generator).double()).Q
 
 
-BASES: dict[str, type[DenseSubspace]] = {"svd": Svd, "warm_svd": WarmSvd, "gauss": Gauss, "orthogonal": Orthogonal}
+DENSE: dict[str, type[DenseSubspace]] = {"svd": Svd, "warm_svd": WarmSvd, "gauss": Gauss, "orthogonal": Orthogonal}
 
 
 def is_tall(matrix: Tensor) -> bool:

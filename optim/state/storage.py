@@ -20,8 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
-from thriftlab.optim.core.method import Spec, State, keyed_seed
-from thriftlab.optim.state.coordinates import hash63
+from thriftlab.optim.state.keys import Spec, State, hash63, keyed_seed
 
 StateDtype = Literal["fp32", "bf16", "8bit"]
 SECOND_MOMENTS = ("exp_avg_sq",)  # never negative, move slowly, and stand in denominators

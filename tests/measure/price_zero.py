@@ -14,7 +14,6 @@ from tests.tools import gang
 from thriftlab.data.loader import Batch
 from thriftlab.optim import METHODS, Muon, split_groups
 from thriftlab.optim.core.fragments import Fragment
-from thriftlab.optim.core.owners import state_bytes, work
 from thriftlab.train.backends.base import DDP, make_backend
 from thriftlab.train.backends.zero.engine import DeepSpeed, engine_settings
 from thriftlab.train.backends.zero.exchange import make_plan
@@ -55,10 +54,9 @@ def price(model, method, world, stage):
     group_of = {name: group for group in method.param_groups for name in group["names"]}
     tensors = {n: p for group in method.param_groups for n, p in zip(group["names"], group["params"], strict=True)}
     by_entry = {name: method.elementwise(tuple(shape), group_of[name]) for name, shape in shapes.items()}
-    costs = {name: work(method, tensors[name], group_of[name]) for name in shapes}
-    states = {name: state_bytes(method, tensors[name], group_of[name]) for name in shapes}
+    costs = {name: method.cost(name, tensors[name], group_of[name]) for name in shapes}
     held = cut(shapes, world, one_by_one=stage == 3)
-    plan = make_plan(held, by_entry, costs, states)
+    plan = make_plan(held, by_entry, costs)
     exchanged = max(plan.sent(rank) for rank in range(world)) * WORD
     rules = [0] * world
     for rank, fragments in enumerate(held):

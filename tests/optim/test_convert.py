@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from thriftlab.optim import LAYERS, AdamW, convert, convert_lost, split_groups
+from thriftlab.optim import LAYERS, AdamW, CoLA, LowRank, convert, convert_lost, split_groups
 from thriftlab.optim.core.hyper import hyperparameters
 from thriftlab.optim.layers.base import describe, export, rebuild
-from thriftlab.optim.layers.cola import CoLA, LowRank
 from thriftlab.optim.layers.factored import Folded
 from thriftlab.optim.layers.lost import LostLinear, activation_score
 from thriftlab.train.model import GPT, PRESETS, ModelConfig

@@ -9,10 +9,10 @@ import torch
 
 from tests.tools.equations import ReferenceEntries, ReferenceOrder
 from thriftlab.optim import AdamW, Frugal, SignSGD
-from thriftlab.optim.core.method import keyed_seed
-from thriftlab.optim.core.split import basis_of
 from thriftlab.optim.state.blocks import active_blocks
-from thriftlab.optim.state.coordinates import SUBSPACES
+from thriftlab.optim.state.coordinates import COORDINATES
+from thriftlab.optim.state.keys import keyed_seed
+from thriftlab.optim.state.subspaces import basis_of
 
 STEPS, GAP = 27, 8  # refreshes before steps 0, 8, 16 and 24
 SHAPES = {"a": (6, 8), "b": (8, 5), "bias": (7,), "c": (4, 4), "d": (5, 3), "e": (3, 6), "f": (4, 7)}
@@ -100,7 +100,7 @@ def chosen_entries(optimizer, name, count):
     state = optimizer.state[weight]
     positions = torch.arange(weight.numel()).view(weight.shape)
     if group["subspace"] == "coordinates":
-        return SUBSPACES["coordinates"](group["density"]).where(weight, basis_of(state)).tolist()
+        return COORDINATES["coordinates"](group["density"]).where(weight, basis_of(state)).tolist()
     index = state["basis.index"].tolist()
     return (positions[:, index] if group["subspace"] == "columns" else positions[index]).flatten().tolist()
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thriftlab.optim import AdamW, BAdam, Frugal, GaLore, Muon, SignSGD
-from thriftlab.optim.core.fragments import Fragment, update_fragments
+from thriftlab.optim.core.fragments import Fragment
 from thriftlab.optim.state.coordinates import Columns, Coordinates, Rows
 
 SUBSPACES = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}
@@ -89,7 +89,7 @@ def test_pieces_are_stepped_as_the_whole(make, cuts):
         method.step()
         weights = [whole[f.name].detach().view(-1)[f.start : f.stop].clone() for f in fragments]
         grads = [slope(f.name, step).view(-1)[f.start : f.stop].clone() for f in fragments]
-        update_fragments(pieces, fragments, weights, grads, states, group)
+        pieces.update_fragments(fragments, weights, grads, states, group)
         for f, weight in zip(fragments, weights, strict=True):
             whole[f.name].detach().view(-1)[f.start : f.stop] = weight
     for name, p in reference.items():

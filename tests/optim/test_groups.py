@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from thriftlab.optim import AdamW, Frugal, Subspace, left_to_adamw, split_groups
-from thriftlab.optim.core.listing import listing
-from thriftlab.optim.core.method import keyed_generator, keyed_seed
-from thriftlab.optim.state.coordinates import SUBSPACES, hash63
+from thriftlab.optim.core.split import listing
+from thriftlab.optim.state.coordinates import COORDINATES
+from thriftlab.optim.state.keys import hash63, keyed_generator, keyed_seed
 
 
 class Layer(nn.Module):
@@ -109,9 +109,9 @@ shapes = st.tuples(st.integers(0, 12), st.integers(0, 12))
 densities = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 
 
-@given(st.sampled_from(sorted(SUBSPACES)), shapes, densities, st.integers(0, 2**32))
+@given(st.sampled_from(sorted(COORDINATES)), shapes, densities, st.integers(0, 2**32))
 def test_coordinate_subspaces_choose_the_declared_number_of_distinct_entries(name, shape, density, seed):
-    subspace, matrix = SUBSPACES[name](density), torch.arange(math.prod(shape)).view(shape).double()
+    subspace, matrix = COORDINATES[name](density), torch.arange(math.prod(shape)).view(shape).double()
     basis = subspace.refresh(matrix, "w", 0, keyed_generator(seed, "w", 0))
     small, spec = subspace.spec(shape)
     chosen = subspace.down(matrix, basis)
@@ -130,11 +130,11 @@ def test_coordinate_subspaces_choose_the_declared_number_of_distinct_entries(nam
 
 
 @pytest.mark.parametrize(("shape", "density"), [((7, 9), 0.3), ((8, 8), 0.25)])  # strata of 3 and 4 entries, of 4
-@pytest.mark.parametrize("name", sorted(SUBSPACES))
+@pytest.mark.parametrize("name", sorted(COORDINATES))
 def test_every_entry_is_equally_likely(name, shape, density):
     """Chosen about density * draws times; 5 standard deviations allow for all entries together."""
     size, draws = math.prod(shape), 2000
-    subspace, matrix = SUBSPACES[name](density), torch.arange(float(size)).view(shape)
+    subspace, matrix = COORDINATES[name](density), torch.arange(float(size)).view(shape)
     counts = torch.zeros(size)
     for count in range(draws):
         chosen = subspace.down(matrix, subspace.refresh(matrix, "w", count, keyed_generator(0, "w", count)))

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from thriftlab.optim.core.method import keyed_generator
-from thriftlab.optim.layers.cola import CoLA, LowRank
+from thriftlab.optim import CoLA, LowRank
 from thriftlab.optim.layers.factored import svd
 from thriftlab.optim.layers.lost import LostLinear, channels
+from thriftlab.optim.state.keys import keyed_generator
 
 SHAPES = [(20, 33), (33, 20), (24, 24)]  # out, in
 

@@ -7,7 +7,7 @@ from tests.tools.methods import MAKERS, gradient, parameters
 from thriftlab.launch.bench import peak_allocation
 from thriftlab.optim import Apollo, Fira, Frugal, GaLore, Muon, SignSGD
 from thriftlab.optim.core.projected import norms
-from thriftlab.optim.state.rules import PIECE, add_sign, pieces
+from thriftlab.optim.state.rules import PIECE, add_sign, row_chunks
 
 SHAPE, RANK = (2048, 512), 32  # 8 PIECEs
 WHOLE, SMALL = 4 * 2048 * 512, 4 * 2048 * RANK  # bytes
@@ -44,7 +44,7 @@ def test_pieces_are_the_whole(shape):
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     add_sign(weight, grad, -0.5)
     assert torch.equal(weight, -0.5 * grad.sign())
-    sizes = [piece.numel() for piece, _ in pieces(weight, grad)]
+    sizes = [piece.numel() for piece, _ in row_chunks(weight, grad)]
     assert sum(sizes) == weight.numel() and max(sizes) <= max(PIECE, shape[-1] if len(shape) > 1 else 0)
 
 

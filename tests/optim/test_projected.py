@@ -8,7 +8,7 @@ import torch
 
 from thriftlab.optim import Apollo, Fira, Frugal, GaLore
 from thriftlab.optim.core.split import due_refresh
-from thriftlab.optim.state.dense import BASES, leading_vectors
+from thriftlab.optim.state.dense import DENSE, leading_vectors
 
 STEPS, GAP, RANK = 27, 8, 2  # refreshes before steps 0, 8, 16 and 24
 SHAPES = {"tall": (7, 5), "wide": (4, 6), "square": (5, 5), "thin": (6, 3), "bias": (4,)}
@@ -208,7 +208,7 @@ def test_leading_vectors_are_those_of_the_svd(shape):
 
 def test_random_bases():
     grad = torch.zeros(60, 40)
-    draw = lambda name, seed: BASES[name](rank=20).refresh(  # noqa: E731
+    draw = lambda name, seed: DENSE[name](rank=20).refresh(  # noqa: E731
         grad, "w", 0, torch.Generator().manual_seed(seed))["vectors"]  # fmt: skip
     q = draw("orthogonal", 0)
     assert torch.allclose(q.T @ q, torch.eye(20), atol=1e-5)
@@ -216,8 +216,8 @@ def test_random_bases():
     assert abs(g.var().item() * 20 - 1) < 5 * math.sqrt(2 / g.numel()) and abs(g.mean().item()) < 5 / math.sqrt(
         20e0 * g.numel()
     )
-    assert BASES["svd"](density=0.25).size((10, 30)) == 2 and BASES["svd"](density=0.25).size((14, 30)) == 4
-    assert BASES["svd"](rank=50).size((10, 30)) == 10
+    assert DENSE["svd"](density=0.25).size((10, 30)) == 2 and DENSE["svd"](density=0.25).size((14, 30)) == 4
+    assert DENSE["svd"](rank=50).size((10, 30)) == 10
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -289,8 +289,8 @@ def test_a_warm_basis_converges_to_the_singular_vectors():
     for shape in ((40, 30), (30, 40)):
         u, v = (np.linalg.qr(rng.normal(size=(n, 30)))[0] for n in shape)
         grad = torch.tensor(u * 0.7 ** np.arange(30) @ v.T, dtype=torch.float32)
-        subspace = BASES["warm_svd"](rank=10)
-        basis = {"vectors": BASES["orthogonal"](rank=10).draw(grad, 10, torch.Generator().manual_seed(0)).float()}
+        subspace = DENSE["warm_svd"](rank=10)
+        basis = {"vectors": DENSE["orthogonal"](rank=10).draw(grad, 10, torch.Generator().manual_seed(0)).float()}
         energy = []
         for _ in range(6):
             basis = subspace.refine(grad, basis)
@@ -303,7 +303,7 @@ def test_a_warm_basis_converges_to_the_singular_vectors():
 def test_diagnostics():
     """A basis of 2 of 4 coordinates that moves on by one: energy and overlap are plain to see."""
 
-    class Window(BASES["orthogonal"]):
+    class Window(DENSE["orthogonal"]):
         def draw(self, grad, rank, generator):
             self.at = getattr(self, "at", -1) + 1
             return torch.eye(4)[:, self.at : self.at + 2]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from thriftlab.optim.state.dense import BASES, leading_vectors
+from thriftlab.optim.state.dense import DENSE, leading_vectors
 from thriftlab.train.model import GPT, ModelConfig
 
 
@@ -33,8 +33,8 @@ def assert_leading(grad, rank, got, resolved):
 
 def found(grad, rank, start):
     """Cold, and warm from `start`: (name, basis, least resolved ratio)"""
-    yield "cold", BASES["svd"](rank=rank).draw(grad, rank, None), 1e-5
-    yield "warm", BASES["warm_svd"](rank=rank).refine(grad, {"vectors": start})["vectors"], 1e-3
+    yield "cold", DENSE["svd"](rank=rank).draw(grad, rank, None), 1e-5
+    yield "warm", DENSE["warm_svd"](rank=rank).refine(grad, {"vectors": start})["vectors"], 1e-3
 
 
 def near(grad, rank, seed):
@@ -78,7 +78,7 @@ def test_what_the_last_basis_does_not_see_is_found():
     blocks = [with_spectrum(np.linspace(2, 1, 30), (60, 60), seed) for seed in (1, 2)]
     first, second = (torch.block_diag(a * blocks[0], b * blocks[1]) for a, b in ((1, 1e-2), (1e-2, 1)))
     start = leading_vectors(first, 20).float()
-    assert_leading(second, 20, BASES["warm_svd"](rank=20).refine(second, {"vectors": start})["vectors"], 1e-3)
+    assert_leading(second, 20, DENSE["warm_svd"](rank=20).refine(second, {"vectors": start})["vectors"], 1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20])

@@ -15,8 +15,8 @@ from tests.train.test_layerwise import LAYERWISE, NORMAL
 from tests.train.test_resume import LONG, assert_same, run_status, stop_at, traces
 from thriftlab.data.errors import UserError
 from thriftlab.optim import METHODS, AdamW, LoRA, ReLoRA, convert, split_groups
-from thriftlab.optim.core.method import keyed_generator
 from thriftlab.optim.layers.base import before_step, changing, describe, export, rebuild
+from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train.backends.base import make_backend
 from thriftlab.train.budget import Horizon, cosine, jagged
 from thriftlab.train.loop import run

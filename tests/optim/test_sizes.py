@@ -14,9 +14,9 @@ from thriftlab.optim import (
     predicted_state_bytes,
     state_bytes,
 )
-from thriftlab.optim.core.listing import listing, remarks
-from thriftlab.optim.core.split import basis_of
+from thriftlab.optim.core.split import listing
 from thriftlab.optim.state.dense import Orthogonal
+from thriftlab.optim.state.subspaces import basis_of
 
 SHAPES = {"small": (8, 4), "wide": (4, 9), "column": (6, 1), "none": (0, 3), "large": (12, 10), "bias": (4,)}
 LOW_RANK = {
@@ -109,23 +109,23 @@ def test_in_a_basis_of_the_whole_space_projected_moments_are_adams(shape):
 
 def test_who_splits_nothing_is_told():
     params = problem({"w": (8, 4), "bias": (4,)})
-    assert remarks(Fira(params.items(), rank=4)) == [
+    assert Fira(params.items(), rank=4).remarks() == [
         "no matrix is split, this is full AdamW alone (rank 4 >= smaller side 4)"
     ]
     assert listing(Fira(params.items(), rank=4)).count("\n") == 1
-    assert remarks(Fira(params.items(), rank=3)) == remarks(AdamW(params.values())) == []
-    assert "none was chosen by name" in remarks(Frugal([{"params": params.items(), "split": False}]))[0]
+    assert Fira(params.items(), rank=3).remarks() == AdamW(params.values()).remarks() == []
+    assert "none was chosen by name" in Frugal([{"params": params.items(), "split": False}]).remarks()[0]
 
 
 def test_a_density_that_rounds_to_no_block_is_told():
     two = problem({"layers.0.w": (4, 4), "layers.1.w": (4, 4)})
     frugal, badam = Frugal(two.items(), gap=1), BAdam(two.items(), gap=1)
-    assert "rounds to none" in remarks(frugal)[0] and "free='sign'" in remarks(frugal)[0]
+    assert "rounds to none" in frugal.remarks()[0] and "free='sign'" in frugal.remarks()[0]
     assert "none is trained" in listing(badam)
     train(two, frugal, 3)
     assert state_bytes(frugal) == 0
     for fine in ({"density": 0.5}, {"density": 0.0}, {"balance": "bytes"}, {"order": lambda names, count: names[:1]}):
-        assert remarks(Frugal(two.items(), **fine)) == []
+        assert Frugal(two.items(), **fine).remarks() == []
 
 
 @pytest.mark.parametrize("subspace", ["columns", "rows", "coordinates", "svd", "warm_svd", "gauss"])

@@ -20,8 +20,8 @@ from thriftlab.kernels.lost_linear import product_dtype
 from thriftlab.kernels.sltrain_linear import BLOCKS as ROW_BLOCKS
 from thriftlab.kernels.sltrain_linear import backward, forward, reference, sltrain_linear
 from thriftlab.optim import SLTrain, convert
-from thriftlab.optim.core.method import keyed_generator
 from thriftlab.optim.layers.base import describe, export, rebuild
+from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train.loop import run
 
 

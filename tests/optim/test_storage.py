@@ -19,7 +19,7 @@ from thriftlab.optim import (
     state_bytes,
 )
 from thriftlab.optim.state import storage
-from thriftlab.optim.state.dense import BASES
+from thriftlab.optim.state.dense import DENSE
 from thriftlab.optim.state.rules import PIECE
 
 KEPT = ["fp32", "bf16", "8bit"]
@@ -270,11 +270,11 @@ def test_no_state_is_larger_than_the_published_codes(shape, kept):
         (BAdam(p, state_dtype=kept), 2 * m * n * b, 0),
         (Apollo(p, rank=1, granularity="tensor", state_dtype=kept), 2 * long * b, 4 * short),
     ]
-    for cls, subspaces in ((GaLore, BASES), (Fira, BASES), (Apollo, BASES)):
+    for cls, subspaces in ((GaLore, DENSE), (Fira, DENSE), (Apollo, DENSE)):
         cases += [(cls(p, rank=r, subspace=s, state_dtype=kept), 2 * r * long * b, 4 * r * short) for s in subspaces]
     sizes = {"blocks": (2 * m * n, 0), "columns": (2 * m * (n // 4), n), "rows": (2 * n * (m // 4), m)}
     sizes |= {"coordinates": (2 * (m * n // 4), 0)}
-    sizes |= {s: (2 * (short // 4) * long, 4 * (short // 4) * short) for s in BASES}
+    sizes |= {s: (2 * (short // 4) * long, 4 * (short // 4) * short) for s in DENSE}
     cases += [(Frugal(p, subspace=s, state_dtype=kept), moments * b, basis) for s, (moments, basis) in sizes.items()]
     for optimizer, moments, basis in cases:
         spec = optimizer.spec(shape, torch.float32)

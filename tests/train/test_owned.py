@@ -10,7 +10,7 @@ from tests.tools import gang
 from tests.tools.methods import MAKERS
 from tests.tools.scale import alone, batch, distance, make, one_step, weights_of
 from thriftlab.optim import AdamW, Frugal, Muon, state_bytes
-from thriftlab.optim.core.owners import Item, assign, items
+from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.train.backends.base import BackendError, make_backend
 
 EXACT = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
@@ -110,7 +110,7 @@ def test_each_rule_runs_once_and_what_is_sent_and_kept_is_the_plan(world):
     for (method, hyper), *results in zip(cases, *ranks, strict=True):
         model, optimizer = make(method, **hyper)
         entries = sum(p.numel() for p in model.parameters())
-        plan, planned = assign(items(optimizer), world), items(optimizer)
+        plan, planned = assign(optimizer.costs(), world), optimizer.costs()
         assert sorted(name for stepped, _, _ in results for name in stepped) == sorted([i.name for i in planned] * 3)
         for rank, (stepped, sent, kept) in enumerate(results):
             assert set(stepped) == {name for name, owner in plan.items() if owner == rank}
@@ -124,7 +124,7 @@ def test_work_is_balanced_and_no_rank_has_more_state_than_its_share():
     layers = [(f"{i}.{kind}", n) for i in range(24) for kind, n in (("attn", 1024), ("mlp", 2736), ("mlp2", 2736))]
     shapes = [("embed", 32000 * 1024, 32000 * 1024), *((name, 1024 * n * 1024, 1024 * n) for name, n in layers)]
     for world in (2, 3, 8, 64, 512):
-        parts = [Item(name, work, 8 * numel) for name, work, numel in shapes]
+        parts = [Cost(name, work, 8 * numel) for name, work, numel in shapes]
         plan = assign(parts, world)
         share = [[i for i in parts if plan[i.name] == rank] for rank in range(world)]
         largest = max(i.state_bytes for i in parts)

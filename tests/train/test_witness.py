@@ -7,7 +7,7 @@ from tests.tools import gang
 from tests.tools.methods import MAKERS
 from tests.tools.scale import CONFIG, SEQ, batch, make, one_step
 from thriftlab.optim import AdamW, Frugal
-from thriftlab.optim.core.owners import assign, items
+from thriftlab.optim.core.owners import assign
 from thriftlab.train.backends.base import make_backend
 from thriftlab.train.backends.pieces import whole
 from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (a backend)
@@ -118,7 +118,7 @@ def seek(backend_name, options, faults, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_fault_is_found_and_named(backend, rank):
     faults = [another_seed, skipped, not_added, other_weights, not_told, other_rate]
-    stepped_here = backend == "ddp" or assign(items(make(AdamW)[1]), 2)[MATRIX] == rank
+    stepped_here = backend == "ddp" or assign(make(AdamW)[1].costs(), 2)[MATRIX] == rank
     for said in gang.ranks(2, seek, backend, {}, faults, rank):
         print(*said.values(), sep="\n\n")
         assert "basis.index" in said["another_seed"]

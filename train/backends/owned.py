@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thriftlab.optim.core.owners import assign, items
+from thriftlab.optim import predicted_state_bytes
+from thriftlab.optim.core.owners import assign
 from thriftlab.train.backends.base import Group, as_method
 from thriftlab.train.backends.optim_state import unpack_optimizer
 from thriftlab.train.backends.pieces import Source, read_whole
@@ -45,7 +46,7 @@ class Owned(Group):
     ) -> None:
         super().prepare(model, optimizer, compiled)
         self.method = as_method(optimizer, self.name)
-        self.owners = assign(items(self.method), self.world)
+        self.owners = assign(self.method.costs(), self.world)
         named = dict(model.named_parameters())
         self.buckets = make_buckets([(self.owners[name], p) for name, p in named.items() if name in self.owners])
         self.mine = {p for name, p in named.items() if self.owners.get(name) == self.rank}
@@ -126,14 +127,7 @@ class Owned(Group):
         return self.owners.get(name, 0) == self.rank
 
     def predicted_state_bytes(self) -> int:
-        specs = (
-            self.method.expected_spec(name, p, group)
-            for group in self.method.param_groups
-            for name, p in zip(group["names"], group["params"], strict=True)
-            if self.owns(name)
-        )
-        kept = (entry for spec in specs for entry in spec.values() if entry[0])
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in kept)
+        return predicted_state_bytes(self.method, self.owns)
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "state": {}}

@@ -122,7 +122,7 @@ class DeepSpeed(Group):
         for name, group in self.sharded.group_of().items():
             state = self.optimizer.state.get(self.sharded.stand_ins[name], {})
             if fragment := self.sharded.fragment(name):
-                for key, shape, start, tensor in fragments.pieces(fragment, state, group):
+                for key, shape, start, tensor in fragments.saved_pieces(fragment, state, group):
                     found[f"{name}/{key}"] = Piece(shape, start, tensor)
             else:
                 found |= {f"{name}/{key}": whole(tensor) for key, tensor in state.items()}

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thriftlab.optim.core.fragments import Fragment
+from thriftlab.optim.core.owners import Cost
 
 CHUNK = 2**26  # entries of whole matrices that one rank has at once, with their gradients 512 MiB in fp32
 LINE = 16  # entries of a cache line: where fp32 tensors begin that torch allocates
@@ -48,8 +49,7 @@ class Plan(NamedTuple):
 def make_plan(
     held: list[list[Fragment]],
     by_entry: Mapping[str, bool],
-    work: Mapping[str, int],
-    state_bytes: Mapping[str, int],
+    costs: Mapping[str, Cost],
     chunk: int = CHUNK,
 ) -> Plan:
     """Who owns what.
@@ -57,8 +57,7 @@ def make_plan(
     Args:
         held: by rank, what it holds.
         by_entry: whether pieces of a tensor are stepped where they lie, by name.
-        work: of one step of a whole tensor.
-        state_bytes: of a whole tensor.
+        costs: of whole tensors, by name.
         chunk: entries that one rank may own in one chunk, if it is more than one tensor.
 
     The largest piece of work goes first, to whom has least to do of those whose state stays within
@@ -74,17 +73,19 @@ def make_plan(
     for name in (name for name in holders if name not in cut):  # in one order on all ranks: these are sums of floats
         for rank, start, stop in holders[name]:
             share = (stop - start) / torch.Size(whole[name].shape).numel()
-            busy[rank] += work[name] * share
-            full[rank] += state_bytes[name] * share
+            busy[rank] += costs[name].work * share
+            full[rank] += costs[name].state_bytes * share
 
-    bound = sum(state_bytes.values()) / len(held) + max(state_bytes.values())
+    sizes = [cost.state_bytes for cost in costs.values()]
+    bound = sum(sizes) / len(held) + max(sizes)
     owner: dict[str, int] = {}
-    for name in sorted(cut, key=lambda name: (-work[name], name)):
+    for name in sorted(cut, key=lambda name: (-costs[name].work, name)):
         some = [h.rank for h in holders[name]]
-        free = [rank for rank in some if full[rank] + state_bytes[name] <= bound] or [min(some, key=full.__getitem__)]
+        least = min(some, key=full.__getitem__)
+        free = [rank for rank in some if full[rank] + costs[name].state_bytes <= bound] or [least]
         owner[name] = chosen = min(free, key=lambda rank: (busy[rank], rank))
-        busy[chosen] += work[name]
-        full[chosen] += state_bytes[name]
+        busy[chosen] += costs[name].work
+        full[chosen] += costs[name].state_bytes
 
     chunks: list[list[str]] = []
     load = [0] * len(held)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thriftlab.optim import Method
-from thriftlab.optim.core.fragments import Fragment, is_moment, update_fragments
-from thriftlab.optim.core.owners import state_bytes, work
+from thriftlab.optim.core.fragments import Fragment, is_moment
+from thriftlab.optim.core.method import downhill
 from thriftlab.train.backends.base import BackendError, clip_factor
 from thriftlab.train.backends.channel import share
 from thriftlab.train.backends.zero.exchange import CHUNK, Exchange, is_aligned, make_plan
@@ -74,8 +74,7 @@ class ShardedMethod(torch.optim.Optimizer):
         plan = make_plan(
             held,
             by_entry={name: self.method.elementwise(self.shapes[name], group) for name, group in groups.items()},
-            work={name: work(self.method, self.stand_ins[name], group) for name, group in groups.items()},
-            state_bytes={name: state_bytes(self.method, self.stand_ins[name], group) for name, group in groups.items()},
+            costs={name: self.method.cost(name, self.stand_ins[name], group) for name, group in groups.items()},
             chunk=self.chunk,
         )
         self.exchange = Exchange(plan, dist.get_rank(), dist.get_world_size())
@@ -158,9 +157,9 @@ class ShardedMethod(torch.optim.Optimizer):
         """Steps pieces where they lie."""
         if names:
             fragments = [fragment for name in names if (fragment := self.fragment(name))]
-            slopes = [downhill(grads[name], group) for name in names]
+            slopes = [downhill(weights[name], grads[name], group["maximize"]) for name in names]
             states = [self.state_of(name) for name in names]
-            update_fragments(self.method, fragments, [weights[name] for name in names], slopes, states, group)
+            self.method.update_fragments(fragments, [weights[name] for name in names], slopes, states, group)
 
     def update_whole(self, group: Group, names: list[str], weights: Flat, grads: Flat) -> None:
         """Steps whole tensors; those that do not lie at the beginning of a cache line in copies, one at a time."""
@@ -184,7 +183,8 @@ class ShardedMethod(torch.optim.Optimizer):
         """`Method.update` of whole tensors."""
         if names:
             shaped = [weights[name].view(self.shapes[name]) for name in names]
-            slopes = [downhill(grads[name], group).view(self.shapes[name]) for name in names]
+            whole_grads = [grads[name].view(self.shapes[name]) for name in names]
+            slopes = [downhill(w, g, group["maximize"]) for w, g in zip(shaped, whole_grads, strict=True)]
             self.method.update(names, shaped, slopes, [self.state_of(name) for name in names], group)
 
     def predicted_state_bytes(self) -> int:
@@ -203,7 +203,3 @@ class ShardedMethod(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         raise RuntimeError("engine.save_checkpoint would not save the method's state; use the run's own checkpoints")
-
-
-def downhill(grad: Tensor, group: Group) -> Tensor:
-    return -grad if group["maximize"] else grad
