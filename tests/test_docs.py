@@ -13,10 +13,8 @@ from thriftlab.launch.cluster import array, hosts, slurm
 from thriftlab.launch.studies import compare as arguments
 from thriftlab.launch.studies import written as experiment
 from thriftlab.optim import LAYERS, METHODS
-from thriftlab.train.backends.base import BACKENDS
-from thriftlab.train.budget import SCHEDULES
 from thriftlab.train.config import parse as settings
-from thriftlab.train.config.schema import RunConfig
+from thriftlab.train.config.schema import BACKENDS, SCHEDULES, RunConfig
 from thriftlab.train.loop import run
 from thriftlab.train.records.record import read_metrics
 from thriftlab.train.signals import SIGNALS
@@ -123,7 +121,7 @@ def test_every_entry_of_a_registry_has_a_row_in_the_readme(section):
     assert found and {name: rows.get(name) for name in found} == found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_files_that_a_page_names_exist(page):
     missing = {name for name in FILE.findall(page.read_text()) if not (ROOT / name).is_file()}
     assert not missing
@@ -135,7 +133,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_of_a_page_lead_somewhere(page):
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
         name, _, anchor = link.partition("#")
