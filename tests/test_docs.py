@@ -1,5 +1,6 @@
-"""What the README and docs promise: their commands parse, their code runs."""
+"""What the README and docs promise: commands parse, code runs, files and links exist, every method has its row."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -11,9 +12,9 @@ from thriftlab.data.prepare.pipeline import PrepareConfig
 from thriftlab.launch.cluster import array, hosts, slurm
 from thriftlab.launch.studies import compare as arguments
 from thriftlab.launch.studies import written as experiment
-from thriftlab.optim import METHODS
+from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train.config import parse as settings
-from thriftlab.train.config.schema import RunConfig
+from thriftlab.train.config.schema import BACKENDS, SCHEDULES, RunConfig
 from thriftlab.train.loop import run
 from thriftlab.train.records.record import read_metrics
 from thriftlab.train.signals import SIGNALS
@@ -21,6 +22,10 @@ from thriftlab.train.write_reference import ReferenceConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+REGISTRIES = {"optim": METHODS, "layer": LAYERS, "signal": SIGNALS, "schedule": SCHEDULES, "backend": BACKENDS}
+FILE = re.compile(r"\b(?:kernels|data|optim|train|launch|tests)/[\w/]+\.(?:py|yaml|html|sbatch)\b")
 COMMANDS = [shlex.split(line) for line in re.findall(r"`((?:thriftlab|torchrun) [^`]+)`", README)]
 
 
@@ -84,3 +89,67 @@ def test_the_signal_of_the_docs_trains_as_a_plugin(tiny_data, tmp_path, monkeypa
     ess = [line["signal"]["ess"] for line in lines if "signal" in line]
     assert ess == [pytest.approx(5 / 8)] * 8  # the lower median and what is above it
     assert entry["method"] == "harder"
+
+
+def test_the_snippets_of_python_md_run(tiny_data, tmp_path, monkeypatch):
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "tiny").symlink_to(tiny_data)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL):
+        exec(code, names)
+    assert names["losses"].shape == names["weights"].shape and names["weights"].sum() == pytest.approx(1)
+    assert names["tokens"].shape == (2, 33) and names["batch"].tokens.shape == (8, 33)
+    assert names["done"].converted == ["0", "2"] and names["record"]["budget"]["steps"] == 8
+
+
+def own(registry):
+    """The entries that the package has by itself, with the file of each; tests and plug-ins register others."""
+    files = {name: Path(inspect.getfile(entry)).resolve() for name, entry in registry.items() if entry}
+    return {
+        name: file.relative_to(ROOT).as_posix()
+        for name, file in files.items()
+        if file.is_relative_to(ROOT) and not file.is_relative_to(ROOT / "tests")
+    }
+
+
+@pytest.mark.parametrize("section", REGISTRIES)
+def test_every_entry_of_a_registry_has_a_row_in_the_readme(section):
+    assert f"(`{section}.name`)" in README
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| `([\w/.]+)` \|$", README, re.MULTILINE))
+    found = own(REGISTRIES[section])
+    assert found and {name: rows.get(name) for name in found} == found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page):
+    missing = {name for name in FILE.findall(page.read_text()) if not (ROOT / name).is_file()}
+    assert not missing
+
+
+def anchors(page):
+    """As GitHub makes them of headings: lower case, without punctuation, spaces as hyphens."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "README.md").read_text()
+    assert {page.name for page in DOCS.glob("*.md") if f"({page.name})" not in index} == {"README.md"}
+
+
+def test_folders_md_names_all_that_a_run_writes(tiny_data, tmp_path):
+    text = (DOCS / "folders.md").read_text()
+    record = run(tiny_config(tiny_data, tmp_path / "out"))
+    assert {key for key in record if f"`{key}`" not in text} == set()
+    files = {path.name for folder in (tmp_path / "out", tiny_data) for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in files - {"code.diff"} if f"{name}`" not in text} == set()
