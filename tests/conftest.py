@@ -8,6 +8,8 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("tests.tools")
+
 from tests.tools.tiny import prepare_tiny  # noqa: E402
 
 

@@ -13,8 +13,8 @@ from threading import Timer
 import pytest
 
 from tests.tools import gang, namespaces
+from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_resume import assert_same, run_status, traces
 from thriftlab.launch import cli
 
 LAUNCH = """

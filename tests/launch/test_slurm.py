@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.tools import gang, slurm_cluster
+from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_resume import assert_same, run_status, traces
 from thriftlab.launch import cli
 from thriftlab.train.records.record import read_record
 

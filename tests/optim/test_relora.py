@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.test_convert import BLOCKS, on_meta, parameters, tiny, tokens
 from tests.tools import gang
+from tests.tools.layers import BLOCKS, on_meta, parameters, tiny, tokens
+from tests.tools.runs import LAYERWISE, LONG, NORMAL, assert_same, ended, run_status, said, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_layers_run import ended, said
-from tests.train.test_layerwise import LAYERWISE, NORMAL
-from tests.train.test_resume import LONG, assert_same, run_status, stop_at, traces
 from thriftlab.data.errors import UserError
 from thriftlab.optim import METHODS, AdamW, LoRA, ReLoRA, convert, split_groups
 from thriftlab.optim.core.method import keyed_generator
@@ -383,8 +381,6 @@ def test_several_ranks_stopped_at_a_merge(tiny_data, tmp_path):
 
 
 def stopped(tree, step):
-    from tests.train.test_resume import stop_rank
-
     return stop_rank(tree, step) or ""
 
 

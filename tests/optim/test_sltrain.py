@@ -11,11 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.kernels.test_lost_linear import kept
-from tests.optim.test_convert import BLOCKS, RANKS, as_printed, on_meta, parameters, tiny, tokens
+from tests.tools.layers import BLOCKS, RANKS, as_printed, on_meta, parameters, tiny, tokens
+from tests.tools.products import kept
+from tests.tools.runs import LONG, assert_same, ended, saved_buffers, stop_at, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_layers_run import ended, saved_buffers
-from tests.train.test_resume import LONG, assert_same, stop_at, traces
 from thriftlab.kernels.lost_linear import product_dtype
 from thriftlab.kernels.sltrain_linear import BLOCKS as ROW_BLOCKS
 from thriftlab.kernels.sltrain_linear import backward, forward, reference, sltrain_linear

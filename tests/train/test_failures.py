@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.tools import gang
+from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_resume import assert_same, run_status, traces
 from thriftlab.train import loop
 from thriftlab.train.backends import rendezvous as ranks
 from thriftlab.train.config.schema import RunConfig

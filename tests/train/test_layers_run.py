@@ -5,12 +5,22 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.tools import gang
+from tests.tools.runs import (
+    LAYERWISE,
+    LONG,
+    NORMAL,
+    assert_same,
+    ended,
+    run_status,
+    said,
+    saved_buffers,
+    stop_at,
+    stop_rank,
+    traces,
+)
 from tests.tools.tiny import tiny_config
-from tests.train.test_layerwise import LAYERWISE, NORMAL
-from tests.train.test_resume import LONG, assert_same, run_status, stop_at, traces
 from thriftlab.data.errors import ConfigError
 from thriftlab.optim import LostLinear
 from thriftlab.train import build, loop
@@ -21,10 +31,6 @@ from thriftlab.train.model import GPT, ModelConfig
 
 LOST = {"name": "lost", "rank": 8, "density": 0.1}
 INDEX = "layers.1.mlp.down.sp_index"
-
-
-def saved_buffers(out):
-    return load_file(latest(out / "checkpoints").path / "buffers.safetensors")
 
 
 def other_channels(monkeypatch):
@@ -74,8 +80,6 @@ def test_one_rank_and_two_and_back(tiny_data, tmp_path):
 
 
 def resumed_with_other_channels(tree, step):
-    from tests.train.test_resume import stop_rank
-
     with pytest.MonkeyPatch.context() as patch:
         other_channels(patch)
         return f"after step {8 + step}" in (stop_rank(tree, step) or "")
@@ -137,13 +141,6 @@ def damaged(tree, name, rank):
 
     build.refuse_differences = refuse_differences
     return said(tree)
-
-
-def said(tree):
-    try:
-        return run(RunConfig.model_validate(tree))["status"]
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 @pytest.mark.parametrize(
@@ -250,10 +247,6 @@ def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_pa
     assert loss["layerwise"] == loss["checkpointing"] == loss["plain"]
     assert loss.get("compile", loss["plain"]) == pytest.approx(loss["plain"], abs=1e-5)
     assert 0 < abs(loss["bf16"] - loss["plain"]) < 2e-2
-
-
-def ended(config):
-    return run(config)["results"]["loss"]
 
 
 # ------------------------------------------------------------------------------------------------------- what is said

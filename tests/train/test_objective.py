@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from tests.tools import gang
 from tests.tools import signal_equations as slow
-from tests.train.test_step import Gradients
+from tests.tools.gradients import Gradients
 from thriftlab.data.loader import Batch
 from thriftlab.train import watch
 from thriftlab.train.backends.base import make_backend

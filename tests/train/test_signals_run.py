@@ -9,10 +9,9 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.tools import gang, zero_cases
+from tests.tools.runs import LAYERWISE, LONG, NORMAL, assert_same, run_status, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
 from tests.tools.zero_cases import LENGTH, ROWS, difference, weights
-from tests.train.test_layerwise import LAYERWISE, NORMAL
-from tests.train.test_resume import LONG, assert_same, run_status, stop_at, stop_rank, traces
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal
 from thriftlab.data.loader import Batch, batches

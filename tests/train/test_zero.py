@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tools import gang, zero_cases
+from tests.tools.runs import run_status
 from tests.tools.tiny import tiny_config
 from tests.tools.zero_cases import METHODS, ROWS
-from tests.train.test_resume import run_status
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.train.backends.base import make_backend
 from thriftlab.train.backends.zero.exchange import make_plan
