@@ -19,24 +19,6 @@ def tiny_data(tmp_path_factory):
     return prepare_tiny(tmp_path_factory.mktemp("data") / "tiny")
 
 
-SLOW = (
-    "test_checkpoint",
-    "test_data_prepare",
-    "test_failures",
-    "test_fsdp",
-    "test_hosts",
-    "test_owned",
-    "test_portable",
-    "test_record",
-    "test_resume",
-    "test_slurm",
-    "test_study",
-    "test_torchrun",
-    "test_tracking",
-    "test_witness",
-)
-
-
 def pytest_collection_modifyitems(items):
     """Fast tests first."""
-    items.sort(key=lambda item: item.path.stem in SLOW)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -126,13 +126,13 @@ def test_no_method_is_named_outside_its_own_file():
 
     allowed = {"train/config/schema.py": {"adamw"}, "launch/cli.py": {"frugal"}}  # the default; an example in the help
     allowed["launch/peers.py"] = {*METHODS, *(m.__name__ for m in METHODS.values())}  # a preset: rows of a table
+    named = {path: set(names_in(path)) for path in SOURCES if path.relative_to(ROOT).parts[0] != "optim"}
     for name, method in METHODS.items():
         own = Path(sys.modules[method.__module__].__file__).resolve()
-        for path in SOURCES:
+        for path, names in named.items():
             place = path.relative_to(ROOT).as_posix()
-            if path.resolve() != own and place.split("/")[0] != "optim":
-                found = {name, method.__name__} & set(names_in(path)) - allowed.get(place, set())
-                assert not found, f"{place} names {found}"
+            found = {name, method.__name__} & names - allowed.get(place, set()) if path != own else set()
+            assert not found, f"{place} names {found}"
 
 
 def test_the_loop_names_no_data_set_loss_or_schedule():
@@ -192,6 +192,7 @@ def test_files_are_short():
     assert not long, "split what has become two rooms"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [ROOT, ROOT.parent])
 def test_transformers_and_thriftlab_import_in_one_process(folder):
     pytest.importorskip("transformers")

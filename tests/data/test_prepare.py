@@ -61,6 +61,7 @@ def listing(folder):
 # --- the embedded corpus ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_document_of_the_embedded_corpus_is_kept_or_counted(embedded):
     dataset = open_dataset(embedded.path)
     assert set(dataset.sources) <= {"docstrings", "topics", "news"} and dataset.fingerprint == embedded.fingerprint
@@ -301,6 +302,7 @@ def killed_at(call: int, settings: PrepareConfig):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_any_moment_it_leaves_nothing_or_a_whole_folder(tmp_path, force):
     settings = config(tmp_path / "out", "synthetic:documents=12,words=20")

@@ -54,6 +54,7 @@ def test_a_second_run_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 def test_it_compiles_as_one_graph(act):
     leaves, index, grad = tensors(dtype=torch.float32)

@@ -75,6 +75,7 @@ def fake_ssh(desk, monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_ctrl_c_becomes_a_stop_file_that_is_taken_back(desk, fake_ssh, capsys):
     (desk / "out").mkdir()
     fake_ssh("trap '' INT; for i in {1..300}; do [ -e out/STOP ] && exit 0; sleep 0.1; done; exit 1")
@@ -122,6 +123,7 @@ def come(path, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_machines_lose_one_and_go_on_as_if_unbroken(machines, tiny_data, desk):
     whole, broken = (
         tiny_config(tiny_data, desk / name, **LONG, backend={"timeout": 3.0}) for name in ("whole", "broken")

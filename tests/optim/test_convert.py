@@ -64,6 +64,7 @@ def test_parameters_of_60m_to_the_digit():
     assert parameters(model) == 43_016_192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", RANKS)
 def test_the_rank_at_which_lost_is_no_larger_than_cola(preset):
     cola = on_meta(preset)
@@ -288,6 +289,7 @@ def test_an_exported_layer_is_pickled(tmp_path):
 # ------------------------------------------------------------------------------------------------ with the rest
 
 
+@pytest.mark.slow
 def test_a_converted_model_compiles_as_one_graph():
     model = tiny()
     convert_lost(model, rank=4)

@@ -40,6 +40,7 @@ def worker(parent, rank):
             continue
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tiny_data, tmp_path):
     longer = {"budget": {"tokens": 120 * 8 * 32}, "checkpoint": {"every": 10, "keep": 2}}
     whole, broken = (tiny_config(tiny_data, tmp_path / name, **longer) for name in ("whole", "broken"))
@@ -72,6 +73,7 @@ def hang(tree, step):
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
     config = tiny_config(tiny_data, tmp_path / "out", backend={"timeout": 3.0})
     address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": gang.free_port()}
@@ -117,6 +119,7 @@ def test_a_new_start_does_not_meet_the_dead(monkeypatch):
     assert gang.ranks(2, meet_twice, "here") == [[b"0", b"1"]] * 2
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_is_its_message_and_no_pages_of_trace(tmp_path):
     process = torchrun(tiny_config(tmp_path / "none", tmp_path / "out"), tmp_path / "run.json")
     said, _ = process.communicate(timeout=120)

@@ -47,6 +47,7 @@ def other_channels(monkeypatch):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "fira", "rank": 4, "gap": 7}], ids=lambda o: o["name"])
 def test_stopped_and_resumed_is_unbroken_whatever_the_machine_would_choose(tiny_data, tmp_path, monkeypatch, optim):
     whole, broken = (
@@ -64,6 +65,7 @@ def test_stopped_and_resumed_is_unbroken_whatever_the_machine_would_choose(tiny_
         assert all(torch.equal(last[name], index) and index.dtype == torch.int64 for name, index in kept.items())
 
 
+@pytest.mark.slow
 def test_one_rank_and_two_and_back(tiny_data, tmp_path):
     """Saved by one backend and world size, taken up by another, with other channels before."""
     one, two = (
@@ -143,6 +145,7 @@ def damaged(tree, name, rank):
     return said(tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "name", "rank"),
     [
@@ -180,6 +183,7 @@ def on_other_machines(tree):
         return run_status(tree)
 
 
+@pytest.mark.slow
 def test_a_layer_is_filled_once_for_all_ranks(tiny_data, tmp_path):
     one, mixed = (
         tiny_config(tiny_data, tmp_path / name, layer=LOST, checkpoint={"every": 0}) for name in ("one", "mixed")
@@ -231,6 +235,7 @@ def sends_buffers():
 # ---------------------------------------------------------------------------------------------------- ways of training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lost", "cola"])
 def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_path, monkeypatch, name):
     compiled = torch.compile

@@ -67,6 +67,7 @@ def test_every_method_is_tried():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [ROWS, 2])
 @pytest.mark.parametrize(("name", "hyper"), KINDS, ids=str)
 def test_bitwise_the_normal_update(name, hyper, micro_batch_size):

@@ -160,6 +160,7 @@ def found():
     return {case: alone[case] + [part for rank in ranks for part in rank[case]] for case in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_one_objective_for_every_split(case, seen, found):
     exact = seen.gradient(*CASES[case][2](seen))
@@ -197,6 +198,7 @@ def lagged():
     return objective_of("linupper", statistics="lagged")
 
 
+@pytest.mark.slow
 def test_lagged_statistics_are_those_of_the_step_before(seen):
     before = [mean for mean, n in slow.row_means(Seen(model_of(), seed=2).losses, seen.mask) if n]
     means = slow.row_means(seen.losses, seen.mask)
@@ -312,6 +314,7 @@ def loudly(original):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "lagged", "parity"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_value_is_waited_for(case, mode, monkeypatch):

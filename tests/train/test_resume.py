@@ -21,6 +21,7 @@ METHODS = [{"name": "adamw"}, {"name": "signsgd", "lr": 1e-4}, {"name": "frugal"
            {"name": "frugal", "gap": 4, "order": "random"}]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", METHODS, ids=lambda o: "-".join(map(str, o.values())))
 def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, optim):
     run(tiny_config(tiny_data, tmp_path / "whole", optim=optim, **LONG))
@@ -31,6 +32,7 @@ def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, optim):
     assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_is_unbroken(tiny_data, tmp_path):
     chance = random.Random(0)
     longer = {**LONG, "optim": METHODS[2], "budget": {"tokens": 250 * 8 * 32}}
@@ -51,6 +53,7 @@ def test_killed_twenty_times_is_unbroken(tiny_data, tmp_path):
     assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_bitwise_and_one_rank_sees_the_same_batches(tiny_data, tmp_path):
     whole, broken, moved = (
         tiny_config(tiny_data, tmp_path / name, optim=METHODS[2], **LONG) for name in ("whole", "broken", "moved")
@@ -161,6 +164,7 @@ def test_the_record_is_complete(tiny_data, tmp_path):
 FILES = ["config.json", "metrics.jsonl", "record.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_in_what_a_run_wrote_is_found(tiny_data, tmp_path, name):
     config = tiny_config(tiny_data, tmp_path / "out")

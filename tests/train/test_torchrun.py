@@ -6,9 +6,13 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.tools.tiny import tiny_config
 from thriftlab.train.checkpoints import writer as checkpoint
 from thriftlab.train.records.record import read_record
+
+pytestmark = pytest.mark.slow
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 

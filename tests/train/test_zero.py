@@ -90,6 +90,7 @@ def listed():
         yield from (pytest.param(world, kind, i, id=f"{world}-{case}") for i, (kind, case) in enumerate(cases))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, kind, i", list(listed()))
 def test_one_process_and_many_end_with_the_same_weights(gangs, world, kind, i):
     compared = [rank[i] for rank, _ in gangs[world]]
@@ -143,6 +144,7 @@ def test_one_process_resumes_what_shards_saved(gangs, folder, method, stage):
     assert zero_cases.difference(expected, {name: p.detach() for name, p in net.named_parameters()}) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "settings"), [("dense", {}), ("dense", SMALL), ("lost", {})], ids=["kept gathered", "cut", "layers"]
 )
