@@ -79,6 +79,7 @@ def test_every_document_of_the_embedded_corpus_is_kept_or_counted(embedded):
     assert dropped["exact duplicate"] > 0 and str(dropped["exact duplicate"]) in str(embedded)
 
 
+@pytest.mark.slow
 def test_main_sources_of_the_embedded_corpus_have_validation_to_measure(embedded):
     sources = embedded.manifest["sources"]
     for source in ("docstrings", "topics"):
@@ -87,6 +88,7 @@ def test_main_sources_of_the_embedded_corpus_have_validation_to_measure(embedded
         assert sources[source]["validation"]["bytes"] < 0.21 * total
 
 
+@pytest.mark.slow
 def test_no_training_document_resembles_a_held_out_one(embedded):
     dataset = open_dataset(embedded.path)
     held_out = HeldOut(text for source in dataset.sources for text in documents(dataset, source, "validation"))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,24 +19,20 @@ from thriftlab.train.backends import rendezvous as ranks
 from thriftlab.train.config.schema import RunConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TRAIN = ["-m", "thriftlab.launch", "train", "--config"]
+# `thriftlab train`; each rank leaves its process id beside this file
+RANK = """
+import os, pathlib, runpy
+pathlib.Path(__file__).with_name("rank-" + os.environ["RANK"]).write_text(str(os.getpid()))
+runpy.run_module("thriftlab.launch", run_name="__main__")
+"""
 
 
 def torchrun(config, file, *options):
     file.write_text(json.dumps(config.model_dump(mode="json")))
-    command = [*TORCHRUN, *options, *TRAIN, str(file)]
+    program = file.with_name("rank.py")
+    program.write_text(RANK)
+    command = [*TORCHRUN, *options, str(program), "train", "--config", str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def worker(parent, rank):
-    """Process id of a rank that torchrun, process `parent`, has started."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"\nPPid:\t{parent}\n" in (folder / "status").read_text():
-                if f"\0RANK={rank}\0".encode() in b"\0" + (folder / "environ").read_bytes():
-                    return int(folder.name)
-        except OSError:
-            continue
 
 
 @pytest.mark.slow
@@ -47,7 +42,7 @@ def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tiny_data, tmp_p
     process = torchrun(broken, tmp_path / "run.json", "--max-restarts", "1")
     while process.poll() is None and not list((tmp_path / "broken").glob("checkpoints/step-*")):
         time.sleep(0.01)
-    os.kill(worker(process.pid, 1), signal.SIGKILL)
+    os.kill(int((tmp_path / "rank-1").read_text()), signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "another rank's connection closed: it crashed or was killed" in said and "Traceback" not in said

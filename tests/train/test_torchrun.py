@@ -23,7 +23,8 @@ def test_two_ranks_stop_and_resume(tiny_data, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(config.model_dump(mode="json")))
     command = [*TORCHRUN, "-m", "thriftlab.launch", "train", "--config", str(tmp_path / "run.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):  # until the first step is made
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)

@@ -102,6 +102,7 @@ def test_one_process_and_many_end_with_the_same_weights(gangs, world, kind, i):
         assert repr(seen["steps"]) == repr(compared[0][1]["steps"])  # ranks agree, on nan as well
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, kind, i", list(listed()))
 def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, kind, i):
     seen = [rank[i][1] for rank, _ in gangs[world]]
@@ -124,6 +125,7 @@ def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, kind, i):
         assert seen[0]["chunks"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, i", [(world, i) for world, cases in RESUMED.items() for i in range(len(cases))])
 def test_saved_anywhere_resumed_anywhere(gangs, world, i):
     method, *_ = RESUMED[world][i]
@@ -133,6 +135,7 @@ def test_saved_anywhere_resumed_anywhere(gangs, world, i):
         assert zero_cases.difference(expected, got) <= (0 if world == 2 else 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, stage", SAVED)
 def test_one_process_resumes_what_shards_saved(gangs, folder, method, stage):
     backend = zero_cases.Backend()
