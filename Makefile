@@ -1,5 +1,6 @@
 # make run    the whole path on this machine: environment, corpus, a comparison with intervals, a report
 # make test   environment and tests
+# make quick  the same without the slow tests, in under 90 seconds
 # make slurm  what the tests of SLURM jobs need; without it they are skipped (Debian or Ubuntu, as root)
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,14 +11,17 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test lint types slurm clean
+.PHONY: run test quick lint types slurm clean
 
 run: $(VENV)/.ready
 	$(BIN)/thriftlab prepare tokenizer=bpe:1024
 	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light.yaml
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+quick: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

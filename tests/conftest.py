@@ -8,6 +8,8 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("tests.tools")
+
 from tests.tools.tiny import prepare_tiny  # noqa: E402
 
 
@@ -17,24 +19,9 @@ def tiny_data(tmp_path_factory):
     return prepare_tiny(tmp_path_factory.mktemp("data") / "tiny")
 
 
-SLOW = (
-    "test_checkpoint",
-    "test_data_prepare",
-    "test_failures",
-    "test_fsdp",
-    "test_hosts",
-    "test_owned",
-    "test_portable",
-    "test_record",
-    "test_resume",
-    "test_slurm",
-    "test_study",
-    "test_torchrun",
-    "test_tracking",
-    "test_witness",
-)
-
-
 def pytest_collection_modifyitems(items):
-    """Fast tests first."""
-    items.sort(key=lambda item: item.path.stem in SLOW)
+    """Fast tests first; under pytest-xdist the tests of a file stay together, for they share what it has prepared."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can hold: imports go down, the loop knows no names, every key is read."""
+"""The rules of the layout that a machine can hold: imports go down, the loop knows no names, every key is read."""
 
 import ast
 import re
@@ -10,29 +10,82 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from tests.tools.imports import circle, imports, imports_between, sources, within
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"kernels": set(), "data": set(), "optim": {"kernels"}, "train": {"kernels", "data", "optim"}}
 FLOORS["launch"] = {"kernels", "data", "optim", "train"}
-SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+SOURCES = sources(ROOT)
+EDGES = imports_between(ROOT)
+ALL = sorted({path.parent.relative_to(ROOT) for path in SOURCES})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down_only(path):
     floor = path.relative_to(ROOT).parts[0]
     allowed = FLOORS[floor] | {floor}
-    for name in imports(path):
+    for line, name in imports(path):
         if name.startswith("thriftlab."):
-            assert name.split(".")[1] in allowed, f"{name} is above or beside {floor}"
+            assert name.split(".")[1] in allowed, f"line {line}: {name} is above or beside {floor}"
+
+
+def test_no_file_imports_itself_through_others():
+    if found := circle(EDGES):
+        pytest.fail(f"a circle of imports: {found}", pytrace=False)
+
+
+@pytest.mark.parametrize("folder", ALL, ids=str)
+def test_what_lies_in_a_folder_is_in_layers(folder):
+    if found := circle(within(folder, EDGES)):
+        pytest.fail(f"a circle of imports in {folder}: {found}", pytrace=False)
+
+
+LAYERS = {
+    "__init__.py": "from thriftlab.optim.sgd import SGD",
+    "sgd.py": "from thriftlab.optim.core import method\nfrom thriftlab.optim.core.rule import Rule",
+    "core/__init__.py": "",
+    "core/method.py": "import torch\nfrom thriftlab.optim.core.rule import Rule",
+    "core/rule.py": "from thriftlab.optim.core.split import Split",
+    "core/split.py": "",
+    "state/keys.py": "",
+    "state/carry.py": "from thriftlab.optim.core.split import Split",
+}
+PLANTED = {
+    "no circle": ({}, []),
+    "one in a function": (
+        {"core/split.py": "def split():\n    from thriftlab.optim.core.method import Method"},
+        [None, "optim/core"],
+    ),
+    "one of types": (
+        {"core/split.py": "if TYPE_CHECKING:\n    import thriftlab.optim.core.method as method"},
+        [None, "optim/core"],
+    ),
+    "one between folders": ({"core/rule.py": "from thriftlab.optim.state.keys import Keys"}, ["optim"]),
+    "one through a package": ({"core/split.py": "from thriftlab.optim import SGD"}, [None]),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_circle_is_found_where_it_is(planted, tmp_path):
+    changed, places = PLANTED[planted]
+    for name, text in {**LAYERS, **changed}.items():
+        (tmp_path / "optim" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "optim" / name).write_text(text)
+    edges = imports_between(tmp_path)
+    found = {None: circle(edges)} | {name: circle(within(Path(name), edges)) for name in ("optim", "optim/core")}
+    assert [place for place, words in found.items() if words] == places
+    for words in filter(None, found.values()):
+        path, *lines = words.splitlines()
+        path = path.split(" -> ")
+        assert path[0] == path[-1] and len(lines) == len(path) - 1 > 1
+        for importer, line in zip(path, lines, strict=False):
+            assert line.strip().startswith(importer) and "import" in line.split(":")[2]
+
+
+def test_no_test_imports_another():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for line, name in imports(path):
+            assert not re.match(r"tests\.(.*\.)?test_", name), f"{path}:{line}: what tests share lies in tests/tools"
 
 
 def test_every_floor_is_packaged():
@@ -73,13 +126,13 @@ def test_no_method_is_named_outside_its_own_file():
 
     allowed = {"train/config/schema.py": {"adamw"}, "launch/cli.py": {"frugal"}}  # the default; an example in the help
     allowed["launch/peers.py"] = {*METHODS, *(m.__name__ for m in METHODS.values())}  # a preset: rows of a table
+    named = {path: set(names_in(path)) for path in SOURCES if path.relative_to(ROOT).parts[0] != "optim"}
     for name, method in METHODS.items():
         own = Path(sys.modules[method.__module__].__file__).resolve()
-        for path in SOURCES:
+        for path, names in named.items():
             place = path.relative_to(ROOT).as_posix()
-            if path.resolve() != own and place.split("/")[0] != "optim":
-                found = {name, method.__name__} & set(names_in(path)) - allowed.get(place, set())
-                assert not found, f"{place} names {found}"
+            found = {name, method.__name__} & names - allowed.get(place, set()) if path != own else set()
+            assert not found, f"{place} names {found}"
 
 
 def test_the_loop_names_no_data_set_loss_or_schedule():
@@ -142,6 +195,7 @@ def test_files_are_short():
     assert not long, "split what has become two rooms"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [ROOT, ROOT.parent])
 def test_transformers_and_thriftlab_import_in_one_process(folder):
     pytest.importorskip("transformers")

@@ -229,6 +229,7 @@ def test_prefetch_raises_where_the_step_is_asked_for(dataset, monkeypatch):
     assert torch.equal(batch(4).tokens, gather(p, 4).tokens)
 
 
+@pytest.mark.slow
 def test_prefetch_ends_with_the_interpreter(dataset):
     script = (
         "from thriftlab.data import open_dataset, plan\nfrom thriftlab.data.loader import prefetch\n"

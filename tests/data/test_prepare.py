@@ -61,6 +61,7 @@ def listing(folder):
 # --- the embedded corpus ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_document_of_the_embedded_corpus_is_kept_or_counted(embedded):
     dataset = open_dataset(embedded.path)
     assert set(dataset.sources) <= {"docstrings", "topics", "news"} and dataset.fingerprint == embedded.fingerprint
@@ -78,6 +79,7 @@ def test_every_document_of_the_embedded_corpus_is_kept_or_counted(embedded):
     assert dropped["exact duplicate"] > 0 and str(dropped["exact duplicate"]) in str(embedded)
 
 
+@pytest.mark.slow
 def test_main_sources_of_the_embedded_corpus_have_validation_to_measure(embedded):
     sources = embedded.manifest["sources"]
     for source in ("docstrings", "topics"):
@@ -86,6 +88,7 @@ def test_main_sources_of_the_embedded_corpus_have_validation_to_measure(embedded
         assert sources[source]["validation"]["bytes"] < 0.21 * total
 
 
+@pytest.mark.slow
 def test_no_training_document_resembles_a_held_out_one(embedded):
     dataset = open_dataset(embedded.path)
     held_out = HeldOut(text for source in dataset.sources for text in documents(dataset, source, "validation"))
@@ -301,6 +304,7 @@ def killed_at(call: int, settings: PrepareConfig):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_any_moment_it_leaves_nothing_or_a_whole_folder(tmp_path, force):
     settings = config(tmp_path / "out", "synthetic:documents=12,words=20")

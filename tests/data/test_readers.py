@@ -155,6 +155,7 @@ def test_lines_are_streamed_not_held(tmp_path):
     assert peak < 3_000_000
 
 
+@pytest.mark.slow
 def test_embedded_corpus_is_real_prose_in_a_fixed_order():
     for part in ("topics", "news"):
         documents = list(read(f"embedded:{part}"))

@@ -124,6 +124,7 @@ def test_bf16_rounds_the_products_and_not_the_losses():
         assert (a - b).norm() < unit * (2 * logits.abs().max() + 3) * b.norm()
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph_with_the_same_bits():
     torch.compiler.reset()
     inputs = case(200, 8, 4096)

@@ -4,26 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.tools.products import concatenated, gradients, kept, tensors, traffic
 from thriftlab.kernels.lost_linear import ACTS, lost_linear, reference
-
-aten = torch.ops.aten
-
-
-def tensors(lead=(7,), inner=12, rank=5, out=9, channels=3, dtype=torch.float64, seed=0):
-    """x, A, B, S that need gradients, I, and a gradient of y."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((*lead, inner), (rank, inner), (out, rank), (out, channels), (*lead, out))
-    x, a, b, s, grad = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
-    index = torch.randperm(inner, generator=g)[:channels].sort().values
-    return [t.requires_grad_() for t in (x, a, b, s)], index, grad
-
-
-def gradients(function, leaves, index, grad, gamma=0.7, act="silu"):
-    y = function(*leaves, index, gamma, act)
-    return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
 
 
 @given(
@@ -71,6 +54,7 @@ def test_a_second_run_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 def test_it_compiles_as_one_graph(act):
     leaves, index, grad = tensors(dtype=torch.float32)
@@ -133,63 +117,12 @@ def test_bf16_is_as_close_as_its_roundings(autocast):
 # ------------------------------------------------------------------------------------------------ memory and bytes
 
 
-def kept(function, leaves, index, **context):
-    """Bytes that a forward keeps for its backward beside its arguments, storages counted once."""
-    own = {t.untyped_storage().data_ptr() for t in (*leaves, index)}
-    found = {}
-
-    def pack(t):
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, **context):
-        y = function(*leaves, index, 0.7, "silu")
-    del y
-    return sum(size for key, size in found.items() if key not in own)
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_beside_its_arguments_it_keeps_h_alone(autocast):
     leaves, index, _ = tensors((64,), inner=32, rank=16, out=24, channels=4, dtype=torch.float32)
     assert kept(lost_linear, leaves, index, enabled=autocast) == 64 * 16 * (2 if autocast else 4)
     if not autocast:
         assert kept(reference, leaves, index, enabled=False) == 64 * (16 + 16 + 4) * 4, "h, act(h), x_I"
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that operations read and write: every argument once and every result once; views are free.
-
-    A gather or a scatter touches what it takes, not what it takes it from; what is made of zeros is written only.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (aten.index.Tensor, aten.index_select.default):
-            moved = (out, out, args[1:])
-        elif func is aten.index_put_.default:
-            moved = (args[2], args[1:])
-        elif func is aten.new_zeros.default:
-            moved = out
-        else:
-            moved = () if func.is_view else (args, kwargs, out)
-        self.bytes += sum(t.nbytes for t in tree_leaves(moved) if isinstance(t, torch.Tensor))
-        return out
-
-
-def traffic(function, *args):
-    with Traffic() as counted:
-        gradients(function, *args)
-    return counted.bytes
-
-
-def concatenated(x, lr_in, lr_out, sp_weight, sp_index, gamma, act):
-    """The two products under autograd."""
-    buffer = torch.cat([gamma * ACTS[act][0](x @ lr_in.T), (1 - gamma) * x.index_select(-1, sp_index)], -1)
-    return buffer @ torch.cat([lr_out, sp_weight], 1).T
 
 
 @pytest.mark.parametrize("inner, out, channels", [(512, 1376, 5), (512, 512, 5), (1376, 512, 13)])

@@ -9,6 +9,7 @@ from thriftlab.launch import bench, cli, peers
 from thriftlab.optim import METHODS
 
 
+@pytest.mark.slow
 def test_one_round_of_every_method_on_small_shapes(tmp_path, capsys):
     assert cli.main(["bench", "optim", "--preset", "nano", "rounds=2", "--out", str(tmp_path / "b.json")]) == 0
     printed = capsys.readouterr().out

@@ -12,6 +12,7 @@ from thriftlab.launch import cli
 COMMAND = [sys.executable, "-m", "thriftlab.launch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [False, True])
 def test_a_run_whose_reader_has_left(tiny_data, tmp_path, both):
     """The pipe breaks at the summary, when everything is saved, or at the first line of progress."""

@@ -253,6 +253,7 @@ def test_wrong_commands(command, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_program_itself():
     """`python -m thriftlab.launch`: exit codes, no traceback, and no torch for `--help`."""
     run = lambda *words: subprocess.run(  # noqa: E731
@@ -377,6 +378,7 @@ def test_mistakes_in_a_comparison(line, capsys):
     assert capsys.readouterr().err == f"error: {COMPARE_MISTAKES[line]}\n"
 
 
+@pytest.mark.slow
 def test_a_warning_for_the_user_is_one_line(tmp_path, tiny_data):
     """And names no place in the code; in a process of its own, for pytest has ways of its own with warnings."""
     words = f"train data.path={tiny_data} data.sequence_length=32 model.dim=32 model.layers=1 model.heads=2 train.batch_size=8"

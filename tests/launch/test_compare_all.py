@@ -1,7 +1,11 @@
 """`thriftlab compare` takes every method there is, down to the report."""
 
+import pytest
+
 from thriftlab.launch import cli
 from thriftlab.optim import METHODS
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_method_in_one_study(tiny_data, tmp_path, capsys):

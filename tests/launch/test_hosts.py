@@ -1,5 +1,7 @@
 """Several machines without SLURM: what runs on each, and a run on two of them that loses one and goes on."""
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -8,14 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Timer
 
 import pytest
 
 from tests.tools import gang, namespaces
+from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_resume import assert_same, run_status, traces
 from thriftlab.launch import cli
+
+pytestmark = pytest.mark.xdist_group("waiting")  # on other processes, for most of the time
 
 LAUNCH = """
 from thriftlab.launch import cli
@@ -62,6 +65,16 @@ def test_mistakes_of_a_hostfile(text, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def come(path, process):
+    """Wait until there is such a file, or the process has ended."""
+    while running(process) and not [*path.parent.glob(path.name)]:
+        time.sleep(0.01)
+
+
+def running(process):
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+
+
 @pytest.fixture
 def fake_ssh(desk, monkeypatch):
     """A stand-in that runs these lines of bash for every machine; its name is $4 and its command $5."""
@@ -75,12 +88,22 @@ def fake_ssh(desk, monkeypatch):
     return install
 
 
+@pytest.mark.slow
+def launched(folder, *words):
+    """Code and messages of a launch that has a process of its own."""
+    os.chdir(folder)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return cli.main(["launch", *words]), said.getvalue()
+
+
 def test_ctrl_c_becomes_a_stop_file_that_is_taken_back(desk, fake_ssh, capsys):
     (desk / "out").mkdir()
-    fake_ssh("trap '' INT; for i in {1..300}; do [ -e out/STOP ] && exit 0; sleep 0.1; done; exit 1")
-    Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    assert cli.main(["launch", "train.batch_size=6", "out=out"]) == 130
-    assert "the same command resumes" in capsys.readouterr().err and not (desk / "out" / "STOP").exists()
+    fake_ssh("touch on-$4; for i in {1..300}; do [ -e out/STOP ] && exit 0; sleep 0.1; done; exit 1")
+    process, answer = gang.start(launched, desk, "train.batch_size=6", "out=out", PATH=os.environ["PATH"])
+    come(desk / "on-*nodeB", process)
+    os.kill(process.pid, signal.SIGINT)
+    code, said = answer.recv()
+    assert code == 130 and "the same command resumes" in said and not (desk / "out" / "STOP").exists()
     (desk / "out" / "STOP").touch()
     assert cli.main(["launch", "train.batch_size=6", "out=out"]) == 2
     assert "out/STOP keeps this run from going on; remove it first" in capsys.readouterr().err
@@ -117,11 +140,7 @@ def launch(machines, config):
     )
 
 
-def come(path, process):
-    while process.poll() is None and not [*path.parent.glob(path.name)]:
-        time.sleep(0.01)
-
-
+@pytest.mark.slow
 def test_two_machines_lose_one_and_go_on_as_if_unbroken(machines, tiny_data, desk):
     whole, broken = (
         tiny_config(tiny_data, desk / name, **LONG, backend={"timeout": 3.0}) for name in ("whole", "broken")

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.tools import gang, slurm_cluster
+from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_resume import assert_same, run_status, traces
 from thriftlab.launch import cli
 from thriftlab.train.records.record import read_record
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("waiting")]
 
 NEEDED = os.environ.get("THRIFTLAB_NEEDS_SLURM") == "1"  # then a machine without SLURM is a failure
 LONG = {"budget": {"tokens": 300 * 8 * 32}, "checkpoint": {"every": 20, "keep": 2}}

@@ -73,6 +73,7 @@ def await_event(path, word):
 # ------------------------------------------------------------------------------------------------------------- plan
 
 
+@pytest.mark.slow
 def test_methods_take_turns_and_share_their_seeds(run, tmp_path, capsys):
     page = run(jobs=1)
     assert page == tmp_path / "report.html" and page.exists() and (tmp_path / "report.md").exists()
@@ -89,6 +90,7 @@ def test_methods_take_turns_and_share_their_seeds(run, tmp_path, capsys):
     assert "difference, 95 % CI" in out and "0.01" in out and str(page) in out
 
 
+@pytest.mark.slow
 def test_the_same_command_skips_what_a_written_study_has_done(tmp_path, tiny_data, stand_in, capsys):
     tiny = tiny_config(tiny_data, tmp_path).model_dump(mode="json")
     mine = {
@@ -110,6 +112,7 @@ def test_the_same_command_skips_what_a_written_study_has_done(tmp_path, tiny_dat
     assert "holds another run (optim.weight_decay:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_trials_come_first_and_arms_with_more_seeds_go_on(run, tmp_path):
     run(jobs=1, seeds={"adamw": 1, "frugal": 3}, lr_grid=[1e-3, 3e-3])
     started = {path.parent: float(events(path.parent, "start")[0][4]) for path in tmp_path.rglob("events.txt")}
@@ -120,6 +123,7 @@ def test_trials_come_first_and_arms_with_more_seeds_go_on(run, tmp_path):
     assert (len(adamw.done), len(frugal.done), frugal.difference.n, frugal.difference.dropped) == (1, 3, 1, 0)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_a_study_grows(run, tmp_path):
     run()
     run(seeds=3)
@@ -182,6 +186,7 @@ def test_every_method_gets_the_same_trials_and_its_best_rate(run, tmp_path):
     assert "38,400 tokens" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_trials_under_several_seeds_decide_by_their_mean(run, tmp_path):
     run(("adamw",), lr_grid=[1e-3, 3e-3], seeds=1)
     run(("adamw",), lr_grid=[1e-3, 3e-3], seeds=1, trial_seeds=2)  # those of the first seed stay
@@ -194,6 +199,7 @@ def test_trials_under_several_seeds_decide_by_their_mean(run, tmp_path):
     assert first["tokens"] == 2 * 50 * STEP and len(events(folders[0], "start")) == 1
 
 
+@pytest.mark.slow
 def test_a_rate_that_fails_under_one_seed_is_not_chosen(run, tmp_path):
     (tmp_path / "trials").mkdir()
     order(tmp_path / "trials", f"adamw {TRIAL_SEED + 1} diverge 0.003")
@@ -202,6 +208,7 @@ def test_a_rate_that_fails_under_one_seed_is_not_chosen(run, tmp_path):
     assert rate["lr"] == 1e-3 and [trial["problem"] for trial in rate["trials"]] == ["", "its final loss is not finite"]
 
 
+@pytest.mark.slow
 def test_edges_hand_set_rates_and_lost_trials(run, tmp_path):
     (tmp_path / "trials").mkdir()
     order(tmp_path / "trials", f"signsgd {TRIAL_SEED} fail")
@@ -216,6 +223,7 @@ def test_edges_hand_set_rates_and_lost_trials(run, tmp_path):
     assert "every trial of its learning rate failed" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverged_is_not_chosen(run, tmp_path):
     (tmp_path / "trials").mkdir()
     order(tmp_path / "trials", f"frugal {TRIAL_SEED} diverge")
@@ -245,6 +253,7 @@ def test_take_turns():
 # ----------------------------------------------------------------------------------------------- failing and stopping
 
 
+@pytest.mark.slow
 def test_a_failing_run_does_not_take_the_others_along(run, tmp_path):
     order(tmp_path, "frugal 0 fail")
     with pytest.raises(Unfinished, match="frugal/seed-0 failed, exit code 1: error: .* told to fail") as failed:
@@ -258,6 +267,7 @@ def test_a_failing_run_does_not_take_the_others_along(run, tmp_path):
     assert all(result.record for result in read_study(tmp_path).results)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_each_job_once_and_the_same_command_resumes(run, tmp_path):
     order(tmp_path, "adamw 0 slow", "frugal 0 slow")
     folders = [tmp_path / "adamw/seed-0", tmp_path / "frugal/seed-0"]
@@ -340,6 +350,7 @@ def test_slots_follow_threads_and_gpus(monkeypatch):
 # ----------------------------------------------------------------------------------------------------- the real thing
 
 
+@pytest.mark.slow
 def test_a_small_study_with_the_real_trainer(tiny_data, tmp_path, capsys):
     settings = tmp_path / "base.json"
     base = tiny_config(tiny_data, tmp_path, checkpoint={"every": 0}).model_dump(mode="json")

@@ -154,6 +154,7 @@ def test_usr1_asks_through_a_stop_file_and_takes_it_back(capsys):
     assert not Path("out/STOP").exists()
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stays_away(capsys):
     script(capsys)
     assert run(waits(1), send=signal.SIGTERM) == (1, False)

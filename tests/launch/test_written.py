@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from tests.launch.test_report import write_plan, write_run
+from tests.tools.studies import write_plan, write_run
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import ConfigError
 from thriftlab.launch import cli

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from tests.kernels.test_lost_linear import concatenated, gradients, tensors, traffic
+from tests.tools.products import concatenated, gradients, tensors, traffic
 from thriftlab.kernels.lost_linear import lost_linear, reference
 
 SHAPES = {"q": (512, 512, 5), "gate": (512, 1376, 5), "down": (1376, 512, 13)}  # in, out, channels

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.tools.layers import BLOCKS, RANKS, as_printed, on_meta, parameters, tiny, tokens
 from thriftlab.optim import LAYERS, AdamW, CoLA, LowRank, convert, convert_lost, split_groups
 from thriftlab.optim.core.hyper import hyperparameters
 from thriftlab.optim.layers.base import describe, export, rebuild
@@ -15,29 +16,7 @@ from thriftlab.optim.layers.factored import Folded
 from thriftlab.optim.layers.lost import LostLinear, activation_score
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
 
-BLOCKS = (r"\.(attn|mlp)\.",)
 PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-
-
-def tiny(**sizes):
-    """Two layers, filled."""
-    sizes = dict(preset=None, dim=32, layers=2, heads=2, hidden=48, vocab_size=19) | sizes
-    model = GPT(ModelConfig(**sizes))
-    model.init_weights(0)
-    return model
-
-
-def on_meta(preset, **sizes):
-    with torch.device("meta"):
-        return GPT(ModelConfig(preset=preset, vocab_size=32000, **sizes))
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def tokens(batch=2, length=9, vocab=19):
-    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 class Pair(nn.Module):
@@ -53,7 +32,7 @@ class Pair(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ counts of LLaMA
 
-RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512, "llama-7b": 1024}
+
 METHODS = {"full": None, "cola": CoLA, "lowrank": LowRank, "lost": LostLinear}
 # millions of parameters, and GB of six bytes each (bf16 weight and two moments), as printed; what the papers' tables
 # have (full, low-rank, CoLA) agrees after rounding
@@ -64,10 +43,6 @@ PRINTED = {
     "lost": ["43.016 0.258", "94.784 0.569", "188.182 1.129", "621.140 3.727", "2884.5 17.31"],
 }
 SMALLER = {"llama-60m": 124, "llama-130m": 251, "llama-350m": 249, "llama-1b": 499, "llama-7b": 998}
-
-
-def as_printed(number, like):
-    return f"{number:.{len(like.partition('.')[2])}f}"
 
 
 @pytest.mark.parametrize("preset", RANKS)
@@ -88,6 +63,7 @@ def test_parameters_of_60m_to_the_digit():
     assert parameters(model) == 43_016_192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", RANKS)
 def test_the_rank_at_which_lost_is_no_larger_than_cola(preset):
     cola = on_meta(preset)
@@ -312,6 +288,7 @@ def test_an_exported_layer_is_pickled(tmp_path):
 # ------------------------------------------------------------------------------------------------ with the rest
 
 
+@pytest.mark.slow
 def test_a_converted_model_compiles_as_one_graph():
     model = tiny()
     convert_lost(model, rank=4)

@@ -67,6 +67,7 @@ ENTRYWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ENTRYWISE.values(), ids=ENTRYWISE.keys())
 @settings(max_examples=5, deadline=None)
 @given(cuts=st.lists(CUT, min_size=len(SHAPES), max_size=len(SHAPES)))

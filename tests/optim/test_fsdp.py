@@ -62,6 +62,7 @@ def alone(name, world, steps, dtype):
     return {key: p.detach() for key, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "dtype", "tolerance"), [(2, torch.float32, 0), (3, torch.float64, 1e-9)])
 def test_equal_to_one_process(world, dtype, tolerance):
     cases = CASES if world == 2 else CASES[:-1]  # bf16 in Muon's iteration makes much of noise

@@ -129,6 +129,7 @@ def test_coordinate_subspaces_choose_the_declared_number_of_distinct_entries(nam
     assert torch.equal(copy, torch.where(torch.isin(matrix, chosen), -matrix, matrix)), "put writes what take reads"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "density"), [((7, 9), 0.3), ((8, 8), 0.25)])  # strata of 3 and 4 entries, of 4
 @pytest.mark.parametrize("name", sorted(COORDINATES))
 def test_every_entry_is_equally_likely(name, shape, density):

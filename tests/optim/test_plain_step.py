@@ -59,6 +59,7 @@ def test_norms_are_summed_in_fp32_at_least(dim, dtype):
     assert torch.allclose(got.double(), want, rtol=terms * torch.finfo(got.dtype).eps, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fira", "apollo"])  # GaLore is a part of Fira's step
 def test_a_low_rank_step_compiles(name):
     """In several graphs: torch leaves its own fused kernel out of them, and counters are read on the host."""

@@ -57,6 +57,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(N, N), (N, 150), (150, N)])
 def test_a_basis_is_the_svds(spectrum, shape):

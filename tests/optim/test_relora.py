@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.test_convert import BLOCKS, on_meta, parameters, tiny, tokens
 from tests.tools import gang
+from tests.tools.layers import BLOCKS, on_meta, parameters, tiny, tokens
+from tests.tools.runs import LAYERWISE, LONG, NORMAL, assert_same, ended, run_status, said, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_layers_run import ended, said
-from tests.train.test_layerwise import LAYERWISE, NORMAL
-from tests.train.test_resume import LONG, assert_same, run_status, stop_at, traces
 from thriftlab.data.errors import UserError
 from thriftlab.optim import METHODS, AdamW, LoRA, ReLoRA, convert, split_groups
 from thriftlab.optim.layers.base import before_step, changing, describe, export, rebuild
@@ -295,6 +293,7 @@ def test_moments_that_cannot_be_pruned_are_refused_before_training(tiny_data, tm
 # ------------------------------------------------------------------------------------------------ in runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "fira", "rank": 2, "gap": 5}], ids=lambda o: o["name"])
 @pytest.mark.parametrize("at", [6, 8])
 def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, optim, at):
@@ -334,6 +333,7 @@ def test_merges_come_when_they_are_due(tiny_data, tmp_path, monkeypatch):
     assert found == [step for step in (2, 4, 6) for _ in range(14)]
 
 
+@pytest.mark.slow
 def test_ways_of_training(tiny_data, tmp_path):
     given = {"layer": {**RELORA, "merge_every": 3}, "optim": {"name": "frugal", "gap": 2}}
     ways = {
@@ -349,6 +349,7 @@ def test_ways_of_training(tiny_data, tmp_path):
     assert once != loss["plain"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer, backend", [("relora", "ddp"), ("relora", "owned"), ("lora", "owned")])
 def test_two_ranks_are_one(tiny_data, tmp_path, layer, backend):
     """With the witness, whose probes are no steps."""
@@ -369,6 +370,7 @@ def test_two_ranks_are_one(tiny_data, tmp_path, layer, backend):
         assert abs(ours[1]["model"][name] - theirs[1]["model"][name]).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_several_ranks_stopped_at_a_merge(tiny_data, tmp_path):
     layer = {**RELORA, "merge_every": 3}
     whole, broken = (
@@ -383,8 +385,6 @@ def test_several_ranks_stopped_at_a_merge(tiny_data, tmp_path):
 
 
 def stopped(tree, step):
-    from tests.train.test_resume import stop_rank
-
     return stop_rank(tree, step) or ""
 
 
@@ -396,6 +396,7 @@ def whole_run(out):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer, words", [("relora", "change whole weights between steps"), ("lora", "trains every")])
 def test_sharded_weights_are_refused_before_training(tiny_data, tmp_path, layer, words):
     config = tiny_config(

@@ -11,11 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.kernels.test_lost_linear import kept
-from tests.optim.test_convert import BLOCKS, RANKS, as_printed, on_meta, parameters, tiny, tokens
+from tests.tools.layers import BLOCKS, RANKS, as_printed, on_meta, parameters, tiny, tokens
+from tests.tools.products import kept
+from tests.tools.runs import LONG, assert_same, ended, saved_buffers, stop_at, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_layers_run import ended, saved_buffers
-from tests.train.test_resume import LONG, assert_same, stop_at, traces
 from thriftlab.kernels.lost_linear import product_dtype
 from thriftlab.kernels.sltrain_linear import BLOCKS as ROW_BLOCKS
 from thriftlab.kernels.sltrain_linear import backward, forward, reference, sltrain_linear
@@ -61,6 +60,7 @@ def test_output_and_gradients_are_those_of_the_dense_weight(lead, inner, out, ra
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", [9, 16, 33])
 def test_gradients_are_the_differences_of_the_output(out):
     leaves, index, _ = tensors((2, 2), rank=3, out=out)
@@ -285,6 +285,7 @@ def test_a_model_of_it_learns():
     assert not layer.lr_in.grad.any(), "B is zero"
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path):
     layer = {"name": "sltrain", "rank": 4, "density": 0.1}
     whole, broken = (tiny_config(tiny_data, tmp_path / name, layer=layer, **LONG) for name in ("whole", "broken"))
@@ -295,6 +296,7 @@ def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path):
     assert len(saved_buffers(tmp_path / "broken")) == 14
 
 
+@pytest.mark.slow
 def test_it_trains_in_bf16_and_with_checkpointing(tiny_data, tmp_path):
     ways = {"plain": {}, "checkpointing": {"activation_checkpointing": True}, "bf16": {"precision": "bf16"}}
     layer = {"name": "sltrain", "rank": 4, "density": 0.1}

@@ -195,6 +195,7 @@ def test_8_bit_codes_are_the_nearest_levels_of_the_paper(positive):
         assert relative.max() < 0.9 / 2**5 / 2 / 0.1 + 1e-6, "32 levels in the third decade"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positive", [True, False])
 def test_codes_by_look_up_are_those_of_a_search(positive):
     """For numbers of every size, and for the borders between levels with both of their neighbours."""

@@ -148,6 +148,7 @@ def test_the_callers_group_is_not_changed():
     assert list(group) == ["params"]
 
 
+@pytest.mark.slow
 @every_method
 def test_a_step_runs_on_fake_and_meta_tensors(make):
     """No value is read on the host, refreshes included, so the planner can run the real step."""

@@ -7,7 +7,7 @@ import socket
 import traceback
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["thriftlab.train.loop", "torch._dynamo", "torch.distributed.fsdp", "pytest"])
+context.set_forkserver_preload(["tests.tools.preload"])
 
 
 def start(function, *arguments, **environment):

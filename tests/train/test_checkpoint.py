@@ -257,6 +257,7 @@ for line in sys.stdin:  # torch is imported once; every line starts a process to
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, background):
     command = [sys.executable, "-c", NURSERY, str(tmp_path), str(background)]

@@ -70,6 +70,7 @@ def test_all_tokens_but_the_first_of_a_source_are_predicted(tiny_data):
         assert got["sources"][source]["bytes"] == entry["bytes"]
 
 
+@pytest.mark.slow
 def test_one_number_for_every_batch_size_and_world(tiny_data):
     cases = [(32, 1), (32, 7), (32, 64), (32, 1000)]
     alone = measure(tiny_data, cases)

@@ -7,46 +7,44 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.tools import gang
+from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_resume import assert_same, run_status, traces
 from thriftlab.train import loop
 from thriftlab.train.backends import rendezvous as ranks
 from thriftlab.train.config.schema import RunConfig
 
+pytestmark = pytest.mark.xdist_group("waiting")  # on other processes, for most of the time
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TRAIN = ["-m", "thriftlab.launch", "train", "--config"]
+# `thriftlab train`; each rank leaves its process id beside this file
+RANK = """
+import os, pathlib, runpy
+pathlib.Path(__file__).with_name("rank-" + os.environ["RANK"]).write_text(str(os.getpid()))
+runpy.run_module("thriftlab.launch", run_name="__main__")
+"""
 
 
 def torchrun(config, file, *options):
     file.write_text(json.dumps(config.model_dump(mode="json")))
-    command = [*TORCHRUN, *options, *TRAIN, str(file)]
+    program = file.with_name("rank.py")
+    program.write_text(RANK)
+    command = [*TORCHRUN, *options, str(program), "train", "--config", str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def worker(parent, rank):
-    """Process id of a rank that torchrun, process `parent`, has started."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"\nPPid:\t{parent}\n" in (folder / "status").read_text():
-                if f"\0RANK={rank}\0".encode() in b"\0" + (folder / "environ").read_bytes():
-                    return int(folder.name)
-        except OSError:
-            continue
-
-
+@pytest.mark.slow
 def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tiny_data, tmp_path):
     longer = {"budget": {"tokens": 120 * 8 * 32}, "checkpoint": {"every": 10, "keep": 2}}
     whole, broken = (tiny_config(tiny_data, tmp_path / name, **longer) for name in ("whole", "broken"))
     process = torchrun(broken, tmp_path / "run.json", "--max-restarts", "1")
     while process.poll() is None and not list((tmp_path / "broken").glob("checkpoints/step-*")):
         time.sleep(0.01)
-    os.kill(worker(process.pid, 1), signal.SIGKILL)
+    os.kill(int((tmp_path / "rank-1").read_text()), signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "another rank's connection closed: it crashed or was killed" in said and "Traceback" not in said
@@ -72,6 +70,7 @@ def hang(tree, step):
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
     config = tiny_config(tiny_data, tmp_path / "out", backend={"timeout": 3.0})
     address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": gang.free_port()}
@@ -117,6 +116,7 @@ def test_a_new_start_does_not_meet_the_dead(monkeypatch):
     assert gang.ranks(2, meet_twice, "here") == [[b"0", b"1"]] * 2
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_is_its_message_and_no_pages_of_trace(tmp_path):
     process = torchrun(tiny_config(tmp_path / "none", tmp_path / "out"), tmp_path / "run.json")
     said, _ = process.communicate(timeout=120)

@@ -5,12 +5,22 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.tools import gang
+from tests.tools.runs import (
+    LAYERWISE,
+    LONG,
+    NORMAL,
+    assert_same,
+    ended,
+    run_status,
+    said,
+    saved_buffers,
+    stop_at,
+    stop_rank,
+    traces,
+)
 from tests.tools.tiny import tiny_config
-from tests.train.test_layerwise import LAYERWISE, NORMAL
-from tests.train.test_resume import LONG, assert_same, run_status, stop_at, traces
 from thriftlab.data.errors import ConfigError
 from thriftlab.optim import LostLinear
 from thriftlab.train import build, loop
@@ -21,10 +31,6 @@ from thriftlab.train.model import GPT, ModelConfig
 
 LOST = {"name": "lost", "rank": 8, "density": 0.1}
 INDEX = "layers.1.mlp.down.sp_index"
-
-
-def saved_buffers(out):
-    return load_file(latest(out / "checkpoints").path / "buffers.safetensors")
 
 
 def other_channels(monkeypatch):
@@ -41,6 +47,7 @@ def other_channels(monkeypatch):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "fira", "rank": 4, "gap": 7}], ids=lambda o: o["name"])
 def test_stopped_and_resumed_is_unbroken_whatever_the_machine_would_choose(tiny_data, tmp_path, monkeypatch, optim):
     whole, broken = (
@@ -58,6 +65,7 @@ def test_stopped_and_resumed_is_unbroken_whatever_the_machine_would_choose(tiny_
         assert all(torch.equal(last[name], index) and index.dtype == torch.int64 for name, index in kept.items())
 
 
+@pytest.mark.slow
 def test_one_rank_and_two_and_back(tiny_data, tmp_path):
     """Saved by one backend and world size, taken up by another, with other channels before."""
     one, two = (
@@ -74,8 +82,6 @@ def test_one_rank_and_two_and_back(tiny_data, tmp_path):
 
 
 def resumed_with_other_channels(tree, step):
-    from tests.train.test_resume import stop_rank
-
     with pytest.MonkeyPatch.context() as patch:
         other_channels(patch)
         return f"after step {8 + step}" in (stop_rank(tree, step) or "")
@@ -139,13 +145,7 @@ def damaged(tree, name, rank):
     return said(tree)
 
 
-def said(tree):
-    try:
-        return run(RunConfig.model_validate(tree))["status"]
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "name", "rank"),
     [
@@ -183,6 +183,7 @@ def on_other_machines(tree):
         return run_status(tree)
 
 
+@pytest.mark.slow
 def test_a_layer_is_filled_once_for_all_ranks(tiny_data, tmp_path):
     one, mixed = (
         tiny_config(tiny_data, tmp_path / name, layer=LOST, checkpoint={"every": 0}) for name in ("one", "mixed")
@@ -234,6 +235,7 @@ def sends_buffers():
 # ---------------------------------------------------------------------------------------------------- ways of training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lost", "cola"])
 def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_path, monkeypatch, name):
     compiled = torch.compile
@@ -250,10 +252,6 @@ def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_pa
     assert loss["layerwise"] == loss["checkpointing"] == loss["plain"]
     assert loss.get("compile", loss["plain"]) == pytest.approx(loss["plain"], abs=1e-5)
     assert 0 < abs(loss["bf16"] - loss["plain"]) < 2e-2
-
-
-def ended(config):
-    return run(config)["results"]["loss"]
 
 
 # ------------------------------------------------------------------------------------------------------- what is said

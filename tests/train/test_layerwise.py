@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.tools import gang
+from tests.tools.runs import LAYERWISE, NORMAL, assert_same, stop_at, traces
 from tests.tools.tiny import tiny_config
-from tests.train.test_resume import assert_same, stop_at, traces
 from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.data.loader import Batch
 from thriftlab.launch.bench import peak_allocation
@@ -18,8 +18,8 @@ from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.step import train_step
 
 ROWS, STEPS = 6, 7
-LAYERWISE = {"clip": None, "max_skipped_steps": 1, "layerwise": True}
-NORMAL = {**LAYERWISE, "layerwise": False}
+
+
 KINDS = [
     ("adamw", {}),
     ("adamw", {"state_dtype": "bf16"}),
@@ -67,6 +67,7 @@ def test_every_method_is_tried():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [ROWS, 2])
 @pytest.mark.parametrize(("name", "hyper"), KINDS, ids=str)
 def test_bitwise_the_normal_update(name, hyper, micro_batch_size):

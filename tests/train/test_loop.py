@@ -15,6 +15,7 @@ def losses(path, out, /, **sections):
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train",
     [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"activation_checkpointing": True}, {"deterministic": True}],
@@ -30,6 +31,7 @@ def test_bf16_is_near_and_not_equal(tiny_data, tmp_path):
     assert bf16 == pytest.approx(plain, abs=0.02) and bf16 != plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [{"data": {"document_mask": True}}, {"schedule": {"name": "wsd"}}, {"train": {"clip": 0.01}}, {"seed": 1},

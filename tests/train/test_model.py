@@ -211,6 +211,7 @@ def test_checkpointed_activations_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_model_gives_the_same_gradients():
     x, gradients = tokens(), []
     for compiled in (False, True):

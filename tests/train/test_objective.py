@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from tests.tools import gang
 from tests.tools import signal_equations as slow
-from tests.train.test_step import Gradients
+from tests.tools.gradients import Gradients
 from thriftlab.data.loader import Batch
 from thriftlab.train import watch
 from thriftlab.train.backends.base import make_backend
@@ -197,6 +197,7 @@ def lagged():
     return objective_of("linupper", statistics="lagged")
 
 
+@pytest.mark.slow
 def test_lagged_statistics_are_those_of_the_step_before(seen):
     before = [mean for mean, n in slow.row_means(Seen(model_of(), seed=2).losses, seen.mask) if n]
     means = slow.row_means(seen.losses, seen.mask)
@@ -312,6 +313,7 @@ def loudly(original):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "lagged", "parity"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_value_is_waited_for(case, mode, monkeypatch):

@@ -51,6 +51,7 @@ def trained(backend, name, steps, dtype=torch.float32, layer=None, frozen=None, 
     return {k: w.numpy() for k, w in weights_of(model).items()}, norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "what"), [(world, what) for world, runs in RUNS.items() for what in runs])
 def test_ranks_are_one_process(gangs, world, what):
     """To the bit at two, also clipped; to the noise of sums taken in another order at more, and with accumulation."""
@@ -97,6 +98,7 @@ def audited(cases, steps):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_each_rule_runs_once_and_what_is_sent_and_kept_is_the_plan(world):
     cases = [
@@ -184,6 +186,7 @@ def in_all_modes(steps):
     return results
 
 
+@pytest.mark.slow
 def test_checkpointing_bf16_and_compile_work():
     results, others = gang.ranks(2, in_all_modes, 2)
     plain = results["plain"]

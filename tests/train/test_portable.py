@@ -62,6 +62,7 @@ def journey(folder, *stops):
     return ends
 
 
+@pytest.mark.slow
 def test_any_backend_goes_on_where_another_stopped_bitwise(tmp_path):
     """Two ranks and one process that takes their batches in order add the same numbers in the same order."""
     ends = journey(tmp_path, ("ddp", 2, 3), ("owned", 2, 6), ("single", 1, 7), ("owned", 2, 9), ("ddp", 2, 10))
@@ -87,6 +88,7 @@ def wide_leg(folder, first, last):
     return {k: w.numpy() for k, w in weights_of(model).items()}
 
 
+@pytest.mark.slow
 def test_other_world_sizes_go_on_up_to_summation_noise(tmp_path):
     gang.ranks(3, wide_leg, tmp_path, 0, 3)
     assert len(list((tmp_path / "step-00000003").glob("optim*.safetensors"))) == 3

@@ -224,6 +224,7 @@ print(before, peak_bytes())
 """
 
 
+@pytest.mark.slow
 def test_the_peak_is_this_process_own():
     held = torch.ones(2**30, dtype=torch.uint8)
     before, after = map(int, subprocess.check_output([sys.executable, "-c", PEAK]).split())

@@ -1,7 +1,6 @@
 """A run that was killed, stopped or moved is the run that was not: bitwise, in weights, state, metrics and results."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -9,59 +8,20 @@ import time
 
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from tests.tools import gang
+from tests.tools.runs import LONG, assert_same, run_status, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import UserError
 from thriftlab.train.checkpoints import writer as checkpoint
-from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.loop import Interrupted, run
-from thriftlab.train.records.record import read_metrics, read_record
+from thriftlab.train.records.record import read_metrics
 
-LONG = {"budget": {"tokens": 30 * 8 * 32}, "checkpoint": {"every": 3, "keep": 2}, "eval": {"every": 7, "tokens": 500}}
-TIMINGS = {"seconds", "tokens_per_second", "started", "finished", "timed_seconds"}
 METHODS = [{"name": "adamw"}, {"name": "signsgd", "lr": 1e-4}, {"name": "frugal", "gap": 7, "subspace": "columns"},
            {"name": "frugal", "gap": 4, "order": "random"}]  # fmt: skip
 
 
-def traces(out):
-    """Everything a run leaves that must not depend on its fate."""
-    last = sorted((out / "checkpoints").glob("step-*"))[-1]
-    tensors = {group: load_file(last / f"{group}.safetensors") for group in ("model", "optim")}
-    metrics = [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(out / "metrics.jsonl")]
-    record = read_record(out / "record.json")
-    return last.name, tensors, metrics, record["results"], record["skipped_steps"]
-
-
-def assert_same(a, b):
-    assert a[0] == b[0] and a[2:] == b[2:]
-    for group in ("model", "optim"):
-        assert a[1][group].keys() == b[1][group].keys()
-        for name, tensor in a[1][group].items():
-            assert tensor.tobytes() == b[1][group][name].tobytes(), name
-
-
-def stop_at(config, step):
-    """Run until `step` is logged, then as Ctrl-C would."""
-    from thriftlab.train.log import Log
-
-    write = Log.write
-
-    def write_and_stop(self, values):
-        write(self, values)
-        if self.counters.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    Log.write = write_and_stop
-    try:
-        with pytest.raises(Interrupted) as stopped:
-            run(config)
-    finally:
-        Log.write = write
-    assert stopped.value.code == 130 and "same command resumes" in str(stopped.value)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", METHODS, ids=lambda o: "-".join(map(str, o.values())))
 def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, optim):
     run(tiny_config(tiny_data, tmp_path / "whole", optim=optim, **LONG))
@@ -72,6 +32,7 @@ def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, optim):
     assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_is_unbroken(tiny_data, tmp_path):
     chance = random.Random(0)
     longer = {**LONG, "optim": METHODS[2], "budget": {"tokens": 250 * 8 * 32}}
@@ -92,30 +53,7 @@ def test_killed_twenty_times_is_unbroken(tiny_data, tmp_path):
     assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
 
 
-def run_status(tree):
-    return run(RunConfig.model_validate(tree))["status"]
-
-
-def stop_rank(tree, step):
-    """Only the second rank hears the signal; both stop."""
-    from thriftlab.train import loop
-
-    if os.environ["RANK"] == "1":
-        plain = loop.one_step
-
-        def one_step(parts, batch, seen=[0]):  # noqa: B006
-            seen[0] += 1
-            if seen[0] == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return plain(parts, batch)
-
-        loop.one_step = one_step
-    try:
-        run(RunConfig.model_validate(tree))
-    except Interrupted as stopped:
-        return str(stopped)
-
-
+@pytest.mark.slow
 def test_two_ranks_resume_bitwise_and_one_rank_sees_the_same_batches(tiny_data, tmp_path):
     whole, broken, moved = (
         tiny_config(tiny_data, tmp_path / name, optim=METHODS[2], **LONG) for name in ("whole", "broken", "moved")
@@ -226,6 +164,7 @@ def test_the_record_is_complete(tiny_data, tmp_path):
 FILES = ["config.json", "metrics.jsonl", "record.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_in_what_a_run_wrote_is_found(tiny_data, tmp_path, name):
     config = tiny_config(tiny_data, tmp_path / "out")

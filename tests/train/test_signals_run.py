@@ -9,10 +9,9 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.tools import gang, zero_cases
+from tests.tools.runs import LAYERWISE, LONG, NORMAL, assert_same, run_status, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
 from tests.tools.zero_cases import LENGTH, ROWS, difference, weights
-from tests.train.test_layerwise import LAYERWISE, NORMAL
-from tests.train.test_resume import LONG, assert_same, run_status, stop_at, stop_rank, traces
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal
 from thriftlab.data.loader import Batch, batches
@@ -88,6 +87,7 @@ def on_backend(name):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_every_backend_minimises_what_one_process_does(name):
     for found in gang.ranks(2, on_backend, name):
@@ -110,6 +110,7 @@ SIGNALLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SIGNALLED)
 def test_ways_that_change_speed_and_memory_change_nothing_else(tiny_data, tmp_path, monkeypatch, reference, case):
     compiled = torch.compile
@@ -162,6 +163,7 @@ def told(signal, reference):
     return {**signal, **({"reference": str(reference)} if signal["name"] in ("doremi", "rho1") else {})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, reference, case):
     signal = told(RESUMED[case], reference)
@@ -175,6 +177,7 @@ def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, reference, case):
     assert bool(remembered(tmp_path / "whole")) == (case != "shuffled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lagged", "famo"])
 def test_two_ranks_resume_bitwise_and_one_goes_on_where_two_stopped(tiny_data, tmp_path, reference, case):
     given = {"signal": RESUMED[case], "backend": {"name": "deepspeed", "stage": 2}, **LONG}
@@ -210,6 +213,7 @@ def test_held_out_losses_are_handed_on_when_they_are_due(tiny_data, tmp_path, mo
 # --------------------------------------------------------------------------------------------------- reference losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [False, True])
 def test_reference_losses_are_the_models(tiny_data, tmp_path, mask):
     config, dataset = tiny_config(tiny_data, tmp_path / "run", data={"document_mask": mask}), open_dataset(tiny_data)
@@ -257,6 +261,7 @@ def test_a_row_meets_its_own_losses(tiny_data, reference, sources):
     assert seen == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rho1", "doremi", "curriculum"])
 def test_from_a_run_to_a_run(tiny_data, tmp_path, monkeypatch, name):
     """As a user does it, with folders of one's own and one source left out."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.tools import gang
+from tests.tools.gradients import Gradients
 from thriftlab.data.loader import Batch
 from thriftlab.train.backends.base import BackendError, make_backend
 from thriftlab.train.model import GPT, ModelConfig
@@ -13,17 +14,6 @@ from thriftlab.train.step import train_step
 
 ROWS = 8
 CONFIG = ModelConfig(preset=None, dim=16, layers=2, heads=2, hidden=24, vocab_size=17, init_std=0.3)
-
-
-class Gradients(torch.optim.Optimizer):
-    """Instead of stepping, keeps what it would have stepped on."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-        self.seen = []
-
-    def step(self, closure=None):
-        self.seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
 
 
 def batch_of(rank, world):

@@ -6,9 +6,13 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.tools.tiny import tiny_config
 from thriftlab.train.checkpoints import writer as checkpoint
 from thriftlab.train.records.record import read_record
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("waiting")]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -19,7 +23,8 @@ def test_two_ranks_stop_and_resume(tiny_data, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(config.model_dump(mode="json")))
     command = [*TORCHRUN, "-m", "thriftlab.launch", "train", "--config", str(tmp_path / "run.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):  # until the first step is made
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)

@@ -17,6 +17,8 @@ import pytest
 from thriftlab.data.errors import UserError
 from thriftlab.train.records.tracking import Tracker, flatten, tracker, wandb_mode
 
+pytestmark = pytest.mark.xdist_group("waiting")  # for a network that is not there
+
 
 def section(wandb="disabled", tensorboard=False):
     return SimpleNamespace(wandb=wandb, tensorboard=tensorboard, project="tests", group=None)
@@ -92,6 +94,7 @@ LOGGED = [
 ]
 
 
+@pytest.mark.slow
 def test_offline_writes_what_was_logged_and_resumes_under_the_same_id(tmp_path):
     assert "Warning" not in run_mirror("offline", tmp_path)
     assert "Warning" not in run_mirror("online", tmp_path, WANDB_MODE="offline")
@@ -113,12 +116,14 @@ def test_disabled_imports_nothing_and_leaves_nothing(tmp_path, mode, environment
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_online_without_a_key_goes_on_offline_and_does_not_ask(tmp_path):
     printed = run_mirror("online", tmp_path)
     assert printed.count("RuntimeWarning") == 1 and "no API key" in printed
     assert [history(run) for run in records(tmp_path)] == [LOGGED]
 
 
+@pytest.mark.slow
 def test_online_without_a_network_goes_on_offline(tmp_path):
     printed = run_mirror("online", tmp_path, WANDB_API_KEY="0123456789" * 4, WANDB_INIT_TIMEOUT="2")
     assert printed.count("RuntimeWarning") == 1 and "wandb (online) failed" in printed

@@ -13,6 +13,8 @@ from thriftlab.train.backends.pieces import whole
 from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (a backend)
 from thriftlab.train.witness import WitnessError, witness
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = [("ddp", {}), ("owned", {}), ("deepspeed", {"stage": 1}), ("deepspeed", {"stage": 3})]
 TOKENS = torch.randint(CONFIG.vocab_size, (2, 2, SEQ + 1), generator=torch.Generator().manual_seed(9))
 MATRIX = "layers.1.mlp.up.weight"

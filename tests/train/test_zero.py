@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tools import gang, zero_cases
+from tests.tools.runs import run_status
 from tests.tools.tiny import tiny_config
 from tests.tools.zero_cases import METHODS, ROWS
-from tests.train.test_resume import run_status
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.optim.core.owners import Cost
 from thriftlab.train.backends.base import make_backend
@@ -91,6 +91,7 @@ def listed():
         yield from (pytest.param(world, kind, i, id=f"{world}-{case}") for i, (kind, case) in enumerate(cases))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, kind, i", list(listed()))
 def test_one_process_and_many_end_with_the_same_weights(gangs, world, kind, i):
     compared = [rank[i] for rank, _ in gangs[world]]
@@ -102,6 +103,7 @@ def test_one_process_and_many_end_with_the_same_weights(gangs, world, kind, i):
         assert repr(seen["steps"]) == repr(compared[0][1]["steps"])  # ranks agree, on nan as well
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, kind, i", list(listed()))
 def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, kind, i):
     seen = [rank[i][1] for rank, _ in gangs[world]]
@@ -124,6 +126,7 @@ def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, kind, i):
         assert seen[0]["chunks"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, i", [(world, i) for world, cases in RESUMED.items() for i in range(len(cases))])
 def test_saved_anywhere_resumed_anywhere(gangs, world, i):
     method, *_ = RESUMED[world][i]
@@ -133,6 +136,7 @@ def test_saved_anywhere_resumed_anywhere(gangs, world, i):
         assert zero_cases.difference(expected, got) <= (0 if world == 2 else 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, stage", SAVED)
 def test_one_process_resumes_what_shards_saved(gangs, folder, method, stage):
     backend = zero_cases.Backend()
@@ -144,6 +148,7 @@ def test_one_process_resumes_what_shards_saved(gangs, folder, method, stage):
     assert zero_cases.difference(expected, {name: p.detach() for name, p in net.named_parameters()}) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "settings"), [("dense", {}), ("dense", SMALL), ("lost", {})], ids=["kept gathered", "cut", "layers"]
 )
