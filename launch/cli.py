@@ -122,8 +122,10 @@ def tell_torchrun(message: str) -> None:
 
 
 def is_message(error: Exception) -> bool:
-    """An exception that the project defines speaks to the user; any other is a defect and keeps its trace."""
-    return any(kind.__module__.startswith("thriftlab.") for kind in type(error).__mro__)
+    """A UserError speaks to the user; any other exception is a defect and keeps its traceback."""
+    from thriftlab.data.errors import UserError
+
+    return isinstance(error, UserError)
 
 
 def prepare(argv: list[str]) -> None:

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
     """The run was asked to stop, has saved and can go on. `number`: of the signal that asked, None for OUT/STOP.
 
     `code` is what a shell expects, 128 + number; but 0 after OUT/STOP under torchrun, which would take another one for
