@@ -15,9 +15,10 @@ from thriftlab.data.loader import Batch
 from thriftlab.optim import METHODS, Muon, split_groups
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.optim.core.owners import state_bytes, work
-from thriftlab.train.backends.base import DDP, make_backend
+from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.ddp import DDP
 from thriftlab.train.backends.zero.engine import DeepSpeed, engine_settings
-from thriftlab.train.backends.zero.exchange import make_plan
+from thriftlab.train.backends.zero.exchange import make_ownership
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.step import train_step
 
@@ -58,7 +59,7 @@ def price(model, method, world, stage):
     costs = {name: work(method, tensors[name], group_of[name]) for name in shapes}
     states = {name: state_bytes(method, tensors[name], group_of[name]) for name in shapes}
     held = cut(shapes, world, one_by_one=stage == 3)
-    plan = make_plan(held, by_entry, costs, states)
+    plan = make_ownership(held, by_entry, costs, states)
     exchanged = max(plan.sent(rank) for rank in range(world)) * WORD
     rules = [0] * world
     for rank, fragments in enumerate(held):

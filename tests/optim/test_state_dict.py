@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from thriftlab.data.errors import CheckpointError
 from thriftlab.optim import METHODS
-from thriftlab.train.checkpoints.writer import CheckpointError, Writer, latest, pack_optimizer, unpack_optimizer
+from thriftlab.train.backends.optim_state import pack_optimizer, unpack_optimizer
+from thriftlab.train.checkpoints.reader import latest
+from thriftlab.train.checkpoints.writer import Writer
 
 TORCH = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.95), amsgrad=True),
@@ -143,7 +146,8 @@ def test_without_names_positions_serve():
     optimizer = torch.optim.Adam([{"params": [p]} for p in model.parameters()])
     train(model, optimizer, range(2))
     tensors, rest = pack_optimizer(optimizer)
-    assert set(rest["state"]) == {"0", "1"} and "1/exp_avg" in tensors
+    assert {key.partition("/")[0] for key in tensors} == {"0", "1"} and "1/exp_avg" in tensors
+    assert rest["state"] == {}  # the names of the tensors say it all
     other = torch.optim.Adam([{"params": [p]} for p in model.parameters()])
     unpack_optimizer(other, tensors, rest)
     assert_equal(other.state_dict(), optimizer.state_dict())

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tests.tools import gang
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import UserError
-from thriftlab.train.checkpoints import writer as checkpoint
+from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.loop import Interrupted, run
 from thriftlab.train.records.record import read_metrics, read_record
@@ -180,7 +180,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_one_checkpoint(tiny_data, 
     run(tiny_config(tiny_data, tmp_path / "whole", **LONG))
     config = tiny_config(tiny_data, tmp_path / "broken", **LONG)
     stop_at(config, 13)
-    newest = checkpoint.latest(tmp_path / "broken" / "checkpoints").path
+    newest = latest(tmp_path / "broken" / "checkpoints").path
     raw = bytearray((newest / "model.safetensors").read_bytes())
     raw[len(raw) // 2] ^= 4
     (newest / "model.safetensors").write_bytes(raw)

@@ -12,8 +12,8 @@ from tests.tools.tiny import tiny_config
 from tests.tools.zero_cases import METHODS, ROWS
 from tests.train.test_resume import run_status
 from thriftlab.optim.core.fragments import Fragment
-from thriftlab.train.backends.base import make_backend
-from thriftlab.train.backends.zero.exchange import make_plan
+from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.zero.exchange import make_ownership
 
 STEPS = 9  # the subspaces of zero_cases.METHODS are refreshed in the first and the eighth
 OVERLAP = {"zero_optimization": {"overlap_comm": True}}
@@ -187,7 +187,7 @@ def test_plans_are_balanced(sizes, world, one_by_one, chunk):
         at += n
     work = {name: a * b * min(a, b) for name, (a, b) in shapes.items()}
     state = {name: a * b + 3 for name, (a, b) in shapes.items()}
-    plan = make_plan(held, dict.fromkeys(shapes, False), work, state, chunk)
+    plan = make_ownership(held, dict.fromkeys(shapes, False), work, state, chunk)
     cut = {f.name for some in held for f in some if f.stop - f.start < shapes[f.name][0] * shapes[f.name][1]}
     assert set(plan.owner) == cut and sorted(sum(plan.chunks, [])) == sorted(cut)
     for names in plan.chunks:
@@ -216,7 +216,8 @@ def test_a_matrix_across_three_ranks_has_one_owner(world):
                 held[rank].append(Fragment(name, shape, start, stop))
         at += n
     by_entry = {name: name != "matrix" for name in shapes}
-    plan = make_plan(held, by_entry, work={"before": 1, "matrix": 9, "after": 1}, state_bytes=dict.fromkeys(shapes, 8))
+    work = {"before": 1, "matrix": 9, "after": 1}
+    plan = make_ownership(held, by_entry, work, state_bytes=dict.fromkeys(shapes, 8))
     assert plan.holders == {"matrix": [(0, 0, 5), (1, 5, 25), (2, 25, 32)]}
     owner = plan.owner["matrix"]
     assert owner in range(3) and plan.chunks == [["matrix"]]

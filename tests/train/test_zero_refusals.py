@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.tools import zero_cases
+from thriftlab.data.errors import BackendError
 from thriftlab.optim.core.fragments import Fragment
-from thriftlab.train.backends.base import BackendError, make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.backends.zero.engine import engine_settings, merged
 from thriftlab.train.backends.zero.layout import VERSION, Layout, refuse, verify
 from thriftlab.train.backends.zero.optimizer import ShardedMethod

@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thriftlab.optim.core.owners import assign, items
-from thriftlab.train.backends.base import Group, as_method
-from thriftlab.train.backends.optim_state import unpack_optimizer
-from thriftlab.train.backends.pieces import Source, read_whole
+from thriftlab.train.backends.base import Backend, as_method
+from thriftlab.train.backends.ranks import Distributed
 
 BUCKET = 2**22  # entries that travel together; a tensor that is larger travels alone
 IN_FLIGHT = 4  # buckets
@@ -35,7 +34,7 @@ class Bucket(NamedTuple):
     parameters: list[Tensor]
 
 
-class Owned(Group):
+class Owned(Distributed, Backend):
     """Whole parameters by turns: reduced to their owners, updated there, broadcast."""
 
     name = "owned"
@@ -121,7 +120,7 @@ class Owned(Group):
     def owns(self, name: str) -> bool:
         return self.owners.get(name) == self.rank
 
-    def answers(self, key: str) -> bool:
+    def saves(self, key: str) -> bool:
         name = key if key in self.owners else key.rpartition("/")[0]
         return self.owners.get(name, 0) == self.rank
 
@@ -134,16 +133,6 @@ class Owned(Group):
         )
         kept = (entry for spec in specs for entry in spec.values() if entry[0])
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in kept)
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "state": {}}
-
-    def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
-        self.put_weights(lambda name, piece: weights.read(name, piece.start, piece.stop))
-        mine = [key for key in states.shapes if self.answers(key) or key.rpartition("/")[0] not in self.owners]
-        tree = {name: state for name, state in options["state"].items() if self.owns(name)}
-        tensors = {key: read_whole(states, key) for key in mine}
-        unpack_optimizer(self.optimizer, tensors, {**options, "state": tree})
 
 
 def make_buckets(owned: list[tuple[int, Tensor]]) -> list[Bucket]:

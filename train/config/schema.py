@@ -15,9 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 from thriftlab.data.errors import ConfigError
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
-from thriftlab.train.backends import owned  # noqa: F401  (backends)
-from thriftlab.train.backends.base import BACKENDS
-from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (backends)
+from thriftlab.train.backends import BACKENDS
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.config.choice import Choice, Plugin, Registry, Section, plugin_sha256
 from thriftlab.train.model import ModelConfig
