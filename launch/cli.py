@@ -158,7 +158,7 @@ def train_help(argv: list[str]) -> None:
     from thriftlab.train.config import parse as settings
     from thriftlab.train.config import schema as config
 
-    settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
+    settings.validate(choice.Plugins, settings.read(argv).pick(["plugins"]))
     print(SYNTAX, surface.describe(config.RunConfig), sep="\n")
 
 
@@ -177,7 +177,7 @@ def compare_help(argv: list[str]) -> None:
     from thriftlab.train.config import choice
     from thriftlab.train.config import parse as settings
 
-    settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
+    settings.validate(choice.Plugins, settings.read(argv).pick(["plugins"]))
     print(SYNTAX, COMPARE, arguments.describe(), sep="\n")
 
 

@@ -20,7 +20,7 @@ from thriftlab.train.backends.replicas import take_up_buffers
 from thriftlab.train.build import make_model
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.choice import Section
-from thriftlab.train.config.parse import Settings, build
+from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import Count, RunConfig
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import document_ids, split_windows
@@ -68,7 +68,7 @@ def write_reference(asked: ReferenceConfig) -> Path:
 def finished_config(tree: dict[str, Any]) -> RunConfig:
     settings = Settings()
     settings.put((), tree, "the run's record")
-    return build(RunConfig, settings)
+    return validate(RunConfig, settings)
 
 
 def refuse_other_tokenizer(dataset: Dataset, config: RunConfig, asked: ReferenceConfig) -> None:

@@ -123,7 +123,7 @@ def test_an_optimizer_that_nobody_attached_does_not_stand_still():
 def test_a_parameter_that_nobody_trains_is_refused():
     net, method = zero_cases.build("galore")
     net.norm.weight.requires_grad_(False)
-    with pytest.raises(BackendError, match="not so 'norm.weight'; use .*backend.name=owned"):
+    with pytest.raises(BackendError, match="does not train 'norm.weight'; use .*backend.name=owned"):
         ShardedMethod(method, net)
 
 

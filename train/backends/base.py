@@ -24,6 +24,7 @@ class Backend(Holdings):
     name = "single"
     layerwise: Layerwise | None = None
     whole_weights = True  # whether every rank has every weight, uncut
+    can_layerwise = True  # whether a gradient is whole inside of backward, see `update_in_backward`
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"

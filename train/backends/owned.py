@@ -6,8 +6,8 @@
     then                each owner sends its weights to the others
 
 A rule sees whole matrices, so nothing about it changes; a choice over a group (which blocks are active) depends on
-names alone. One surprise: the norm is bitwise that of one process. The norms of the tensors are gathered, in the order
-of the parameters, where a sum of the owners' squares would add in another order.
+names alone. The norm is bitwise that of one process: the norms of the tensors are gathered, in the order of the
+parameters, where a sum of the owners' squares would add in another order.
 """
 
 from collections import deque

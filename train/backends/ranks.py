@@ -47,6 +47,8 @@ class Ranks:
 class Distributed(Ranks):
     """Ranks that torchrun started: nccl on GPUs, gloo on CPUs. Each backend of several ranks is one of these."""
 
+    can_layerwise = False
+
     def __init__(self) -> None:
         super().__init__()
         if "RANK" not in os.environ:

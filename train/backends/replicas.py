@@ -4,8 +4,8 @@ A layer may have what is no parameter and yet a part of it: which channels, whic
 and nobody sends them round, so they must be equal from the beginning. ZeRO and DDP make the weights of all ranks equal
 without a word, and of a buffer that differs they know nothing; gradients would be sums over different models.
 
-One surprise: the buffers of a checkpoint count more than those that the seed gives. They follow from a decomposition,
-and another machine's may choose another channel where two are nearly alike.
+The buffers of a checkpoint count more than those that the seed gives: they follow from a decomposition, and another
+machine's may choose another channel where two are nearly alike.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """How a run is asked to stop, and the word it leaves for those who wait for it.
 
 A signal, or a file OUT/STOP, asks; the loop answers at the end of a step. OUT/status is one word: running, preempted,
-done or failed. One surprise: a process that was killed leaves "running"; only who watched it knows that it is gone.
+done or failed. A process that was killed leaves "running"; only who watched it knows that it is gone.
 """
 
 import os

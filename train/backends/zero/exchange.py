@@ -4,8 +4,8 @@ Shards cut matrices anywhere, and a matrix rule needs all of one. So each cut ma
 hold a piece of it: the others send it their pieces of gradient and weight, it runs the rule and keeps the state, and
 sends the new weights back. Whoever knows all pieces finds the same owners; nothing is negotiated.
 
-One surprise: weights travel with the gradients, three words per entry where two would do (gradient there, update back).
-So the rule that runs is the one that runs in one process, on whole weights in place, to the last bit.
+Weights travel with the gradients, three words per entry where two would do (gradient there, update back). So the rule
+that runs is the one that runs in one process, on whole weights in place, to the last bit.
 """
 
 from collections.abc import Mapping

@@ -42,7 +42,7 @@ class ShardedMethod(torch.optim.Optimizer):
         for name, p in named.items():
             if not p.requires_grad or id(p) not in listed:
                 raise BackendError(
-                    f"with DeepSpeed a method trains every parameter of the model, and not so {name!r}; use "
+                    f"with DeepSpeed a method must train every parameter, and this one does not train {name!r}; use "
                     "backend.name=ddp or backend.name=owned"
                 )
         super().__init__(list(named.values()), {"lr": 0.0})  # one group: DeepSpeed steps all in one call
