@@ -1,9 +1,10 @@
 """Text to windows: batch = f(plan, step). `thriftlab.data.loader` is apart, because it imports torch."""
 
+from thriftlab.data.errors import DataError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.order import permute, stream
 from thriftlab.data.shards import Dataset, Windows, open_dataset, write_manifest, write_shards, write_tokenizer
-from thriftlab.data.tokens import DataError, Tokenizer, encode_document, load_tokenizer, train_bpe
+from thriftlab.data.tokens import Tokenizer, encode_document, load_tokenizer, train_bpe
 
 __all__ = [
     "DataError",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from thriftlab.data.tokens import DataError
+from thriftlab.data.errors import DataError
 
 FORMAT = 1
 REMEDY = "run `thriftlab prepare` again"

@@ -19,9 +19,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from thriftlab.data.errors import DataError
 from thriftlab.data.order import permute, stream
 from thriftlab.data.shards import Dataset, Windows
-from thriftlab.data.tokens import DataError
 
 BLOCK = 1024
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import Manifest, file_sha256, fingerprint, read_manifest, verify_files
 from thriftlab.data.manifest import write_manifest as write_manifest  # part of this module's interface
-from thriftlab.data.tokens import DataError, Tokenizer, load_tokenizer, read_bpe
+from thriftlab.data.tokens import Tokenizer, load_tokenizer, read_bpe
 
 SHARD_TOKENS = 2**27
 

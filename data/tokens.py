@@ -21,6 +21,8 @@ import tiktoken
 import tokenizers
 from numpy.typing import NDArray
 
+from thriftlab.data.errors import DataError
+
 DELIMITER = "<|endoftext|>"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 
@@ -43,10 +45,6 @@ def cutter(limit: int) -> re.Pattern[str]:
 
 
 CUT = cutter(2**17)  # tiktoken's pattern engine fails on a million blanks in a row; ids differ only where a run is cut
-
-
-class DataError(ValueError):
-    """What is wrong with the data, which file, and what to do."""
 
 
 class Tokenizer(Protocol):

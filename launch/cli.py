@@ -122,8 +122,10 @@ def tell_torchrun(message: str) -> None:
 
 
 def is_message(error: Exception) -> bool:
-    """An exception that the project defines speaks to the user; any other is a defect and keeps its trace."""
-    return any(kind.__module__.startswith("thriftlab.") for kind in type(error).__mro__)
+    """A UserError speaks to the user; any other exception is a defect and keeps its traceback."""
+    from thriftlab.data.errors import UserError
+
+    return isinstance(error, UserError)
 
 
 def prepare(argv: list[str]) -> None:
@@ -156,7 +158,7 @@ def train_help(argv: list[str]) -> None:
     from thriftlab.train.config import parse as settings
     from thriftlab.train.config import schema as config
 
-    settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
+    settings.validate(choice.Plugins, settings.read(argv).pick(["plugins"]))
     print(SYNTAX, surface.describe(config.RunConfig), sep="\n")
 
 
@@ -175,7 +177,7 @@ def compare_help(argv: list[str]) -> None:
     from thriftlab.train.config import choice
     from thriftlab.train.config import parse as settings
 
-    settings.build(choice.Plugins, settings.read(argv).pick(["plugins"]))
+    settings.validate(choice.Plugins, settings.read(argv).pick(["plugins"]))
     print(SYNTAX, COMPARE, arguments.describe(), sep="\n")
 
 

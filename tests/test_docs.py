@@ -50,9 +50,9 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
     elif command == "submit":
         _, rest = slurm.read_options(argv)
         kind, rest.words = rest.words[:1], rest.words[1:]
-        array.REQUESTS[kind[0]](rest) if kind else settings.build(RunConfig, rest)
+        array.REQUESTS[kind[0]](rest) if kind else settings.validate(RunConfig, rest)
     elif command == "launch":
-        settings.build(hosts.LaunchConfig, settings.read(argv).drop(RunConfig.model_fields))
+        settings.validate(hosts.LaunchConfig, settings.read(argv).drop(RunConfig.model_fields))
     elif command == "reference":
         settings.load(ReferenceConfig, argv)
     elif command == "study":

@@ -19,13 +19,15 @@ from thriftlab.optim import state_bytes
 from thriftlab.optim.core.split import listing
 from thriftlab.optim.layers.base import before_step, replaced
 from thriftlab.optim.state.keys import keyed_generator
-from thriftlab.train.backends.base import Backend, make_backend
+from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.channel import Channel
-from thriftlab.train.backends.pieces import read_whole, whole
+from thriftlab.train.backends.pieces import whole
 from thriftlab.train.backends.rendezvous import named_losses, set_timeout
 from thriftlab.train.backends.replicas import buffers, take_up_buffers
 from thriftlab.train.build import Run, build
-from thriftlab.train.checkpoints import writer as checkpoint
+from thriftlab.train.checkpoints.reader import latest
+from thriftlab.train.checkpoints.writer import Writer
 from thriftlab.train.config.schema import RunConfig, method_name
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log
@@ -195,7 +197,7 @@ class Saver:
 
     def __init__(self, run: Run):
         c, self.run = run.config.checkpoint, run
-        self.writer = checkpoint.Writer(run.out / "checkpoints", c.keep, c.background, run.backend.channel())
+        self.writer = Writer(run.out / "checkpoints", c.keep, c.background, run.backend.channel())
         self.wait = self.writer.wait
 
     def save(self, counters: Counters) -> None:
@@ -203,7 +205,7 @@ class Saver:
         kept = {name: whole(tensor) for name, tensor in buffers(self.run.model).items()}
         signal = {name: whole(tensor) for name, tensor in self.run.objective.tensors().items()}
         groups = {"model": backend.weights(), "buffers": kept, "optim": backend.states(), "signal": signal}
-        ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
+        ours = {group: {k: p for k, p in pieces.items() if backend.saves(k)} for group, pieces in groups.items()}
         meta = {
             "fingerprint": self.run.fingerprint,
             "counters": counters.state(),
@@ -217,7 +219,7 @@ class Saver:
 def restore(run: Run) -> tuple[Counters, str | None]:
     """Take weights and optimizer from the newest whole checkpoint; returns its counters and the sha256 of the metrics
     that led to it. Fresh counters and None where there is no checkpoint."""
-    found = checkpoint.latest(run.out / "checkpoints", Channel(run.backend.rank, run.backend.share))
+    found = latest(run.out / "checkpoints", Channel(run.backend.rank, run.backend.share))
     if found is None:
         return Counters(), None
     if found.meta["fingerprint"] != run.fingerprint:
@@ -225,10 +227,9 @@ def restore(run: Run) -> tuple[Counters, str | None]:
             f"{run.out} holds a run with another configuration or other data (compare its config.json); "
             f"choose another out=, or remove that folder to start anew"
         )
-    run.backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
-    take_up_buffers(run.model, found.source("buffers"))
-    remembered = found.source("signal")
-    run.objective.load({name: read_whole(remembered, name) for name in remembered.shapes})
+    run.backend.load(found.reader("model"), found.reader("optim"), found.meta["optim"])
+    take_up_buffers(run.model, found.reader("buffers"))
+    run.objective.load(dict(found.reader("signal")))
     return Counters(**found.meta["counters"]), found.meta["history"]
 
 

@@ -23,13 +23,14 @@ from thriftlab.data.errors import UserError
 from thriftlab.optim import Method
 from thriftlab.optim.core.method import downhill
 from thriftlab.train.backends.base import Backend
+from thriftlab.train.backends.holdings import rehearsal
 from thriftlab.train.backends.pieces import Piece, Pieces
 from thriftlab.train.objective import count_targets, split_windows, total_loss
 from thriftlab.train.step import autocast
 
 TOLERANCE = 1e-3  # of a norm: rounding stays far below it, and no fault that we know of does
 SHOWN = 5  # findings in the message
-Layout = dict[str, set[tuple[tuple[int, ...], torch.dtype]]]  # of whole tensors: one, if ranks agree
+Kinds = dict[str, set[tuple[tuple[int, ...], torch.dtype]]]  # of whole tensors: one, if ranks agree
 
 
 class WitnessError(UserError):
@@ -37,7 +38,7 @@ class WitnessError(UserError):
 
 
 class Held(NamedTuple):
-    """What this rank answers for before an update."""
+    """What this rank saves, before an update."""
 
     gradients: Pieces
     weights: Pieces
@@ -56,17 +57,17 @@ def witness(backend: Backend, tokens: Tensor, precision: str, max_norm: float | 
     clock = time.perf_counter()
     first, second = tokens.to(backend.device)
     devices = [backend.device] if backend.device.type == "cuda" else []
-    with backend.rehearsal(), torch.random.fork_rng(devices):
+    with rehearsal(backend), torch.random.fork_rng(devices):
         refuse(backend, compare_weights(backend))
         probe(backend, first, precision)
         refuse(backend, compare_step(backend, first, max_norm))
         probe(backend, second, precision, alone=True)
-        alone = answered(backend, backend.gradients())
+        alone = saved_here(backend, backend.gradients())
         backend.step(torch.full((), torch.nan, device=backend.device), max_norm)  # lets go of the gradients
         probe(backend, second, precision)
         refuse(backend, compare_sums(backend, alone))
         refuse(backend, compare_step(backend, second, max_norm))
-    count = sum(len(group["params"]) for group in backend.groups())
+    count = sum(len(group["params"]) for group in backend.optimizer.param_groups)
     return f"witness: {count} tensors on {backend.world} ranks as on one, {time.perf_counter() - clock:.1f} s"
 
 
@@ -100,17 +101,17 @@ def probe(backend: Backend, windows: Tensor, precision: str, alone: bool = False
 def compare_weights(backend: Backend) -> list[str]:
     """Whether replicas are replicas, to the bit."""
     held = backend.weights()
-    answers, kinds, findings = answered(backend, held), layout(backend, held), []
+    saved, kinds, findings = saved_here(backend, held), kinds_of(backend, held), []
     for name in kinds:
-        right = gather(backend, answers, name, kinds).reshape(-1)
+        right = gather(backend, saved, name, kinds).reshape(-1)
         if name in held and not torch.equal(held[name].tensor, right[held[name].start : held[name].stop]):
-            findings.append(f"{name}: rank {backend.rank} begins with other weights than the rank that answers for it")
+            findings.append(f"{name}: rank {backend.rank} begins with other weights than the rank that saves it")
     return findings
 
 
 def compare_sums(backend: Backend, alone: Pieces) -> list[str]:
     """Whether the sum over ranks that all have one sequence is as many times its gradient."""
-    together = answered(backend, backend.gradients())
+    together = saved_here(backend, backend.gradients())
     norms = {name: piece.tensor.norm().item() for name, piece in together.items()}
     noise = 1e-6 * max(norms.values(), default=0.0)
     findings = []
@@ -126,17 +127,17 @@ def compare_sums(backend: Backend, alone: Pieces) -> list[str]:
 
 def compare_step(backend: Backend, windows: Tensor, max_norm: float | None) -> list[str]:
     """Takes the step whose gradients are there, and repeats it tensor by tensor."""
-    held = Held(*(answered(backend, p) for p in (backend.gradients(), backend.weights(), backend.states())))
+    held = Held(*(saved_here(backend, p) for p in (backend.gradients(), backend.weights(), backend.states())))
     scale = 1 / (backend.world * count_targets(split_windows(windows)[1]))
     if not backend.step(scale, max_norm)[1]:
         return ["the gradient of a probe is not finite"]
 
     now = {**backend.weights(), **backend.states()}
-    gradients, before, after = layout(backend, held.gradients), layout(backend, held.states), layout(backend, now)
+    gradients, before, after = kinds_of(backend, held.gradients), kinds_of(backend, held.states), kinds_of(backend, now)
     if odd := [key for key, kinds in after.items() if len(kinds) > 1]:
         return [f"{key}: shape or dtype differ between ranks" for key in odd] if backend.rank == 0 else []
     judges, findings = choose_judges(backend, held.weights), []
-    for group in backend.groups():
+    for group in backend.optimizer.param_groups:
         for name in group["names"]:
             if name not in gradients:
                 continue  # nobody has one
@@ -191,21 +192,21 @@ def difference(backend: Backend, key: str, piece: Piece, right: Tensor, moved: T
 # ------------------------------------------------------------------------------------------------- between the ranks
 
 
-def answered(backend: Backend, pieces: Pieces) -> Pieces:
-    """Copies of the pieces that this rank answers for."""
-    return {k: p._replace(tensor=p.tensor.clone()) for k, p in pieces.items() if backend.answers(k)}
+def saved_here(backend: Backend, pieces: Pieces) -> Pieces:
+    """Copies of the pieces that this rank saves."""
+    return {k: p._replace(tensor=p.tensor.clone()) for k, p in pieces.items() if backend.saves(k)}
 
 
-def layout(backend: Backend, pieces: Pieces) -> Layout:
+def kinds_of(backend: Backend, pieces: Pieces) -> Kinds:
     """Shape and dtype of everything that any rank has; more than one where ranks disagree."""
-    merged: Layout = {}
+    merged: Kinds = {}
     for of_rank in backend.share({key: (piece.shape, piece.tensor.dtype) for key, piece in pieces.items()}):
         for key, kind in of_rank.items():
             merged.setdefault(key, set()).add(kind)
     return merged
 
 
-def keys_of(name: str, kinds: Layout) -> list[str]:
+def keys_of(name: str, kinds: Kinds) -> list[str]:
     """Of one parameter's state, without what no step depends on."""
     return [key for key in kinds if key.rpartition("/")[0] == name and matters(key)]
 
@@ -231,15 +232,15 @@ def choose_judges(backend: Backend, weights: Pieces) -> dict[str, int]:
     return judges
 
 
-def gather(backend: Backend, pieces: Pieces, key: str, kinds: Layout) -> Tensor:
-    """A whole tensor on every rank, from the pieces that ranks answer for."""
+def gather(backend: Backend, pieces: Pieces, key: str, kinds: Kinds) -> Tensor:
+    """A whole tensor on every rank, from the pieces that ranks save."""
     row = empty_row(backend, key, kinds)
     if key in pieces:
         row[pieces[key].start : pieces[key].stop] = pieces[key].tensor
     return add_bytes(backend, row, key, kinds)
 
 
-def publish(backend: Backend, tensor: Tensor | None, key: str, kinds: Layout) -> Tensor:
+def publish(backend: Backend, tensor: Tensor | None, key: str, kinds: Kinds) -> Tensor:
     """The tensor of the one rank that has it, on every rank."""
     row = empty_row(backend, key, kinds)
     if tensor is not None and tensor.numel() == row.numel():
@@ -247,11 +248,11 @@ def publish(backend: Backend, tensor: Tensor | None, key: str, kinds: Layout) ->
     return add_bytes(backend, row, key, kinds)
 
 
-def empty_row(backend: Backend, key: str, kinds: Layout) -> Tensor:
+def empty_row(backend: Backend, key: str, kinds: Kinds) -> Tensor:
     ((shape, dtype),) = kinds[key]
     return torch.zeros(torch.Size(shape).numel(), dtype=dtype, device=backend.device)
 
 
-def add_bytes(backend: Backend, row: Tensor, key: str, kinds: Layout) -> Tensor:
+def add_bytes(backend: Backend, row: Tensor, key: str, kinds: Kinds) -> Tensor:
     ((shape, _),) = kinds[key]
     return (backend.sum(row.view(torch.uint8)).view(row.dtype) if row.numel() else row).view(shape)

@@ -16,12 +16,11 @@ from tqdm import tqdm
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal, sha256
 from thriftlab.data.shards import Dataset, open_dataset
-from thriftlab.train.backends.pieces import read_whole
 from thriftlab.train.backends.replicas import take_up_buffers
 from thriftlab.train.build import make_model
-from thriftlab.train.checkpoints import writer as checkpoint
+from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.choice import Section
-from thriftlab.train.config.parse import Settings, build
+from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import Count, RunConfig
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import document_ids, split_windows
@@ -69,7 +68,7 @@ def write_reference(asked: ReferenceConfig) -> Path:
 def finished_config(tree: dict[str, Any]) -> RunConfig:
     settings = Settings()
     settings.put((), tree, "the run's record")
-    return build(RunConfig, settings)
+    return validate(RunConfig, settings)
 
 
 def refuse_other_tokenizer(dataset: Dataset, config: RunConfig, asked: ReferenceConfig) -> None:
@@ -85,17 +84,17 @@ def refuse_other_tokenizer(dataset: Dataset, config: RunConfig, asked: Reference
 
 def load_model(config: RunConfig, dataset: Dataset, run: Path) -> GPT:
     """The model of a finished run with its last weights."""
-    found = checkpoint.latest(run / "checkpoints")
+    found = latest(run / "checkpoints")
     if found is None:
         raise UserError(f"{run}/checkpoints has no checkpoint; run it again to its end")
     model, _ = make_model(config, dataset)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     model.tie()
-    weights = found.source("model")
+    weights = found.reader("model")
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(read_whole(weights, name))
-    take_up_buffers(model, found.source("buffers"))
+            p.copy_(weights[name])
+    take_up_buffers(model, found.reader("buffers"))
     return model.eval()
 
 

@@ -22,8 +22,8 @@ from urllib.parse import unquote
 
 import zstandard
 
+from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import file_sha256
-from thriftlab.data.tokens import DataError
 from thriftlab.data.workspace import install, workspace
 
 DOWNLOADS = Path("prepared/.downloads")

@@ -18,7 +18,7 @@ import zstandard
 
 from thriftlab.data.corpora import embedded, recipes, synthetic
 from thriftlab.data.corpora.packages import DOWNLOADS
-from thriftlab.data.tokens import DataError
+from thriftlab.data.errors import DataError
 
 CHUNK = 1 << 16  # bytes; small, because a compressed chunk may hold a thousand times as much
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from thriftlab.data.corpora import medium
 from thriftlab.data.corpora.medium import SHORTEST, Domain
 from thriftlab.data.corpora.packages import describe, fetch, found, members
-from thriftlab.data.tokens import DataError
+from thriftlab.data.errors import DataError
 
 RECIPES: dict[str, dict[str, Domain]] = {"medium": medium.DOMAINS}
 TOKENIZER = "bpe:4096"

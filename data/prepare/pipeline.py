@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from thriftlab.data.corpora import recipes
 from thriftlab.data.corpora.readers import locate, read
+from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import Manifest, fingerprint, read_manifest, verify_files, write_manifest
 from thriftlab.data.prepare.dedup import HeldOut
 from thriftlab.data.prepare.pool import EMPTY, EXACT, Chosen, Pool, hold_out, spool
-from thriftlab.data.prepare.request import Input as Input
 from thriftlab.data.prepare.request import PrepareConfig, difference, request_of
 from thriftlab.data.shards import token_dtype, write_shards, write_tokenizer
-from thriftlab.data.tokens import DataError, Tokenizer, encode_document, load_tokenizer, train_bpe
+from thriftlab.data.tokens import Tokenizer, encode_document, load_tokenizer, train_bpe
 from thriftlab.data.workspace import install, workspace
 
 NEAR = "near-duplicate of a held-out document"

@@ -17,7 +17,7 @@ from thriftlab.data.corpora.readers import files, locate
 from thriftlab.data.shards import SHARD_TOKENS
 from thriftlab.data.tokens import load_tokenizer
 
-Request = dict[str, dict[str, Any]]
+PrepareRequest = dict[str, dict[str, Any]]
 
 
 class Input(BaseModel):
@@ -34,7 +34,8 @@ class Input(BaseModel):
     licence: str = Field("unknown", description="licence of the text, kept in the manifest")
 
 
-def _split_commas(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
+    """A list that was written as `a,b`; anything else as it is. For a pydantic BeforeValidator."""
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -52,7 +53,7 @@ class PrepareConfig(BaseModel):
         description="real text of many domains, from public packages: medium. Its inputs come beside those given, and "
         f"out=prepared/medium and tokenizer={recipes.TOKENIZER} unless given",
     )
-    leave_out: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
+    leave_out: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
         (), description="domains of the recipe to do without, as javadoc,spam"
     )
     downloads: Path = Field(DOWNLOADS, description="where packages of a recipe are kept, and looked for first")
@@ -78,7 +79,7 @@ class PrepareConfig(BaseModel):
     @classmethod
     def _recipe(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Beside what is given, what a recipe sets."""
-        leave_out = _split_commas(given.get("leave_out", ()))
+        leave_out = split_commas(given.get("leave_out", ()))
         if given.get("recipe") is None:
             if leave_out:
                 raise ValueError("leave_out is for the domains of a recipe, and there is none")
@@ -106,12 +107,12 @@ class PrepareConfig(BaseModel):
         raise ValueError(f"{name!r} is none of bytes, gpt2, bpe:VOCABULARY (257 or more), path of a tokenizer.json")
 
 
-def request_of(config: PrepareConfig) -> Request:
+def request_of(config: PrepareConfig) -> PrepareRequest:
     """{"settings": all that the result depends on, "content": what is known of the inputs without reading them}."""
     return {"settings": _settings(config), "content": _content(config)}
 
 
-def difference(made: Request | None, asked: Request) -> str | None:
+def difference(made: PrepareRequest | None, asked: PrepareRequest) -> str | None:
     """How what was made differs from what is asked for, in words."""
     if made is None:
         return "by other means than this command"

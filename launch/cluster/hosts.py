@@ -22,7 +22,7 @@ from pydantic import Field
 from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.launch.studies.jobs import Unfinished
 from thriftlab.train.config.choice import Section
-from thriftlab.train.config.parse import build, read, split
+from thriftlab.train.config.parse import read, split, validate
 from thriftlab.train.config.schema import Count, RunConfig, Steps
 from thriftlab.train.records.stop import stop_file, stop_signals
 
@@ -45,8 +45,8 @@ def launch(argv: Sequence[str]) -> None:
     """Run `thriftlab train` on the machines of a hostfile. UserError if one of them fails, Unfinished if stopped."""
     argv = ["dry_run=true" if word == "--dry-run" else word for word in argv]
     settings = read(argv)
-    c = build(LaunchConfig, settings.pick([*LaunchConfig.model_fields]))
-    config = build(RunConfig, settings.drop([*LaunchConfig.model_fields]))
+    c = validate(LaunchConfig, settings.pick([*LaunchConfig.model_fields]))
+    config = validate(RunConfig, settings.drop([*LaunchConfig.model_fields]))
     hosts = read_hosts(Path(c.hostfile))
     config.train.rows_per_rank(sum(hosts.values()))
     out = Path(config.out)

@@ -30,7 +30,7 @@ from thriftlab.launch.studies.jobs import Job, refuse_other_run
 from thriftlab.launch.studies.written import StudyOptions
 from thriftlab.train.config.choice import Plugins, Section
 from thriftlab.train.config.help import keys, nearest
-from thriftlab.train.config.parse import Settings, build, read
+from thriftlab.train.config.parse import Settings, read, validate
 from thriftlab.train.config.schema import Count, RunConfig, Steps, fingerprint
 from thriftlab.train.records import record
 
@@ -168,12 +168,12 @@ def read_options(argv: Sequence[str]) -> tuple[SubmitConfig, Settings]:
     rest = settings.drop([*SubmitConfig.model_fields])
     rest.words = settings.words
     refuse_unknown(rest)
-    return build(SubmitConfig, settings.pick([*SubmitConfig.model_fields])), rest
+    return validate(SubmitConfig, settings.pick([*SubmitConfig.model_fields])), rest
 
 
 def refuse_unknown(rest: Settings) -> None:
     """ConfigError for a key that is nobody's, with the nearest of all that could be meant."""
-    build(Plugins, rest.pick(["plugins"]))  # they may register methods, whose names are keys
+    validate(Plugins, rest.pick(["plugins"]))  # they may register methods, whose names are keys
     models = (SubmitConfig, StudyOptions, CompareConfig, RunConfig)
     known = [key for model in models for key, _ in keys(model, {})]
     for path, source in rest.origin.items():
@@ -195,7 +195,7 @@ def plain(argv: Sequence[str]) -> Iterator[str]:
 
 def submit(c: SubmitConfig, settings: Settings) -> None:
     """Submit the run that `settings` describe, or what is left of it. UserError for what can be seen to fail."""
-    config = build(RunConfig, settings)
+    config = validate(RunConfig, settings)
     config.train.rows_per_rank(c.nodes * processes(c))
     dataset = open_dataset(config.data.path, verify=False)
     job = Job(Path(config.out).name, config, fingerprint(config, dataset.fingerprint), None)

@@ -16,17 +16,14 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, create_model
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.data.prepare.request import split_commas
 from thriftlab.launch.studies.arms import Arm, Request, is_method, known_methods, present
 from thriftlab.train.config import help as surface
 from thriftlab.train.config.choice import Plugins, Section
-from thriftlab.train.config.parse import Settings, build, read
+from thriftlab.train.config.parse import Settings, read, validate
 from thriftlab.train.config.schema import SEAMS, RunConfig
 
 Path = tuple[str, ...]
-
-
-def split_commas(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
 
 
 Rate = Annotated[float, Field(gt=0)]
@@ -79,15 +76,15 @@ def arguments(argv: Sequence[str]) -> Comparison:
 
 def comparison(settings: Settings) -> Comparison:
     """The same of what has been read."""
-    build(Plugins, settings.pick(["plugins"]))
+    validate(Plugins, settings.pick(["plugins"]))
     methods = known_methods(settings.words)
     options = [*CompareConfig.model_fields]
     own = [key for key in settings.tree if key in SEAMS or key not in RunConfig.model_fields and is_method(key)]
     return Comparison(
         methods,
-        build(RunConfig, settings.drop([*options, *own])),
+        validate(RunConfig, settings.drop([*options, *own])),
         method_overrides(methods, settings),
-        build(CompareConfig, settings.pick(options)),
+        validate(CompareConfig, settings.pick(options)),
     )
 
 
@@ -102,7 +99,7 @@ def method_overrides(methods: dict[str, dict[str, str]], settings: Settings) -> 
     for section, given in own.items():
         registry = SEAMS[section]
         fields = {m: (registry.model(parts[section]), Field({}, validate_default=True)) for m, parts in methods.items()}
-        built = build(create_model("Methods", __base__=Section, **fields), given)  # type: ignore[call-overload]
+        built = validate(create_model("Methods", __base__=Section, **fields), given)  # type: ignore[call-overload]
         for method in methods:
             found[method][section] = getattr(built, method).model_dump(mode="json", exclude_unset=True)
     return found

@@ -31,7 +31,7 @@ POLL_SECONDS = 0.3
 TAIL_BYTES = 4096
 
 
-class Unfinished(Exception):
+class Unfinished(UserError):
     """Runs were stopped, or failed; the rest of the study stands. `code` is the exit code."""
 
     def __init__(self, message: str, code: int):

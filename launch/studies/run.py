@@ -25,7 +25,7 @@ from thriftlab.launch.report.words import answers
 from thriftlab.launch.studies.arms import Arm, Request
 from thriftlab.launch.studies.jobs import Bar, Job, Unfinished, claimed, refuse_other_run, run_all, slots
 from thriftlab.train.build import make_model, make_plan
-from thriftlab.train.config.parse import Settings, build
+from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import RunConfig, fingerprint
 
 TRIAL_SEED = 1_000_000  # and those after it
@@ -56,7 +56,7 @@ class Setting:
         settings.put(("train", "threads"), self.threads, "study")
         log = {"group": self.out.name, **drop_nones(settings.tree.get("log", {})), "progress": False}
         settings.put(("log",), log, "study")
-        config = build(RunConfig, settings)
+        config = validate(RunConfig, settings)
         steps = self.steps(config)
         make_plan(config, self.dataset, steps)
         tokens = steps and steps * tokens_per_step(config)

@@ -31,7 +31,7 @@ from thriftlab.launch.studies.arms import Arm, Contrast, Request
 from thriftlab.launch.studies.compare import Grid
 from thriftlab.train.config.choice import Plugins, Section
 from thriftlab.train.config.help import nearest
-from thriftlab.train.config.parse import COMMAND_LINE, Settings, build, read, read_file
+from thriftlab.train.config.parse import COMMAND_LINE, Settings, read, read_file, validate
 from thriftlab.train.config.schema import RunConfig
 
 Seeds = Annotated[int, Field(ge=1)]
@@ -114,11 +114,11 @@ def request(argv: Sequence[str]) -> Request:
 def requested(settings: Settings) -> Request:
     """The same of what has been read."""
     name, file = named(settings.words)
-    study = build(StudyConfig, given(read_file(file), file))
-    options = build(StudyOptions, settings.pick([*StudyOptions.model_fields]))
+    study = validate(StudyConfig, given(read_file(file), file))
+    options = validate(StudyOptions, settings.pick([*StudyOptions.model_fields]))
     base = changed(study.base, file, settings.drop([*StudyOptions.model_fields]))
-    build(Plugins, base.pick(["plugins"]))
-    budget = build(RunConfig, base).budget.model_dump(mode="json")
+    validate(Plugins, base.pick(["plugins"]))
+    budget = validate(RunConfig, base).budget.model_dump(mode="json")
     arms = [make_arm(arm, entry, study, options.seeds, base, file) for arm, entry in study.arms.items()]
     contrasts = [Contrast(c.name, c.arms) for c in study.contrasts]
     return Request(
@@ -154,7 +154,7 @@ def make_arm(name: str, entry: ArmConfig, study: StudyConfig, seeds: int | None,
     """An arm, of which all keys are known to fit. A learning rate of the base is that of every arm without its own."""
     own = given(entry.model_extra or {}, f"{file}, arm {name}")
     refuse(own, OF_THE_STUDY)
-    build(RunConfig, merged(base, own))
+    validate(RunConfig, merged(base, own))
     if LR in base.origin and LR not in own.origin:
         own.put(LR, base.tree["optim"]["lr"], base.origin[LR])
     grid = sorted(set(entry.lr_grid or study.lr_grid or ()))

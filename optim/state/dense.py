@@ -21,7 +21,7 @@ from thriftlab.optim.state.keys import Spec, State
 GAP = 1.04  # a ratio of neighbouring singular values from which on they are told apart; promised from 1.05 on
 ANGLE = 5e-4  # the largest principal angle to the singular vectors where there is such a gap; promised: 1e-3
 ENERGY = 5e-4  # the largest part of their energy that is missed where there is none; promised: 1e-3
-TRUST = 0.04  # the largest residual, relative to its Ritz value, by which a gap is judged; 0.08 still failed in 2 of 768
+TRUST = 0.04  # the largest residual, relative to its Ritz value, by which a gap is judged; at 0.08 2 of 768 were wrong
 NEVER = 2**62  # rounds: more than anybody runs
 
 

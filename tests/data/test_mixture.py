@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thriftlab.data import loader
+from thriftlab.data.errors import DataError
 from thriftlab.data.loader import gather, prefetch
 from thriftlab.data.mixture import Cycle, Plan, Source, largest_remainder, named_seed, plan
 from thriftlab.data.order import permute, stream
 from thriftlab.data.shards import open_dataset, write_manifest, write_shards, write_tokenizer
-from thriftlab.data.tokens import DataError, load_tokenizer
+from thriftlab.data.tokens import load_tokenizer
 
 LENGTH = 4
 SIZES = {"web": 3000, "books": 700, "code": 40}  # windows

@@ -18,12 +18,12 @@ from pydantic import ValidationError
 
 from thriftlab.data.corpora.readers import normalise, read
 from thriftlab.data.corpora.synthetic import generate
+from thriftlab.data.errors import DataError
+from thriftlab.data.prepare import Input, PrepareConfig, prepare
 from thriftlab.data.prepare import pipeline as module
 from thriftlab.data.prepare.dedup import HeldOut
-from thriftlab.data.prepare.pipeline import Input, PrepareConfig, prepare
 from thriftlab.data.prepare.pool import Pool, hold_out, point
 from thriftlab.data.shards import open_dataset
-from thriftlab.data.tokens import DataError
 from thriftlab.data.workspace import workspace
 
 SMALL = "synthetic:documents=40,words=40"

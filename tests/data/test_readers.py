@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from thriftlab.data.corpora import embedded
 from thriftlab.data.corpora.readers import files, normalise, read
 from thriftlab.data.corpora.synthetic import generate
+from thriftlab.data.errors import DataError
 from thriftlab.data.prepare.dedup import SHINGLE, HeldOut, shingles
-from thriftlab.data.tokens import DataError
 
 PINNED = "9e39be27c3388b6d2af6ca4b8e867000bb12b6cbf0aa4e4633e7ba92b80b0a12"
 TEXTS = ["A first document.\nOf two lines.", "Ünïcode — ☃ 你好", "a third\u2028one\r\n", " "]

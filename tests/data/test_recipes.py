@@ -19,9 +19,9 @@ from thriftlab.data.corpora.markup import articles, entries, group, mail, page, 
 from thriftlab.data.corpora.packages import Package, fetch, members
 from thriftlab.data.corpora.readers import read
 from thriftlab.data.corpora.synthetic import generate
+from thriftlab.data.errors import DataError
 from thriftlab.data.prepare.pipeline import PrepareConfig, prepare
 from thriftlab.data.shards import open_dataset
-from thriftlab.data.tokens import DataError
 from thriftlab.launch import cli
 
 # --- archives --------------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thriftlab.data import manifest as manifests
+from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import VERIFIED
 from thriftlab.data.shards import Windows, open_dataset, token_dtype, write_manifest, write_shards, write_tokenizer
-from thriftlab.data.tokens import DataError, encode_document, load_tokenizer, train_bpe
+from thriftlab.data.tokens import encode_document, load_tokenizer, train_bpe
 
 TEXTS = [f"Document {i} says: " + "la " * (i % 7 * 3) + "end." for i in range(60)]
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thriftlab.data import tokens
-from thriftlab.data.tokens import DataError, encode_document, load_tokenizer, read_bpe, train_bpe
+from thriftlab.data.errors import DataError
+from thriftlab.data.tokens import encode_document, load_tokenizer, read_bpe, train_bpe
 
 PROSE = [
     "The cat sat on the mat; the cat's hat isn't the dog's. We'll see: 1234 times 99 is 122166.\n\n",

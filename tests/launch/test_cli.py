@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thriftlab.data.errors import ConfigError
-from thriftlab.data.tokens import DataError
+from thriftlab.data.errors import ConfigError, DataError
 from thriftlab.launch import cli
 from thriftlab.launch.studies import compare as arguments
 from thriftlab.optim import LAYERS, METHODS

@@ -21,7 +21,7 @@ from thriftlab.data.loader import batches
 from thriftlab.data.mixture import plan
 from thriftlab.data.shards import open_dataset
 from thriftlab.optim import METHODS, split_groups
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.step import micro_batch_rows, train_step
 

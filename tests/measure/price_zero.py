@@ -14,9 +14,10 @@ from tests.tools import gang
 from thriftlab.data.loader import Batch
 from thriftlab.optim import METHODS, Muon, split_groups
 from thriftlab.optim.core.fragments import Fragment
-from thriftlab.train.backends.base import DDP, make_backend
+from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.ddp import DDP
 from thriftlab.train.backends.zero.engine import DeepSpeed, engine_settings
-from thriftlab.train.backends.zero.exchange import make_plan
+from thriftlab.train.backends.zero.exchange import make_ownership
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.step import train_step
 
@@ -56,7 +57,7 @@ def price(model, method, world, stage):
     by_entry = {name: method.elementwise(tuple(shape), group_of[name]) for name, shape in shapes.items()}
     costs = {name: method.cost(name, tensors[name], group_of[name]) for name in shapes}
     held = cut(shapes, world, one_by_one=stage == 3)
-    plan = make_plan(held, by_entry, costs)
+    plan = make_ownership(held, by_entry, costs)
     exchanged = max(plan.sent(rank) for rank in range(world)) * WORD
     rules = [0] * world
     for rank, fragments in enumerate(held):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tests.tools import gang, zero_cases
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 
 WORLDS, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
 SAVED_AT, END = 9, 16

@@ -6,7 +6,7 @@ python -m tests.measure.prove_zero [WORLD ...]
 import sys
 
 from tests.tools import gang, zero_cases
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 
 STEPS = 50
 VARIANTS = {  # beside every method x stage in fp32: (options, methods)

@@ -15,7 +15,7 @@ from thriftlab.data.errors import UserError
 from thriftlab.optim import METHODS, AdamW, LoRA, ReLoRA, convert, split_groups
 from thriftlab.optim.layers.base import before_step, changing, describe, export, rebuild
 from thriftlab.optim.state.keys import keyed_generator
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.budget import Horizon, cosine, jagged
 from thriftlab.train.loop import run
 from thriftlab.train.records.record import read_record
@@ -389,7 +389,7 @@ def stopped(tree, step):
 
 
 def whole_run(out):
-    from thriftlab.train.checkpoints.writer import latest
+    from thriftlab.train.checkpoints.reader import latest
 
     return {
         f"{group}/{key}": t for group, named in latest(out / "checkpoints").tensors.items() for key, t in named.items()

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from thriftlab.data.errors import CheckpointError
 from thriftlab.optim import METHODS
-from thriftlab.train.checkpoints.writer import CheckpointError, Writer, latest, pack_optimizer, unpack_optimizer
+from thriftlab.train.backends.optim_state import pack_optimizer, state_trees, unpack_optimizer
+from thriftlab.train.checkpoints.reader import latest
+from thriftlab.train.checkpoints.writer import Writer
 
 TORCH = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.95), amsgrad=True),
@@ -143,10 +146,37 @@ def test_without_names_positions_serve():
     optimizer = torch.optim.Adam([{"params": [p]} for p in model.parameters()])
     train(model, optimizer, range(2))
     tensors, rest = pack_optimizer(optimizer)
-    assert set(rest["state"]) == {"0", "1"} and "1/exp_avg" in tensors
+    assert {key.partition("/")[0] for key in tensors} == {"0", "1"} and "1/exp_avg" in tensors
+    assert rest["state"] == {}  # the names of the tensors say it all
     other = torch.optim.Adam([{"params": [p]} for p in model.parameters()])
     unpack_optimizer(other, tensors, rest)
     assert_equal(other.state_dict(), optimizer.state_dict())
+
+
+def test_a_state_without_and_with_a_tree_is_read_the_same_and_only_where_it_is_owned():
+    """One process used to write a tree of every parameter, several ranks none."""
+    model = make_model()
+    optimizer = torch.optim.Adam(named(model))
+    train(model, optimizer, range(2))
+    tensors, rest = pack_optimizer(optimizer)
+    trees = state_trees(tensors, {})
+    assert trees["2.weight"]["exp_avg"] == {"__tensor__": "2.weight/exp_avg"}
+    for written in ({}, trees, {"2.weight": {}}):
+        other = torch.optim.Adam(named(model))
+        unpack_optimizer(other, tensors, {**rest, "state": written})
+        assert_equal(other.state_dict(), optimizer.state_dict())
+        mine = {key: tensor for key, tensor in tensors.items() if key.startswith("0.")}  # others are not asked for
+        half = torch.optim.Adam(named(model))
+        unpack_optimizer(half, mine, {**rest, "state": written}, owns=lambda name: name == "0.weight")
+        assert list(half.state_dict()["state"]) == [0]
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_the_names_of_tensors_say_all_of_our_methods(method):
+    model = make_model()
+    optimizer = OURS[method](named(model))
+    train(model, optimizer, range(3))
+    assert not any(pack_optimizer(optimizer)[1]["state"].values())
 
 
 def test_other_parameters_are_refused_with_their_names():

@@ -3,8 +3,7 @@
 import torch
 
 from thriftlab.optim import LAYERS, convert, split_groups
-from thriftlab.train.backends import owned  # noqa: F401  (a backend)
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.step import autocast
 

@@ -11,10 +11,10 @@ from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Si
 from thriftlab.optim.layers.base import LAYERS, convert
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.channel import ALONE, Channel
-from thriftlab.train.backends.pieces import read_whole, whole
+from thriftlab.train.backends.pieces import whole
 from thriftlab.train.backends.replicas import buffers, take_up_buffers
-from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (a backend)
-from thriftlab.train.checkpoints import writer as checkpoint  # noqa: F401  (a backend)
+from thriftlab.train.checkpoints.reader import latest
+from thriftlab.train.checkpoints.writer import Writer
 from thriftlab.train.records.record import read_record
 from thriftlab.train.step import train_step
 
@@ -114,7 +114,7 @@ def reference(method, count, micro_batches, **options):
 def weights(backend):
     """All weights, on every rank."""
     pieces = [
-        (name, piece.start, piece.tensor.clone()) for name, piece in backend.weights().items() if backend.answers(name)
+        (name, piece.start, piece.tensor.clone()) for name, piece in backend.weights().items() if backend.saves(name)
     ]
     found = {name: torch.full((torch.Size(p.shape).numel(),), torch.nan) for name, p in shapes(backend).items()}
     for said in backend.share(pieces):
@@ -124,7 +124,8 @@ def weights(backend):
 
 
 def shapes(backend):
-    return {n: p for group in backend.groups() for n, p in zip(group["names"], group["params"], strict=True)}
+    groups = backend.optimizer.param_groups
+    return {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
 
 
 def difference(a, b):
@@ -153,9 +154,9 @@ def measured(backend):
     exchange = getattr(backend.sharded, "exchange", None)
     return {
         "sent": exchange.sent if exchange else 0,
-        "planned": exchange.plan.sent(backend.rank) if exchange else 0,
-        "chunks": len(exchange.plan.chunks) if exchange else 0,
-        "owned": {name: len(some) for name, some in exchange.plan.holders.items()} if exchange else {},
+        "planned": exchange.ownership.sent(backend.rank) if exchange else 0,
+        "chunks": len(exchange.ownership.chunks) if exchange else 0,
+        "owned": {name: len(some) for name, some in exchange.ownership.holders.items()} if exchange else {},
         "state_bytes": state_bytes(backend.optimizer),
         "predicted_bytes": backend.sharded.predicted_state_bytes(),
     }
@@ -188,19 +189,19 @@ def compare(backend, cases, count):
 def save(backend, folder, step):
     kept = {name: whole(tensor) for name, tensor in buffers(backend.model).items()}
     groups = {"model": backend.weights(), "buffers": kept, "optim": backend.states()}
-    ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
-    writer = checkpoint.Writer(folder, 1, False, backend.channel())
+    ours = {group: {k: p for k, p in pieces.items() if backend.saves(k)} for group, pieces in groups.items()}
+    writer = Writer(folder, 1, False, backend.channel())
     writer.save(step, ours, {"optim": backend.options()})
     writer.wait()
 
 
 def resume(backend, folder):
     """Whatever the buffers were."""
-    found = checkpoint.latest(folder, Channel(backend.rank, backend.share))
+    found = latest(folder, Channel(backend.rank, backend.share))
     for tensor in buffers(backend.model).values():
         tensor.zero_()
-    take_up_buffers(backend.model, found.source("buffers"))
-    backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
+    take_up_buffers(backend.model, found.reader("buffers"))
+    backend.load(found.reader("model"), found.reader("optim"), found.meta["optim"])
 
 
 def save_all(backend, cases, at, folder):
@@ -224,7 +225,6 @@ def resume_all(backend, cases, at, end, folder):
 
 def read_run(folder):
     """Weights, results, model and memory of a finished run."""
-    last = checkpoint.latest(folder / "checkpoints", ALONE)
-    source, entry = last.source("model"), read_record(folder / "record.json")
-    weights = {name: read_whole(source, name) for name in source.shapes}
-    return {"weights": weights, **{key: entry[key] for key in ("results", "model", "memory")}}
+    last = latest(folder / "checkpoints", ALONE)
+    entry = read_record(folder / "record.json")
+    return {"weights": dict(last.reader("model")), **{key: entry[key] for key in ("results", "model", "memory")}}

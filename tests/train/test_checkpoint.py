@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from thriftlab.train.checkpoints import writer as checkpoint
-from thriftlab.train.checkpoints.writer import CheckpointError, Writer, from_json, latest, load, to_json
+from thriftlab.data.errors import CheckpointError
+from thriftlab.train.checkpoints import writer as writing
+from thriftlab.train.checkpoints.codec import from_json, to_json
+from thriftlab.train.checkpoints.reader import fault, latest, load
+from thriftlab.train.checkpoints.writer import Writer
 
 STATE = {"model": {"w": torch.arange(12.0).reshape(3, 4)}, "optim": {"w/step": torch.tensor(3.0)}}
 
@@ -165,9 +168,9 @@ def test_any_flipped_bit_is_found(tmp_path, name):
         flipped = bytearray(content)
         flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
-        assert name in checkpoint.fault(path.parent)
+        assert name in fault(path.parent)
     path.write_bytes(content)
-    assert checkpoint.fault(path.parent) is None
+    assert fault(path.parent) is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "state.json", "checksums.json"])
@@ -226,7 +229,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, background):
 def test_any_error_of_the_thread_surfaces_once(tmp_path, monkeypatch):
     writer = Writer(tmp_path, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", lambda *_: 1 / 0)
+        patch.setattr(writing, "save_file", lambda *_: 1 / 0)
         writer.save(1, STATE, {})
         with pytest.raises(ZeroDivisionError):
             writer.wait()
@@ -238,7 +241,8 @@ def test_any_error_of_the_thread_surfaces_once(tmp_path, monkeypatch):
 NURSERY = """
 import itertools, os, sys, torch
 from pathlib import Path
-from thriftlab.train.checkpoints.writer import Writer, latest
+from thriftlab.train.checkpoints.reader import latest
+from thriftlab.train.checkpoints.writer import Writer
 
 def save_forever(folder, background):
     found = latest(folder)
@@ -272,7 +276,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, background):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a kill tears nothing: there is never something broken to warn about
                 found = latest(tmp_path)
-            assert all(checkpoint.fault(path) is None for path in tmp_path.glob("step-*"))
+            assert all(fault(path) is None for path in tmp_path.glob("step-*"))
             if found is None:
                 continue
             step = found.step

@@ -114,10 +114,10 @@ def test_the_surface_changes_only_on_purpose():
         ({"data": {"sources": {"web": {"weight": 1, "epochs": 1}}}}, "exactly one of weight and epochs"),
         ({"optim": {"include": ["("]}}, "regular expression"),
         ({"budget": {"tokens": 1, "seconds": 1}}, "takes one of"),
-        ({"layer": {"include": ["mlp"]}}, "include is nothing to layer 'dense', which replaces none"),
-        ({"layer": {"exclude": ["mlp"]}}, "exclude is nothing to layer 'dense', which replaces none"),
-        ({"signal": {"shuffle": True}}, "shuffle=true is nothing to signal 'uniform'"),
-        ({"signal": {"statistics": "lagged"}}, "statistics is nothing to signal 'uniform'"),
+        ({"layer": {"include": ["mlp"]}}, "include has no effect with layer 'dense', which replaces nothing"),
+        ({"layer": {"exclude": ["mlp"]}}, "exclude has no effect with layer 'dense', which replaces nothing"),
+        ({"signal": {"shuffle": True}}, "shuffle=true has no effect with signal 'uniform'"),
+        ({"signal": {"statistics": "lagged"}}, "statistics has no effect with signal 'uniform'"),
     ],
 )
 def test_impossible_combinations(tree, message):
@@ -184,6 +184,38 @@ def test_fingerprint_is_of_what_determines_the_result(budget, ignored):
     assert changed_keys(config) == every - ignored
     assert fingerprint(config, "data") == fingerprint(config.model_copy(), "data") != fingerprint(config, "other data")
     assert re.fullmatch("[0-9a-f]{64}", fingerprint(config, "data"))
+
+
+RICH = {
+    "seed": 7, "out": "runs/rich", "model": {"preset": "micro", "qk_norm": True, "tied": True},
+    "layer": {"name": "lost", "include": [r"\.mlp\."]},
+    "data": {"path": "prepared/x", "sequence_length": 128, "document_mask": True, "verify": False,
+             "sources": {"web": {"weight": 2}, "books": {"epochs": 1.5}}},
+    "optim": {"name": "frugal", "lr": 3e-3, "gap": 50, "density": 0.5, "exclude": ["embed"]},
+    "signal": {"name": "linupper", "statistics": "lagged"},
+    "schedule": {"name": "wsd", "warmup": 0.05, "decay": 0.3},
+    "train": {"batch_size": 48, "micro_batch_size": 6, "clip": 0.5, "precision": "bf16", "compile": True, "threads": 2,
+              "activation_checkpointing": True, "loss_keep_bytes": None, "max_skipped_steps": 3, "deterministic": True},
+    "backend": {"name": "deepspeed", "stage": 2, "settings": {"zero_optimization": {"overlap_comm": True}},
+                "witness": False, "timeout": 30},
+    "eval": {"every": 20, "batch_size": 16, "tokens": 4096},
+    "checkpoint": {"every": 5, "keep": 3, "background": False},
+    "log": {"every": 2, "wandb": "offline", "project": "p", "group": "g", "tensorboard": True, "progress": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tree, expected",
+    [
+        ({}, "b93c98518bcc8020196ba83fd0f94672d4f294fc942656bdecba3dde6fe50e96"),
+        ({"budget": {"seconds": 60}}, "3d3033b2d361f313192150cf8a9b44536f9967d0c1992e0b3ca64eab4dc535bb"),
+        (RICH | {"budget": {"flops": 1e12}}, "63abb120e451da452d0173de37da346af39dfaa38e25d3e42b19f8e5c94d37d0"),
+        (RICH | {"budget": {"seconds": 60}}, "c6923f1a13ab908afb13e37070971b68ea265b3b5dc6385203a29ec3250d8341"),
+    ],
+)
+def test_fingerprints_of_runs_that_exist_stay(tree, expected):
+    """Runs are resumed and records compared by them; another default or a new key changes them, too."""
+    assert fingerprint(RunConfig(**tree), "data") == expected
 
 
 def test_fingerprint_is_the_same_on_every_machine_and_after_a_round_trip():

@@ -8,7 +8,7 @@ import torch
 
 from tests.tools import gang
 from thriftlab.data.shards import open_dataset
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.model import GPT, ModelConfig
 

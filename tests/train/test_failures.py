@@ -15,7 +15,7 @@ from tests.tools import gang
 from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
 from thriftlab.train import loop
-from thriftlab.train.backends import rendezvous as ranks
+from thriftlab.train.backends import rendezvous
 from thriftlab.train.config.schema import RunConfig
 
 pytestmark = pytest.mark.xdist_group("waiting")  # on other processes, for most of the time
@@ -91,9 +91,9 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
 def test_a_rank_that_never_comes_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(gang.free_port()))
-    monkeypatch.setattr(ranks.distributed_c10d, "default_pg_timeout", timedelta(seconds=0.5))
-    with pytest.raises(ranks.LostRank, match="rank 1 and rank 2 did not start within backend.timeout"):
-        ranks.meet(0, 3)
+    monkeypatch.setattr(rendezvous.distributed_c10d, "default_pg_timeout", timedelta(seconds=0.5))
+    with pytest.raises(rendezvous.LostRank, match="rank 1 and rank 2 did not start within backend.timeout"):
+        rendezvous.meet(0, 3)
 
 
 def meet_twice(word):
@@ -103,7 +103,7 @@ def meet_twice(word):
         host.set(f"hello/{rank}", f"dead {rank}")
         host.set(f"welcome/dead {rank}", "dead")
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    store = ranks.meet(int(os.environ["RANK"]), 2)
+    store = rendezvous.meet(int(os.environ["RANK"]), 2)
     store.set(f"{word}/{os.environ['RANK']}", os.environ["RANK"])
     met = [store.get(f"{word}/{rank}") for rank in range(2)]
     store.set(f"{word}/{os.environ['RANK']} has read", "")

@@ -21,10 +21,10 @@ from tests.tools.runs import (
     traces,
 )
 from tests.tools.tiny import tiny_config
-from thriftlab.data.errors import ConfigError
+from thriftlab.data.errors import CheckpointError, ConfigError
 from thriftlab.optim import LostLinear
 from thriftlab.train import build, loop
-from thriftlab.train.checkpoints.writer import CheckpointError, latest
+from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.loop import run
 from thriftlab.train.model import GPT, ModelConfig
@@ -89,12 +89,12 @@ def resumed_with_other_channels(tree, step):
 
 def without_buffers(monkeypatch):
     """Checkpoints as they were written before they had this group."""
-    plain = loop.checkpoint.Writer.save
+    plain = loop.Writer.save
 
     def save(self, step, tensors, meta):
         plain(self, step, {group: named for group, named in tensors.items() if group != "buffers"}, meta)
 
-    monkeypatch.setattr(loop.checkpoint.Writer, "save", save)
+    monkeypatch.setattr(loop.Writer, "save", save)
 
 
 def test_a_checkpoint_from_before_there_were_buffers_is_taken_up(tiny_data, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_ddp_sends_no_buffers_in_a_step(tiny_data, tmp_path):
 def sends_buffers():
     from tests.tools.scale import make
     from thriftlab.optim import AdamW
-    from thriftlab.train.backends.base import make_backend
+    from thriftlab.train.backends import make_backend
 
     backend = make_backend("ddp")
     backend.prepare(*make(AdamW, layer="lost"))
@@ -299,7 +299,7 @@ def test_the_factors_are_the_matrices_of_the_update_rule(tiny_data, tmp_path):
     optim = {"name": "frugal", "subspace": "columns", "density": 0.25}
     config = tiny_config(tiny_data, tmp_path / "out", layer=LOST, optim=optim)
     run(config)
-    state = latest(tmp_path / "out" / "checkpoints").source("optim").shapes
+    state = latest(tmp_path / "out" / "checkpoints").reader("optim").shapes
     name = "layers.0.mlp.down"  # [32, 48], 4 channels
     kept = {key: state[f"{name}.{key}/exp_avg"] for key in ("lr_in", "lr_out", "sp_weight")}
     assert kept == {"lr_in": (8, 12), "lr_out": (32, 2), "sp_weight": (32, 1)}

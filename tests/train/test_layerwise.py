@@ -12,7 +12,7 @@ from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.data.loader import Batch
 from thriftlab.launch.bench import peak_allocation
 from thriftlab.optim import METHODS, split_groups
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.loop import run
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.step import train_step

@@ -13,7 +13,7 @@ from tests.tools import signal_equations as slow
 from tests.tools.gradients import Gradients
 from thriftlab.data.loader import Batch
 from thriftlab.train import watch
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.objective import Goal, Objective
 from thriftlab.train.signals import SIGNALS

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from tests.tools import gang
 from tests.tools.methods import MAKERS
 from tests.tools.scale import alone, batch, distance, make, one_step, weights_of
+from thriftlab.data.errors import BackendError
 from thriftlab.optim import AdamW, Frugal, Muon, state_bytes
 from thriftlab.optim.core.owners import Cost, assign
-from thriftlab.train.backends.base import BackendError, make_backend
+from thriftlab.train.backends import make_backend
 
 EXACT = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
 FP64 = {"steps": 6, "dtype": torch.float64}  # here a first Adam step on a tiny gradient, or a sign, amplifies nothing

@@ -5,17 +5,16 @@ import functools
 import pytest
 import torch
 
-from tests.tools import (
-    gang,
-    scale,  # noqa: F401  (backends)
-)
+from tests.tools import gang
 from tests.tools.methods import MAKERS
 from tests.tools.scale import alone, batch, distance, make, one_step, weights_of
-from thriftlab.train.backends.base import make_backend
+from thriftlab.data.errors import CheckpointError
+from thriftlab.train.backends import make_backend
 from thriftlab.train.backends.channel import Channel
-from thriftlab.train.backends.pieces import Piece, read_whole
-from thriftlab.train.checkpoints import writer as checkpoint
-from thriftlab.train.checkpoints.writer import CheckpointError, Writer, latest, load
+from thriftlab.train.backends.pieces import Piece
+from thriftlab.train.checkpoints import writer as writing
+from thriftlab.train.checkpoints.reader import latest, load
+from thriftlab.train.checkpoints.writer import Writer
 
 CASES = ["adamw", "blocks", "columns", "galore, project", "fira", "muon", "8bit", "frozen+columns"]
 MAKERS = {**MAKERS, "8bit": functools.partial(MAKERS["columns"], state_dtype="8bit")}
@@ -36,12 +35,12 @@ def leg(backend_name, folder, first, last, world):
         if first:
             found = latest(folder / name, Channel(backend.rank, backend.share))
             assert found.step == first
-            backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
+            backend.load(found.reader("model"), found.reader("optim"), found.meta["optim"])
         mine = range(world)[backend.rank :: backend.world]
         for t in range(first, last):
             one_step(backend, [batch(t, rank, world) for rank in mine])
         groups = {"model": backend.weights(), "optim": backend.states()}
-        ours = {group: {k: p for k, p in pieces.items() if backend.answers(k)} for group, pieces in groups.items()}
+        ours = {group: {k: p for k, p in pieces.items() if backend.saves(k)} for group, pieces in groups.items()}
         writer = Writer(folder / name, keep=1, background=True, channel=channel)
         writer.save(last, ours, {"optim": backend.options()})
         writer.wait()
@@ -78,10 +77,10 @@ def wide_leg(folder, first, last):
     backend.prepare(model, optimizer)
     if first:
         found = latest(folder, Channel(backend.rank, backend.share))
-        backend.load(found.source("model"), found.source("optim"), found.meta["optim"])
+        backend.load(found.reader("model"), found.reader("optim"), found.meta["optim"])
     for t in range(first, last):
         one_step(backend, [batch(t, rank, 12) for rank in range(12)[backend.rank :: backend.world]])
-    ours = [{k: p for k, p in of.items() if backend.answers(k)} for of in (backend.weights(), backend.states())]
+    ours = [{k: p for k, p in of.items() if backend.saves(k)} for of in (backend.weights(), backend.states())]
     writer = Writer(folder, 1, False, backend.channel())
     writer.save(last, {"model": ours[0], "optim": ours[1]}, {"optim": backend.options()})
     backend.close()
@@ -108,7 +107,7 @@ def write(folder, failing=None, missing=False):
     whole = torch.arange(10.0).view(2, 5)
     half = Piece((2, 5), 5 * rank, whole.view(-1)[5 * rank :][: 4 if missing else 5])
     if rank == failing:
-        checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError("no space left"))
+        writing.save_file = lambda *_: (_ for _ in ()).throw(OSError("no space left"))
     try:
         writer.save(1, {"model": {"w": half}, "optim": {}}, {"by": rank})
         writer.wait()
@@ -121,14 +120,14 @@ def write(folder, failing=None, missing=False):
 def test_pieces_of_several_ranks_are_read_as_a_whole_or_in_any_part(tmp_path):
     assert gang.ranks(2, write, tmp_path) == [None, None]
     found = load(tmp_path / "step-00000001")
-    source = found.source("model")
+    reader = found.reader("model")
     assert found.meta == {"by": 0} and found.tensors["optim"] == {}
-    assert torch.equal(read_whole(source, "w"), torch.arange(10.0).view(2, 5))
+    assert torch.equal(reader["w"], torch.arange(10.0).view(2, 5))
     for start in range(10):
         for stop in range(start + 1, 11):
-            assert torch.equal(source.read("w", start, stop), torch.arange(10.0)[start:stop])
+            assert torch.equal(reader.read("w", start, stop), torch.arange(10.0)[start:stop])
     with pytest.raises(CheckpointError, match="has no 'v'"):
-        source.read("v")
+        reader.read("v")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -155,7 +154,7 @@ def test_a_flipped_bit_in_any_ranks_file_is_found(tmp_path):
 
 
 def test_an_old_format_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    monkeypatch.setattr(writing, "FORMAT", 1)
     Writer(tmp_path, 1, background=False).save(1, {"model": {"w": torch.zeros(3)}}, {})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has format 1, and this thriftlab reads format 2.*another folder"):

@@ -13,7 +13,7 @@ from tests.tools import gang
 from tests.tools.runs import LONG, assert_same, run_status, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import UserError
-from thriftlab.train.checkpoints import writer as checkpoint
+from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.loop import Interrupted, run
 from thriftlab.train.records.record import read_metrics
 
@@ -118,7 +118,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_one_checkpoint(tiny_data, 
     run(tiny_config(tiny_data, tmp_path / "whole", **LONG))
     config = tiny_config(tiny_data, tmp_path / "broken", **LONG)
     stop_at(config, 13)
-    newest = checkpoint.latest(tmp_path / "broken" / "checkpoints").path
+    newest = latest(tmp_path / "broken" / "checkpoints").path
     raw = bytearray((newest / "model.safetensors").read_bytes())
     raw[len(raw) // 2] ^= 4
     (newest / "model.safetensors").write_bytes(raw)

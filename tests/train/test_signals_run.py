@@ -17,7 +17,8 @@ from thriftlab.data.files import replace_atomically, seal
 from thriftlab.data.loader import Batch, batches
 from thriftlab.data.shards import open_dataset, write_manifest
 from thriftlab.launch.cli import main
-from thriftlab.train.backends.base import Backend, make_backend
+from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.base import Backend
 from thriftlab.train.build import make_plan
 from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.loop import run

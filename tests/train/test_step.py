@@ -7,8 +7,9 @@ import torch
 
 from tests.tools import gang
 from tests.tools.gradients import Gradients
+from thriftlab.data.errors import BackendError
 from thriftlab.data.loader import Batch
-from thriftlab.train.backends.base import BackendError, make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.step import train_step
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.tools.tiny import tiny_config
-from thriftlab.train.checkpoints import writer as checkpoint
+from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.records.record import read_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("waiting")]
@@ -29,7 +29,7 @@ def test_two_ranks_stop_and_resume(tiny_data, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert "the same command resumes" in said and "Traceback" not in said.split("the same command resumes")[0]
-    stopped = checkpoint.latest(out / "checkpoints").step
+    stopped = latest(out / "checkpoints").step
     assert 0 < stopped < 300 and not (out / "record.json").exists()
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -8,9 +8,8 @@ from tests.tools.methods import MAKERS
 from tests.tools.scale import CONFIG, SEQ, batch, make, one_step
 from thriftlab.optim import AdamW, Frugal
 from thriftlab.optim.core.owners import assign
-from thriftlab.train.backends.base import make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.backends.pieces import whole
-from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (a backend)
 from thriftlab.train.witness import WitnessError, witness
 
 pytestmark = pytest.mark.slow

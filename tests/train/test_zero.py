@@ -13,8 +13,8 @@ from tests.tools.tiny import tiny_config
 from tests.tools.zero_cases import METHODS, ROWS
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.optim.core.owners import Cost
-from thriftlab.train.backends.base import make_backend
-from thriftlab.train.backends.zero.exchange import make_plan
+from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.zero.exchange import make_ownership
 
 STEPS = 9  # the subspaces of zero_cases.METHODS are refreshed in the first and the eighth
 OVERLAP = {"zero_optimization": {"overlap_comm": True}}
@@ -194,7 +194,7 @@ def test_plans_are_balanced(sizes, world, one_by_one, chunk):
     work = {name: a * b * min(a, b) for name, (a, b) in shapes.items()}
     state = {name: a * b + 3 for name, (a, b) in shapes.items()}
     costs = {name: Cost(name, work[name], state[name]) for name in shapes}
-    plan = make_plan(held, dict.fromkeys(shapes, False), costs, chunk)
+    plan = make_ownership(held, dict.fromkeys(shapes, False), costs, chunk)
     cut = {f.name for some in held for f in some if f.stop - f.start < shapes[f.name][0] * shapes[f.name][1]}
     assert set(plan.owner) == cut and sorted(sum(plan.chunks, [])) == sorted(cut)
     for names in plan.chunks:
@@ -223,7 +223,8 @@ def test_a_matrix_across_three_ranks_has_one_owner(world):
                 held[rank].append(Fragment(name, shape, start, stop))
         at += n
     by_entry = {name: name != "matrix" for name in shapes}
-    plan = make_plan(held, by_entry, {n: Cost(n, work, 8) for n, work in (("before", 1), ("matrix", 9), ("after", 1))})
+    costs = {name: Cost(name, work, 8) for name, work in (("before", 1), ("matrix", 9), ("after", 1))}
+    plan = make_ownership(held, by_entry, costs)
     assert plan.holders == {"matrix": [(0, 0, 5), (1, 5, 25), (2, 25, 32)]}
     owner = plan.owner["matrix"]
     assert owner in range(3) and plan.chunks == [["matrix"]]

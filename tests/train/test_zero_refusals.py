@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.tools import zero_cases
+from thriftlab.data.errors import BackendError
 from thriftlab.optim.core.fragments import Fragment
-from thriftlab.train.backends.base import BackendError, make_backend
+from thriftlab.train.backends import make_backend
 from thriftlab.train.backends.zero.engine import engine_settings, merged
 from thriftlab.train.backends.zero.layout import VERSION, Layout, refuse, verify
 from thriftlab.train.backends.zero.optimizer import ShardedMethod
@@ -122,7 +123,7 @@ def test_an_optimizer_that_nobody_attached_does_not_stand_still():
 def test_a_parameter_that_nobody_trains_is_refused():
     net, method = zero_cases.build("galore")
     net.norm.weight.requires_grad_(False)
-    with pytest.raises(BackendError, match="not so 'norm.weight'; use .*backend.name=owned"):
+    with pytest.raises(BackendError, match="does not train 'norm.weight'; use .*backend.name=owned"):
         ShardedMethod(method, net)
 
 

@@ -1,6 +1,6 @@
 """Small things that ranks say to each other: a list of what every rank said, in their order.
 
-One surprise: what fails on one rank fails on all, for a rank that goes on alone waits for the others for ever.
+What fails on one rank fails on all, because a rank that went on alone would wait for the others for ever.
 """
 
 from collections.abc import Callable

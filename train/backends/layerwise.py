@@ -2,7 +2,7 @@
 
 So the gradients never exist together and their memory, as much as the weights take, is saved: all of it where a step is
 one micro-batch, for sums over several have to wait for the last.
-One surprise: a step cannot be taken back. When the norm is known at last, most weights have moved already; so there is
+A step cannot be taken back: when the norm is known at last, most weights have moved already; so there is
 nothing to clip, and a norm that is not finite ends the run.
 """
 

@@ -1,27 +1,28 @@
 """The state of any torch optimizer, by parameter name: tensors and JSON, exact in both directions.
 
-Keyed by name, it survives a change of the order of parameters and groups. Tensors come back with their own dtype:
-torch's `load_state_dict` would cast fp32 moments and int64 indices of a bf16 parameter to bf16.
+Tensors are called "PARAMETER/KEY", which says where they belong and survives a change of the order of parameters and
+groups. A state that this cannot say (numbers, nested dicts, a tensor in several places; none of our methods has them)
+is in the JSON as well: as a tree with {"__tensor__": name} in the place of each tensor.
+Tensors come back with their own dtype: torch's `load_state_dict` would cast fp32 moments and int64 indices of a bf16
+parameter to bf16.
 """
 
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thriftlab.data.errors import UserError
+from thriftlab.data.errors import CheckpointError
 
 IDENTITY = ("params", "names", "param_names")  # of a group: what says which parameters it has
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be written, read or applied; the message says which, why, and what to do."""
-
-
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, rest): `rest` is JSON that says where each tensor belongs.
+    """(tensors, rest): `rest` is JSON, the hyper-parameters of the groups and what else is no tensor.
 
-    Tensors are named "PARAMETER/KEY" and are not copied. One tensor in several places is stored once and comes back
+    Tensors are not copied. One tensor in several places is stored once and comes back
     as one. Names are the groups' `names` (or torch's `param_names`), else the positions of the parameters.
     """
     names = group_names(optimizer)
@@ -29,33 +30,37 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
-    state = {flat[index]: _detach(entries, flat[index], tensors, keys) for index, entries in saved["state"].items()}
+    trees = {flat[index]: _detach(entries, flat[index], tensors, keys) for index, entries in saved["state"].items()}
+    told = state_trees(tensors, {})
     groups = [
         {"names": names[i], "options": _detach(_options(group), f"group {i}", tensors, keys)}
         for i, group in enumerate(saved["param_groups"])
     ]
-    return tensors, {"state": state, "groups": groups}
+    return tensors, {"state": {n: tree for n, tree in trees.items() if tree != told.get(n)}, "groups": groups}
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    rest: dict[str, Any],
+    owns: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Give `optimizer` the state and hyper-parameters that `pack_optimizer` took, bit for bit.
 
-    Raises CheckpointError if its groups do not have the same parameters.
+    Tensors are asked for as they are needed: of the parameters for which `owns(name)` holds, and of the groups.
+    Raises CheckpointError if the groups do not have the same parameters.
     """
     names = group_names(optimizer)
     flat = [name for group in names for name in group]
     options = {frozenset(group["names"]): group["options"] for group in rest["groups"]}
     _check_same_groups(names, list(options))
-    copies = {key: tensor.clone() for key, tensor in tensors.items()}  # training must not write into the checkpoint
-    state = {name: _attach(entries, copies) for name, entries in rest["state"].items()}
-    for key, tensor in copies.items():  # what several ranks wrote has no tree
-        name, _, entry = key.rpartition("/")
-        if name in flat and name not in rest["state"]:
-            state.setdefault(name, {})[entry] = tensor
+    trees = state_trees(tensors, rest["state"])
+    copy = functools.cache(lambda key: tensors[key].clone())  # training must not write into the checkpoint
+    state = {name: _attach(trees[name], copy) for name in flat if name in trees and owns(name)}
 
     current = optimizer.state_dict()
     groups = [
-        _merge(group, _attach(options[frozenset(named)], copies))
+        _merge(group, _attach(options[frozenset(named)], copy))
         for group, named in zip(current["param_groups"], names, strict=True)
     ]
     by_index = {index: state[name] for index, name in enumerate(flat) if name in state}
@@ -65,6 +70,20 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     for name, parameter in zip(flat, parameters, strict=True):
         if name in state:
             optimizer.state[parameter] = _exact(state[name], optimizer.state[parameter])
+
+
+def state_trees(keys: Iterable[str], written: dict[str, Any]) -> dict[str, Any]:
+    """By parameter its state, with {"__tensor__": key} in the place of each tensor.
+
+    Args:
+        keys: Of the tensors, "PARAMETER/KEY".
+        written: The trees in the JSON; those that are not empty win. Runs of one process used to write all of them.
+    """
+    told: dict[str, Any] = {}
+    for key in keys:
+        name, _, entry = key.rpartition("/")
+        told.setdefault(name, {})[entry] = {"__tensor__": key}
+    return told | {name: tree for name, tree in written.items() if tree or name not in told}
 
 
 def group_names(optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -120,13 +139,14 @@ def _detach(value: Any, key: str, tensors: dict[str, Tensor], keys: dict[int, st
     return value
 
 
-def _attach(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _attach(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The tree with its tensors again."""
     if isinstance(value, dict):
         if list(value) == ["__tensor__"]:
-            return tensors[value["__tensor__"]]
-        return {name: _attach(item, tensors) for name, item in value.items()}
+            return tensor(value["__tensor__"])
+        return {name: _attach(item, tensor) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_attach(item, tensors) for item in value)
+        return type(value)(_attach(item, tensor) for item in value)
     return value
 
 

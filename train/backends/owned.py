@@ -6,8 +6,8 @@
     then                each owner sends its weights to the others
 
 A rule sees whole matrices, so nothing about it changes; a choice over a group (which blocks are active) depends on
-names alone. One surprise: the norm is bitwise that of one process. The norms of the tensors are gathered, in the order
-of the parameters, where a sum of the owners' squares would add in another order.
+names alone. The norm is bitwise that of one process: the norms of the tensors are gathered, in the order of the
+parameters, where a sum of the owners' squares would add in another order.
 """
 
 from collections import deque
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from thriftlab.optim import predicted_state_bytes
 from thriftlab.optim.core.owners import assign
-from thriftlab.train.backends.base import Group, as_method
-from thriftlab.train.backends.optim_state import unpack_optimizer
-from thriftlab.train.backends.pieces import Source, read_whole
+from thriftlab.train.backends.base import Backend, as_method
+from thriftlab.train.backends.ranks import Distributed
 
 BUCKET = 2**22  # entries that travel together; a tensor that is larger travels alone
 IN_FLIGHT = 4  # buckets
@@ -36,7 +35,7 @@ class Bucket(NamedTuple):
     parameters: list[Tensor]
 
 
-class Owned(Group):
+class Owned(Distributed, Backend):
     """Whole parameters by turns: reduced to their owners, updated there, broadcast."""
 
     name = "owned"
@@ -122,22 +121,12 @@ class Owned(Group):
     def owns(self, name: str) -> bool:
         return self.owners.get(name) == self.rank
 
-    def answers(self, key: str) -> bool:
+    def saves(self, key: str) -> bool:
         name = key if key in self.owners else key.rpartition("/")[0]
         return self.owners.get(name, 0) == self.rank
 
     def predicted_state_bytes(self) -> int:
         return predicted_state_bytes(self.method, self.owns)
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "state": {}}
-
-    def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
-        self.put_weights(lambda name, piece: weights.read(name, piece.start, piece.stop))
-        mine = [key for key in states.shapes if self.answers(key) or key.rpartition("/")[0] not in self.owners]
-        tree = {name: state for name, state in options["state"].items() if self.owns(name)}
-        tensors = {key: read_whole(states, key) for key in mine}
-        unpack_optimizer(self.optimizer, tensors, {**options, "state": tree})
 
 
 def make_buckets(owned: list[tuple[int, Tensor]]) -> list[Bucket]:

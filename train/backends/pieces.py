@@ -4,12 +4,13 @@ Weights, gradients and optimizer state are named tensors, some of them cut: a sh
 a matrix here and the others elsewhere. A piece says which, in the row-major order of the whole, and that is all that a
 checkpoint or the witness ever asks of a backend.
 
-One surprise: it is enough for state as well. Coordinates of a matrix in a subspace of single entries, rows, columns or
-blocks are kept in row-major order, so a contiguous piece of the matrix has a contiguous piece of its moments.
+It is enough for state as well: coordinates of a matrix in a subspace of single entries, rows, columns or blocks are
+kept in row-major order, so a contiguous piece of the matrix has a contiguous piece of its moments.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,27 +35,31 @@ class Piece(NamedTuple):
 Pieces = dict[str, Piece]
 
 
-class Source(Protocol):
-    """Named whole tensors that can be read in any pieces: a checkpoint."""
+class TensorReader(Mapping[str, Tensor]):
+    """Named whole tensors, read when they are asked for, as a whole or in any pieces: a checkpoint."""
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of the whole tensors."""
-        ...
+    shapes: dict[str, tuple[int, ...]]
 
+    @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Entries start to stop, flat, on the CPU, in the dtype that was saved; not to be written to."""
-        ...
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.read(key).view(self.shapes[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def whole(tensor: Tensor) -> Piece:
     """A whole tensor as a piece; it shares memory where that is row-major."""
     return Piece(tuple(tensor.shape), 0, tensor.detach().reshape(-1))
-
-
-def read_whole(source: Source, key: str) -> Tensor:
-    """A tensor of the source in its shape."""
-    return source.read(key).view(source.shapes[key])
 
 
 def assemble(pieces: Iterable[Piece]) -> Tensor:

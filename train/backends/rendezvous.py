@@ -64,7 +64,7 @@ def welcome(store: dist.Store, word: str, missing: set[int]) -> None:
                 store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", word)
         missing = {rank for rank in missing if not store.check([f"here/{word}/{rank}"])}
         if time.monotonic() > deadline:
-            raise LostRank(f"{names(missing)} did not start within backend.timeout; its own log says why")
+            raise LostRank(f"{ranks_in_words(missing)} did not start within backend.timeout; its own log says why")
         time.sleep(POLL)
 
 
@@ -92,12 +92,12 @@ def why(said: str, timeout: float) -> str:
         return "another rank's connection closed: it crashed or was killed; its own message, or torchrun's, says why"
     silent = roll_call(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     return (
-        f"no answer within backend.timeout = {timeout:g} s; {names(silent) or 'some rank'} hangs, or its node is gone "
-        f"(if it is only slow, raise backend.timeout)"
+        f"no answer within backend.timeout = {timeout:g} s; {ranks_in_words(silent) or 'some rank'} hangs, or its node "
+        f"is gone (if it is only slow, raise backend.timeout)"
     )
 
 
-def names(ranks: set[int]) -> str:
+def ranks_in_words(ranks: set[int]) -> str:
     return " and ".join(f"rank {rank}" for rank in sorted(ranks))
 
 

@@ -4,8 +4,8 @@ A layer may have what is no parameter and yet a part of it: which channels, whic
 and nobody sends them round, so they must be equal from the beginning. ZeRO and DDP make the weights of all ranks equal
 without a word, and of a buffer that differs they know nothing; gradients would be sums over different models.
 
-One surprise: the buffers of a checkpoint count more than those that the seed gives. They follow from a decomposition,
-and another machine's may choose another channel where two are nearly alike.
+The buffers of a checkpoint count more than those that the seed gives: they follow from a decomposition, and another
+machine's may choose another channel where two are nearly alike.
 """
 
 import hashlib
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thriftlab.train.backends.base import BackendError
-from thriftlab.train.backends.pieces import Source, read_whole
-from thriftlab.train.backends.rendezvous import names
-from thriftlab.train.checkpoints.writer import CheckpointError
+from thriftlab.data.errors import BackendError, CheckpointError
+from thriftlab.train.backends.pieces import TensorReader
+from thriftlab.train.backends.rendezvous import ranks_in_words
 
 SHOWN = 3  # tensors in the message
 
@@ -28,7 +27,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
 
 
-def take_up_buffers(model: nn.Module, saved: Source) -> None:
+def take_up_buffers(model: nn.Module, saved: TensorReader) -> None:
     """Overwrites them with those of a checkpoint. CheckpointError unless it has just these."""
     own = {name: tuple(tensor.shape) for name, tensor in buffers(model).items()}
     for name in sorted(own.keys() | saved.shapes.keys()):
@@ -38,7 +37,7 @@ def take_up_buffers(model: nn.Module, saved: Source) -> None:
                 f"buffer {name!r} is {here or 'not there'} in the model and {there or 'not there'} in the checkpoint; "
                 "resume with the configuration that wrote it, or start anew in another folder"
             )
-    model.load_state_dict({name: read_whole(saved, name) for name in own}, strict=False)
+    model.load_state_dict({name: saved[name] for name in own}, strict=False)
 
 
 def refuse_differences(model: nn.Module, share: Callable[[Any], list[Any]]) -> None:
@@ -54,7 +53,7 @@ def refuse_differences(model: nn.Module, share: Callable[[Any], list[Any]]) -> N
             if first.get(name) != digests.get(name):
                 wrong.setdefault(name, set()).add(rank)
     if wrong:
-        some = "; ".join(f"{name} on {names(ranks)}" for name, ranks in list(wrong.items())[:SHOWN])
+        some = "; ".join(f"{name} on {ranks_in_words(ranks)}" for name, ranks in list(wrong.items())[:SHOWN])
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise BackendError(
             f"before the first step not all ranks have what rank 0 has: {some}{more}. What a rank begins with must be "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from thriftlab.train.backends.optim_state import CheckpointError
+from thriftlab.data.errors import CheckpointError
 
 DECODERS: dict[str, Callable[[Any], Any]] = {
     "__float__": float,

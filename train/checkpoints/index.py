@@ -2,8 +2,8 @@
 
     index = {"model": {"embed.weight": {"shape": [512, 64], "pieces": [[start, stop, rank], ...]}, ...}, ...}
 
-One surprise: nothing is read before it is asked for. safetensors maps a file into memory, so a rank that wants a
-hundredth of a matrix reads a hundredth of it from the disk.
+Nothing is read before it is asked for: safetensors maps a file into memory, so a rank that wants a hundredth of a
+matrix reads a hundredth of it from the disk.
 """
 
 import functools
@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from thriftlab.train.backends.optim_state import CheckpointError
-from thriftlab.train.backends.pieces import gaps
+from thriftlab.data.errors import CheckpointError
+from thriftlab.train.backends.pieces import TensorReader, gaps
 
+FORMAT = 2  # of a checkpoint, in its state.json
 Index = dict[str, dict[str, dict[str, Any]]]  # group -> key -> {"shape", "pieces"}
 
 
@@ -43,8 +44,8 @@ def merge(indices: Iterable[Index]) -> Index:
     return merged
 
 
-class Shards:
-    """The tensors of one group: a `Source`."""
+class SavedTensors(TensorReader):
+    """The tensors of one group."""
 
     def __init__(self, folder: Path, group: str, entries: dict[str, dict[str, Any]]):
         self.shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}

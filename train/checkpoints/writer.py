@@ -1,20 +1,15 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all, and verified before they are used.
+"""Writes checkpoints: safetensors and JSON, whole or not at all.
 
     FOLDER/step-00000100/  model.safetensors  optim.safetensors  state.json  checksums.json
 
-Every rank writes the pieces that it answers for: rank 3 `model.3.safetensors`, rank 0 the names above, and whole
+Every rank writes the pieces that it saves: rank 3 `model.3.safetensors`, rank 0 the names above, and whole
 tensors in their shape. state.json says where each piece lies, so that a run of any other backend and world size can
-read them (shards.py). A checkpoint is written under a temporary name, synced and renamed, so that a kill at any moment
-leaves the one before it untouched. Nothing is ever unpickled. The surprise: the state of an optimizer goes around
-torch's `load_state_dict`, which casts it to the dtype of the parameters, and comes back bit for bit.
+read them (index.py). A checkpoint is written under a temporary name, synced and renamed, so that a kill at any moment
+leaves the one before it untouched. Nothing is ever pickled.
 """
 
 import os
-import re
 import shutil
-import warnings
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,17 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from thriftlab.data.files import seal, sha256, sync, unseal, write_synced
+from thriftlab.data.errors import CheckpointError
+from thriftlab.data.files import seal, sha256, sync, write_synced
 from thriftlab.train.backends.channel import ALONE, Channel
-from thriftlab.train.backends.optim_state import CheckpointError, pack_optimizer, unpack_optimizer
-from thriftlab.train.backends.pieces import Piece, Pieces, read_whole, whole
-from thriftlab.train.checkpoints.codec import from_json, to_json
-from thriftlab.train.checkpoints.index import Index, Shards, file_name, merge
+from thriftlab.train.backends.pieces import Piece, Pieces, whole
+from thriftlab.train.checkpoints.codec import to_json
+from thriftlab.train.checkpoints.index import FORMAT, Index, file_name, merge
+from thriftlab.train.checkpoints.reader import fault, steps_in
 
-__all__ = ["Checkpoint", "CheckpointError", "Writer", "fault", "latest", "load", "pack_optimizer", "unpack_optimizer"]
-
-FORMAT = 2
-Tensors = dict[str, dict[str, Tensor]]
 Named = dict[str, Tensor] | Pieces
 
 
@@ -165,7 +157,7 @@ def _commit(temporary: Path, target: Path, index: Index, sums: Any, step: int, m
 
 
 def _keep_newest(folder: Path, step: int, keep: int) -> None:
-    for older in [path for at, path in _steps(folder) if at < step][keep - 1 :]:
+    for older in [path for at, path in steps_in(folder) if at < step][keep - 1 :]:
         _remove(older)
 
 
@@ -192,110 +184,3 @@ def _alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint. Tensors are read from the disk, onto the CPU, when they are asked for."""
-
-    step: int
-    path: Path
-    index: Index
-    meta: dict[str, Any]
-
-    def source(self, group: str) -> Shards:
-        """The tensors of a group, to be read in pieces; none where it was not written."""
-        return Shards(self.path, group, self.index.get(group, {}))
-
-    @cached_property
-    def tensors(self) -> Tensors:
-        """All of them, whole."""
-        sources = {group: self.source(group) for group in self.index}
-        return {group: {key: read_whole(s, key) for key in s.shapes} for group, s in sources.items()}
-
-
-def latest(folder: Path, channel: Channel = ALONE) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None where none was ever completed; one answer on all ranks.
-
-    Warns about every broken one that it passes over. Raises CheckpointError if there are checkpoints and none is
-    whole: starting anew is the user's decision.
-    """
-    broken: list[tuple[Path, str]] = []
-    for _, path in channel.share(_steps(Path(folder)))[0]:
-        wrong = fault(path, channel)
-        if wrong is None:
-            for name, why in broken if channel.rank == 0 else []:
-                message = f"the checkpoint {name} is broken ({why}); going on from the one before it, {path}"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-            return _open(path)
-        broken.append((path, wrong))
-    if broken:
-        found = "; ".join(f"{path.name}: {why}" for path, why in broken)
-        raise CheckpointError(
-            f"no checkpoint in {folder} is whole ({found}). Restore one from a copy, or move the "
-            "folder away to start anew"
-        )
-    return None
-
-
-def load(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, verified. Raises CheckpointError if anything in it has changed."""
-    if wrong := fault(Path(path)):
-        raise CheckpointError(f"the checkpoint {path} is broken ({wrong}); use another one, or restore it from a copy")
-    return _open(Path(path))
-
-
-def fault(path: Path, channel: Channel = ALONE) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is there, with its size and its sha256.
-
-    The ranks of the channel share the work, and the answer.
-    """
-    try:
-        sums = unseal((path / "checksums.json").read_bytes())["files"]
-    except FileNotFoundError:
-        return _one("checksums.json is missing", channel)
-    except (OSError, ValueError, KeyError) as error:
-        return _one(f"checksums.json: {error}", channel)
-    world = len(channel.share(None))
-    ours = list(sums.items())[channel.rank :: world]
-    wrong = next((f"{name} {wrong}" for name, expected in ours if (wrong := _file_fault(path / name, expected))), None)
-    if found := _one(wrong, channel):
-        return found
-    step = from_json((path / "state.json").read_text())["step"]
-    return None if path.name == f"step-{step:08d}" else f"it holds step {step}: was it renamed?"
-
-
-def _one(answer: str | None, channel: Channel) -> str | None:
-    """The first answer of a rank that has one."""
-    return next((said for said in channel.share(answer) if said), None)
-
-
-def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"has {size} bytes instead of {expected['bytes']}"
-        return None if sha256(path) == expected["sha256"] else "does not match its sha256"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read: {error}"
-
-
-def _open(path: Path) -> Checkpoint:
-    state = from_json((path / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"the checkpoint {path} has format {state.get('format', 1)}, and this thriftlab reads format {FORMAT}; "
-            "finish that run with the version that wrote it, or start anew in another folder"
-        )
-    return Checkpoint(state["step"], path, state["index"], state["meta"])
-
-
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of what calls itself a checkpoint, newest first."""
-    found = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*")]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

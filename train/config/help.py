@@ -1,7 +1,6 @@
 """The keys of a configuration: their names, their types in words, and the `--help` text made of them.
 
-One surprise: a section chosen by name has other keys under another name, so the keys depend on the tree of values that
-is asked about.
+A section chosen by name has other keys under another name, so the keys depend on the tree of values.
 """
 
 import difflib

@@ -11,10 +11,10 @@ from pydantic_core import ErrorDetails
 
 from thriftlab.train.config.help import keys, nearest, registry_of, words
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
-def explain(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path, str], error: ErrorDetails) -> str:
+def explain(model: type[BaseModel], tree: dict[str, Any], origin: dict[KeyPath, str], error: ErrorDetails) -> str:
     """One line for one error that pydantic found in the tree.
 
     Args:
@@ -45,7 +45,7 @@ def explain(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path, str
     return f"{source}: {key} = {value!r} is not possible; it takes {takes}"
 
 
-def unknown_key(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path, str], path: Path) -> str:
+def unknown_key(model: type[BaseModel], tree: dict[str, Any], origin: dict[KeyPath, str], path: KeyPath) -> str:
     path = next((leaf for leaf in origin if leaf[: len(path)] == path), path)
     key, fields = ".".join(path), dict(keys(model, tree))
     start = f"{sources(origin, path)}: unknown key {key!r}"
@@ -59,7 +59,7 @@ def unknown_key(model: type[BaseModel], tree: dict[str, Any], origin: dict[Path,
     return f"{start} with {path[0]}.name={name}, which takes {', '.join(registry.model(name).model_fields)}{hint}"
 
 
-def prefixes(path: Path) -> Iterator[str]:
+def prefixes(path: KeyPath) -> Iterator[str]:
     """The path as a key, and the keys of what it is in; the path may go on into a list or a union."""
     return (".".join(path[:n]) for n in range(len(path), 0, -1))
 
@@ -68,7 +68,7 @@ def said(error: ErrorDetails) -> str:
     return error["msg"].removeprefix("Value error, ")
 
 
-def sources(origin: dict[Path, str], path: Path) -> str:
+def sources(origin: dict[KeyPath, str], path: KeyPath) -> str:
     """Who set the value at the path, or the values of the section."""
     found = [source for leaf, source in origin.items() if leaf[: len(path)] == path[: len(leaf)]]
     return ", ".join(dict.fromkeys(found)) or "default"

@@ -2,9 +2,9 @@
 
     load(RunConfig, ["--config", "base.yaml", "optim.name=frugal", "--optim.gap=50", "--train.clip", "None"])
 
-Later wins: file after file, then the command line. One surprise: this is not pydantic-settings. That one
-builds its arguments before a plugin could register a method, knows neither `data.sources.web.weight=2` nor the Python
-text of dicts and tuples that a wandb agent writes, and forgets which source a bad value came from.
+Later wins: file after file, then the command line. pydantic-settings does not serve: it builds its arguments before a
+plugin could register a method, knows neither `data.sources.web.weight=2` nor the Python text of dicts and tuples that a
+wandb agent writes, and forgets which source a bad value came from.
 """
 
 import ast
@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from thriftlab.data.errors import ConfigError
-from thriftlab.train.config.mistakes import explain, sources
+from thriftlab.train.config.mistakes import KeyPath, explain, sources
 
 Model = TypeVar("Model", bound=BaseModel)
 COMMAND_LINE = "command line"
@@ -36,10 +36,10 @@ class Settings:
 
     def __init__(self, words: Sequence[str] = ()) -> None:
         self.tree: dict[str, Any] = {}
-        self.origin: dict[tuple[str, ...], str] = {}
+        self.origin: dict[KeyPath, str] = {}
         self.words = list(words)
 
-    def put(self, path: tuple[str, ...], value: Any, source: str) -> None:
+    def put(self, path: KeyPath, value: Any, source: str) -> None:
         """Set a leaf, or all leaves of a dict, over what is there; an empty dict clears a section.
 
         True and False become text: a field of type bool reads it, and no number takes it for 1 or 0.
@@ -72,10 +72,11 @@ class Settings:
 
 def load(model: type[Model], argv: Sequence[str]) -> Model:
     """The model that files and command line describe. ConfigError with one line for every mistake."""
-    return build(model, read(argv))
+    return validate(model, read(argv))
 
 
-def build(model: type[Model], settings: Settings) -> Model:
+def validate(model: type[Model], settings: Settings) -> Model:
+    """The model that the settings describe. ConfigError as in `load`, also where there are bare words."""
     if settings.words:
         raise ConfigError(f"{COMMAND_LINE}: {settings.words[0]!r} has no value; write {settings.words[0]}=VALUE")
     try:

@@ -1,6 +1,7 @@
 """RunConfig: one run, completely. A frozen tree of pydantic models; unknown keys are errors.
 
-One surprise: the fingerprint leaves out what does not change the result, so a run on two ranks is the run on one.
+A field is `Plumbing` (name and place of a run, and what is written on the way), `Speed` (how fast it is), or else the
+result depends on it. The fingerprint is of the result, so a run on two ranks is the run on one.
 """
 
 import functools
@@ -8,23 +9,26 @@ import hashlib
 import inspect
 import json
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
-from thriftlab.train.backends import owned  # noqa: F401  (backends)
-from thriftlab.train.backends.base import BACKENDS
-from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (backends)
+from thriftlab.train.backends import BACKENDS
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.config.choice import Choice, Plugin, Registry, Section, plugin_sha256
+from thriftlab.train.config.help import is_model
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.base import asks_for_statistics, has_state
 from thriftlab.train.signals.reference import read_reference
 
+T = TypeVar("T")
+Plumbing = Annotated[T, "plumbing"]
+Speed = Annotated[T, "speed"]
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 
@@ -50,7 +54,7 @@ class OptimConfig(Choice):
 
 
 class LayerConfig(Choice):
-    """What stands in the place of the Linears, and of which."""
+    """The layers that replace Linears, and which Linears they replace."""
 
     include: tuple[Pattern, ...] = Field(
         (r"\.(attn|mlp)\.",), description="regular expressions: Linears whose weight has a matching name are replaced"
@@ -61,7 +65,7 @@ class LayerConfig(Choice):
     def goes_together(self) -> "LayerConfig":
         for key, field in LayerConfig.model_fields.items():
             if self.name == LAYER.default and key != "name" and getattr(self, key) != field.default:
-                raise ValueError(f"{key} is nothing to layer {self.name!r}, which replaces none; name another layer")
+                raise ValueError(f"{key} has no effect with layer {self.name!r}, which replaces nothing; leave it out")
         return self
 
 
@@ -81,9 +85,9 @@ class SignalConfig(Choice):
     def goes_together(self) -> "SignalConfig":
         signal = SIGNALS[self.name]
         if self.shuffle and self.name == SIGNAL.default:
-            raise ValueError(f"shuffle=true is nothing to signal {self.name!r}, whose weights are all alike")
+            raise ValueError(f"shuffle=true has no effect with signal {self.name!r}, whose weights are all equal")
         if self.statistics != "exact" and not asks_for_statistics(signal):
-            raise ValueError(f"statistics is nothing to signal {self.name!r}, which asks for none; leave it out")
+            raise ValueError(f"statistics has no effect with signal {self.name!r}, which uses none; leave it out")
         if self.statistics in ("parity", "rank"):
             if self.shuffle:
                 raise ValueError("shuffle=true is over the whole batch; use statistics=exact or lagged")
@@ -126,40 +130,40 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is read, and how it is cut into windows."""
 
-    path: str = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
+    path: Plumbing[str] = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
     sequence_length: Count = Field(256, description="tokens of one window")
     sources: dict[str, SourceConfig] = Field(
         {}, description="mixture, data.sources.NAME.weight or .epochs; empty: all sources in proportion to their size"
     )
     document_mask: bool = Field(False, description="tokens attend within their own document only")
-    verify: bool = Field(True, description="check the sha256 of every shard before training")
+    verify: Plumbing[bool] = Field(True, description="check the sha256 of every shard before training")
 
 
 class TrainConfig(Section):
     """One optimizer step."""
 
     batch_size: Count = Field(32, description="windows of one optimizer step, over all ranks")
-    micro_batch_size: Count | None = Field(
+    micro_batch_size: Speed[Count | None] = Field(
         None, description="windows of one forward on one rank; null: what suits the device"
     )
     clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")
-    activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
-    loss_keep_bytes: int | None = Field(
+    activation_checkpointing: Speed[bool] = Field(False, description="recompute each block's activations in backward")
+    loss_keep_bytes: Speed[int | None] = Field(
         KEEP_BYTES,
         ge=0,
         description="of log-probabilities that the loss of a micro-batch keeps for its backward; the rest is computed "
         "again, to the same bits; null: keep all",
     )
-    compile: bool = Field(False, description="torch.compile the model")
-    max_skipped_steps: Count = Field(
+    compile: Speed[bool] = Field(False, description="torch.compile the model")
+    max_skipped_steps: Plumbing[Count] = Field(
         10, description="stop after this many steps in a row whose loss or gradient is not finite"
     )
-    layerwise: bool = Field(
+    layerwise: Speed[bool] = Field(
         False, description="update each tensor inside of backward and free its gradient; saves the memory of gradients"
     )
-    threads: Count | None = Field(None, description="torch threads of one process; null: torch's choice")
-    deterministic: bool = Field(False, description="deterministic kernels only, where torch has them")
+    threads: Speed[Count | None] = Field(None, description="torch threads of one process; null: torch's choice")
+    deterministic: Speed[bool] = Field(False, description="deterministic kernels only, where torch has them")
 
     @model_validator(mode="after")
     def layerwise_alone(self) -> "TrainConfig":
@@ -181,15 +185,17 @@ class TrainConfig(Section):
 
 
 class BackendConfig(Section):
-    """Who works together."""
+    """How several processes train together."""
 
     name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
         "auto", description="how ranks work together; auto: ddp under torchrun, else single"
     )
-    stage: int | None = Field(None, ge=0, le=3, description="ZeRO's, of a backend that has stages; null: 1")
+    stage: int | None = Field(None, ge=0, le=3, description="deepspeed: stage of ZeRO; null: 1")
     settings: dict[str, Any] = Field({}, description="deepspeed: further keys of its JSON configuration")
-    witness: bool = Field(True, description="hold several ranks against one process in two probe steps first")
-    timeout: float = Field(600, gt=0, description="seconds that a rank waits for another before the run gives up")
+    witness: Plumbing[bool] = Field(True, description="first compare several ranks with one process, in two test steps")
+    timeout: Plumbing[float] = Field(
+        600, gt=0, description="seconds that a rank waits for another before the run gives up"
+    )
 
     def options(self) -> dict[str, Any]:
         """What the backend is told beside its name."""
@@ -200,20 +206,20 @@ class BackendConfig(Section):
         for key in self.options():
             takers = [name for name, backend in BACKENDS.items() if key in inspect.signature(backend).parameters]
             if self.name not in takers:
-                raise ValueError(f"{key} is nothing to backend {self.name!r}; it belongs to {', '.join(takers)}")
+                raise ValueError(f"{key} has no effect with backend {self.name!r}; it belongs to {', '.join(takers)}")
         return self
 
 
 class EvalConfig(Section):
-    """The ruler: held-out loss."""
+    """Evaluation: held-out loss."""
 
     every: Steps = Field(0, description="steps between evaluations; 0: only at the end")
-    batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
+    batch_size: Plumbing[Count] = Field(32, description="windows of one forward; changes the speed and not the number")
     tokens: Whole | None = Field(None, ge=1, description="held-out tokens of each source; null: all")
 
 
 class CheckpointConfig(Section):
-    """What is kept to resume from."""
+    """Checkpoints, from which a run resumes."""
 
     every: Steps = Field(200, description="steps between checkpoints; 0: only when the run stops or ends")
     keep: Count = Field(2, description="newest checkpoints that stay on disk")
@@ -221,7 +227,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """Where numbers go."""
+    """Logging."""
 
     every: Count = Field(10, description="steps between lines in metrics.jsonl")
     wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="mirror the metrics in wandb")
@@ -235,8 +241,8 @@ class RunConfig(Section):
     """One training run. Every value has a default: `RunConfig()` trains a small model on the embedded corpus."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the order of the data and the methods")
-    out: str = Field("runs/run", min_length=1, description="folder of the run")
-    plugins: tuple[Plugin, ...] = Field(
+    out: Plumbing[str] = Field("runs/run", min_length=1, description="folder of the run")
+    plugins: Plumbing[tuple[Plugin, ...]] = Field(
         (), description="Python files that are run first and may register methods, signals and schedules"
     )
     model: ModelConfig = ModelConfig()
@@ -247,10 +253,10 @@ class RunConfig(Section):
     schedule: Annotated[ScheduleConfig, SCHEDULE] = Field({"name": SCHEDULE.default}, validate_default=True)
     budget: Budget = Budget(tokens=1_000_000)
     train: TrainConfig = TrainConfig()
-    backend: BackendConfig = BackendConfig()
+    backend: Speed[BackendConfig] = BackendConfig()
     eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    checkpoint: Plumbing[CheckpointConfig] = CheckpointConfig()
+    log: Plumbing[LogConfig] = LogConfig()
 
 
 # What a method is made of: a layer, an update rule, a signal, or several of them, as in "lost+frugal".
@@ -264,11 +270,16 @@ def method_name(config: RunConfig) -> str:
     return "+".join(names) or chosen["optim"]
 
 
-# What does not change the result of a run: its name and place and what is written on the way; and how fast it is.
-PLUMBING = ("out", "plugins", "data.path", "data.verify", "backend.timeout", "backend.witness", "eval.batch_size",
-            "train.max_skipped_steps", "checkpoint", "log")  # fmt: skip
-SPEED = ("backend", "train.micro_batch_size", "train.activation_checkpointing", "train.loss_keep_bytes",
-         "train.compile", "train.layerwise", "train.threads", "train.deterministic")  # fmt: skip
+def marked(model: type[BaseModel], mark: str, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of the fields and sections that are declared as `mark`."""
+    for name, field in model.model_fields.items():
+        if mark in field.metadata:
+            yield prefix + name
+        elif is_model(field.annotation):
+            yield from marked(field.annotation, mark, f"{prefix}{name}.")
+
+
+PLUMBING, SPEED = tuple(marked(RunConfig, "plumbing")), tuple(marked(RunConfig, "speed"))
 
 
 def fingerprint(config: RunConfig, data_fingerprint: str) -> str:

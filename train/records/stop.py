@@ -1,7 +1,7 @@
 """How a run is asked to stop, and the word it leaves for those who wait for it.
 
 A signal, or a file OUT/STOP, asks; the loop answers at the end of a step. OUT/status is one word: running, preempted,
-done or failed. One surprise: a process that was killed leaves "running"; only who watched it knows that it is gone.
+done or failed. A process that was killed leaves "running"; only who watched it knows that it is gone.
 """
 
 import os
@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
     """The run was asked to stop, has saved and can go on. `number`: of the signal that asked, None for OUT/STOP.
 
     `code` is what a shell expects, 128 + number; but 0 after OUT/STOP under torchrun, which would take another one for

@@ -1,7 +1,7 @@
 """Mirrors of metrics.jsonl: Weights & Biases (online, offline) and TensorBoard.
 
 A mirror never stops the training: without an account or a network wandb goes on offline, and one that fails later is
-dropped, each with one warning. The surprise: wandb's own step restarts at 0 when an offline run resumes, so everything
+dropped, each with one warning. One surprise: wandb's own step restarts at 0 when an offline run resumes, so everything
 is logged against `tokens`.
 """
 

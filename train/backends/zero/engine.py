@@ -3,11 +3,11 @@
     0  every rank holds all          1  the state is sharded
     2  and the gradients             3  and the weights
 
-The engine runs forward, backward and the reduction of gradients. Its optimizer is ours (zero_optimizer.py), and what it
+The engine runs forward, backward and the reduction of gradients. Its optimizer is ours (optimizer.py), and what it
 would do beyond, clipping, loss scaling, checkpoints, is switched off: the project's own is the same for all backends.
 
-One surprise: weights and gradients stay fp32 under bf16, which is an autocast of the products alone. So stages 0 to 3
-give the same bits there, too.
+Weights and gradients stay fp32 under bf16, which is an autocast of the products alone. So stages 0 to 3 give the same
+bits there, too.
 """
 
 import logging
@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftlab.data.errors import BackendError
 from thriftlab.optim.core import fragments
-from thriftlab.train.backends.base import BackendError, Group, as_method
-from thriftlab.train.backends.optim_state import unpack_optimizer
-from thriftlab.train.backends.pieces import Piece, Pieces, Source, whole
+from thriftlab.train.backends.base import Backend, as_method
+from thriftlab.train.backends.optim_state import state_trees, unpack_optimizer
+from thriftlab.train.backends.pieces import Piece, Pieces, TensorReader, whole
+from thriftlab.train.backends.ranks import Distributed
 from thriftlab.train.backends.zero.exchange import CHUNK
 from thriftlab.train.backends.zero.layout import VERSION
 from thriftlab.train.backends.zero.optimizer import ShardedMethod
@@ -47,7 +49,7 @@ REFUSED = {  # keys of DeepSpeed's JSON: why, and the nearest that works
 }
 
 
-class DeepSpeed(Group):
+class DeepSpeed(Distributed, Backend):
     """DeepSpeed's engine.
 
     Args:
@@ -99,8 +101,6 @@ class DeepSpeed(Group):
         """By how much gradients have been divided: ZeRO-3 cannot but average over ranks."""
         return self.world if self.stage == 3 else 1
 
-    # What this rank holds, as pieces.
-
     def weights(self) -> Pieces:
         layout = self.sharded.layout
         return super().weights() if layout is None else self.laid_out(layout.flat.detach())
@@ -115,7 +115,7 @@ class DeepSpeed(Group):
         layout = self.sharded.layout
         assert layout is not None
         places = layout.places
-        return {n: Piece(places[n][0].shape, places[n][0].start, t) for n, t in layout.pieces(flat).items()}
+        return {n: Piece(places[n][0].shape, places[n][0].start, t) for n, t in layout.views(flat).items()}
 
     def states(self) -> Pieces:
         found: Pieces = {}
@@ -128,7 +128,7 @@ class DeepSpeed(Group):
                 found |= {f"{name}/{key}": whole(tensor) for key, tensor in state.items()}
         return found
 
-    def answers(self, key: str) -> bool:
+    def saves(self, key: str) -> bool:
         name, entry = (key, "") if key in self.sharded.shapes else key.rpartition("/")[::2]
         if self.sharded.layout is None or name not in self.sharded.shapes:
             return self.rank == 0
@@ -140,20 +140,13 @@ class DeepSpeed(Group):
     def predicted_state_bytes(self) -> int:
         return self.sharded.predicted_state_bytes()
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "state": {}}
-
-    def load(self, weights: Source, states: Source, options: dict[str, Any]) -> None:
-        self.put_weights(lambda name, piece: weights.read(name, piece.start, piece.stop))
-        unpack_optimizer(self.optimizer, {}, {**options, "state": {}})
-        keys: dict[str, list[str]] = {name: [] for name in self.sharded.shapes}
-        for key in states.shapes:
-            name, _, entry = key.rpartition("/")
-            keys.get(name, []).append(entry)
+    def load_states(self, states: TensorReader, options: dict[str, Any]) -> None:
+        unpack_optimizer(self.optimizer, states, options, owns=lambda name: False)  # the groups alone
+        trees = state_trees(states, options["state"])
         for name, group in self.sharded.group_of().items():
-            self.sharded.state_of(name).update(self.read_state(name, group, states, keys[name]))
+            self.sharded.state_of(name).update(self.read_state(name, group, states, [*trees.get(name, {})]))
 
-    def read_state(self, name: str, group: dict[str, Any], states: Source, keys: list[str]) -> dict[str, Tensor]:
+    def read_state(self, name: str, group: dict[str, Any], states: TensorReader, keys: list[str]) -> dict[str, Tensor]:
         """What this rank keeps of a tensor's state."""
         shapes = {key: states.shapes[f"{name}/{key}"] for key in keys}
 

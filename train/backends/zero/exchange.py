@@ -2,10 +2,10 @@
 
 Shards cut matrices anywhere, and a matrix rule needs all of one. So each cut matrix has an owner among the ranks that
 hold a piece of it: the others send it their pieces of gradient and weight, it runs the rule and keeps the state, and
-sends the new weights back. Whoever knows all pieces computes the same plan; nothing is negotiated.
+sends the new weights back. Whoever knows all pieces finds the same owners; nothing is negotiated.
 
-One surprise: weights travel with the gradients, three words per entry where two would do (gradient there, update back).
-So the rule that runs is the one that runs in one process, on whole weights in place, to the last bit.
+Weights travel with the gradients, three words per entry where two would do (gradient there, update back). So the rule
+that runs is the one that runs in one process, on whole weights in place, to the last bit.
 """
 
 from collections.abc import Mapping
@@ -22,18 +22,18 @@ CHUNK = 2**26  # entries of whole matrices that one rank has at once, with their
 LINE = 16  # entries of a cache line: where fp32 tensors begin that torch allocates
 
 
-class Held(NamedTuple):
-    """The entries start to stop of a tensor on one rank."""
+class Holder(NamedTuple):
+    """A rank that holds the entries start to stop of a tensor."""
 
     rank: int
     start: int
     stop: int
 
 
-class Plan(NamedTuple):
+class Ownership(NamedTuple):
     """Of each cut tensor that is to be whole, by name: who holds and who owns it; and which are whole together."""
 
-    holders: dict[str, list[Held]]
+    holders: dict[str, list[Holder]]
     owner: dict[str, int]
     chunks: list[list[str]]
 
@@ -41,17 +41,17 @@ class Plan(NamedTuple):
         """Entries that a rank sends in one step: gradient and weight to owners, weights to holders."""
         total = 0
         for name, holders in self.holders.items():
-            elsewhere = {held.rank: held.stop - held.start for held in holders if held.rank != self.owner[name]}
+            elsewhere = {h.rank: h.stop - h.start for h in holders if h.rank != self.owner[name]}
             total += sum(elsewhere.values()) if self.owner[name] == rank else 2 * elsewhere.get(rank, 0)
         return total
 
 
-def make_plan(
+def make_ownership(
     held: list[list[Fragment]],
     by_entry: Mapping[str, bool],
     costs: Mapping[str, Cost],
     chunk: int = CHUNK,
-) -> Plan:
+) -> Ownership:
     """Who owns what.
 
     Args:
@@ -64,11 +64,11 @@ def make_plan(
     total / ranks + the largest tensor's.
     """
     whole = {fragment.name: fragment for fragments in held for fragment in fragments}
-    holders: dict[str, list[Held]] = {name: [] for name in whole}
+    holders: dict[str, list[Holder]] = {name: [] for name in whole}
     busy, full = [0.0] * len(held), [0.0] * len(held)
     for rank, fragments in enumerate(held):
         for fragment in fragments:
-            holders[fragment.name].append(Held(rank, fragment.start, fragment.stop))
+            holders[fragment.name].append(Holder(rank, fragment.start, fragment.stop))
     cut = [name for name, some in holders.items() if len(some) > 1 and not by_entry[name]]
     for name in (name for name in holders if name not in cut):  # in one order on all ranks: these are sums of floats
         for rank, start, stop in holders[name]:
@@ -96,14 +96,14 @@ def make_plan(
             load = [0] * len(held)
         chunks[-1].append(name)
         load[rank] += size
-    return Plan({name: holders[name] for name in owner}, owner, chunks)
+    return Ownership({name: holders[name] for name in owner}, owner, chunks)
 
 
 class Exchange:
-    """Carries the pieces of one plan. `sent` counts the entries that this rank has sent."""
+    """Carries pieces to owners and back. `sent` counts the entries that this rank has sent."""
 
-    def __init__(self, plan: Plan, rank: int, world: int, group: dist.ProcessGroup | None = None):
-        self.plan, self.rank, self.world, self.group = plan, rank, world, group
+    def __init__(self, ownership: Ownership, rank: int, world: int, group: dist.ProcessGroup | None = None):
+        self.ownership, self.rank, self.world, self.group = ownership, rank, world, group
         self.sent = 0
 
     def to_owners(
@@ -113,18 +113,19 @@ class Exchange:
 
         Returns gradients and weights by name, flat and whole, of what this rank owns.
         """
-        plan, mine = self.plan, [name for name in names if self.plan.owner[name] == self.rank]
-        outgoing = [[t for n in names if plan.owner[n] == r and n in pieces for t in pieces[n]] for r in self.others()]
+        holders, owner, _ = self.ownership
+        mine = [name for name in names if owner[name] == self.rank]
+        outgoing = [[t for n in names if owner[n] == r and n in pieces for t in pieces[n]] for r in self.others()]
         incoming = [
-            [h.stop - h.start for n in mine for h in plan.holders[n] if h.rank == r for _ in range(2)]
+            [h.stop - h.start for n in mine for h in holders[n] if h.rank == r for _ in range(2)]
             for r in self.others()
         ]
         received = self.all_to_all(outgoing, incoming, like)
-        sizes = [plan.holders[name][-1].stop for name in mine]
+        sizes = [holders[name][-1].stop for name in mine]
         buffers = aligned(sizes + sizes, like)
         grads, weights = (dict(zip(mine, some, strict=True)) for some in (buffers[: len(mine)], buffers[len(mine) :]))
         for name in mine:
-            for rank, start, stop in plan.holders[name]:
+            for rank, start, stop in holders[name]:
                 grad, weight = pieces[name] if rank == self.rank else (received[rank].pop(0), received[rank].pop(0))
                 grads[name][start:stop].copy_(grad)
                 weights[name][start:stop].copy_(weight)
@@ -134,19 +135,19 @@ class Exchange:
         self, names: list[str], whole: Mapping[str, Tensor], weights: Mapping[str, Tensor], like: Tensor
     ) -> None:
         """Sends a chunk's new weights, flat and whole at their owners, back; `weights` are this rank's pieces."""
-        plan = self.plan
+        holders, owner, _ = self.ownership
         outgoing = [
-            [whole[n][h.start : h.stop] for n in names if n in whole for h in plan.holders[n] if h.rank == r]
+            [whole[n][h.start : h.stop] for n in names if n in whole for h in holders[n] if h.rank == r]
             for r in self.others()
         ]
-        incoming = [[weights[n].numel() for n in names if plan.owner[n] == r and n in weights] for r in self.others()]
+        incoming = [[weights[n].numel() for n in names if owner[n] == r and n in weights] for r in self.others()]
         received = self.all_to_all(outgoing, incoming, like)
         for name in names:
-            if name in weights and plan.owner[name] != self.rank:
-                weights[name].copy_(received[plan.owner[name]].pop(0))
+            if name in weights and owner[name] != self.rank:
+                weights[name].copy_(received[owner[name]].pop(0))
             elif name in weights:
-                held = next(h for h in plan.holders[name] if h.rank == self.rank)
-                weights[name].copy_(whole[name][held.start : held.stop])
+                here = next(h for h in holders[name] if h.rank == self.rank)
+                weights[name].copy_(whole[name][here.start : here.stop])
 
     def others(self) -> list[int | None]:
         """Ranks in their order; None in place of this one, which sends itself nothing."""

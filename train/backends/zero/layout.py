@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from thriftlab.data.errors import BackendError
 from thriftlab.optim.core.fragments import Fragment
-from thriftlab.train.backends.base import BackendError
 from thriftlab.train.backends.pieces import gaps
 
 VERSION = "0.19.8"
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     flat: Tensor  # [entries of this rank, and padding]
     places: dict[str, tuple[Fragment, int]]  # by name: the fragment, and where it begins in `flat`
 
-    def pieces(self, flat: Tensor) -> dict[str, Tensor]:
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of a tensor that is laid out like the master weights (or of them), by name."""
         return {name: flat[at : at + f.stop - f.start] for name, (f, at) in self.places.items()}
 
@@ -122,7 +122,7 @@ def verify(
         share: collects the values of all ranks.
     """
     wrong = []
-    flat = layout.pieces(layout.flat)
+    flat = layout.views(layout.flat)
     for name in shapes:
         whole = values(name)
         if name in layout.places:

@@ -1,8 +1,8 @@
 """The optimizer that DeepSpeed is given: any method, stepping what lies in DeepSpeed's flat tensors.
 
 From ZeRO an optimizer gets one flat tensor, cut through the middle of matrices. This one knows what lies in it
-(zero_layout.py) and calls the method's own `update`. What steps entry by entry is stepped where it lies. What needs
-whole matrices gets them: those that are cut travel to an owner and back (zero_plan.py), the others are views. The
+(layout.py) and calls the method's own `update`. What steps entry by entry is stepped where it lies. What needs
+whole matrices gets them: those that are cut travel to an owner and back (exchange.py), the others are views. The
 gradients are scaled and clipped, and a step is refused, here: on sums over all ranks, before any rule sees them.
 
 One surprise: after `attach` the method's groups hold meta tensors in place of parameters. Under ZeRO-3 parameters have
@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from thriftlab.data.errors import BackendError
 from thriftlab.optim import Method
 from thriftlab.optim.core.fragments import Fragment, is_moment
 from thriftlab.optim.core.method import downhill
-from thriftlab.train.backends.base import BackendError, clip_factor
+from thriftlab.train.backends.base import clip_factor
 from thriftlab.train.backends.channel import share
-from thriftlab.train.backends.zero.exchange import CHUNK, Exchange, is_aligned, make_plan
+from thriftlab.train.backends.zero.exchange import CHUNK, Exchange, is_aligned, make_ownership
 from thriftlab.train.backends.zero.layout import Layout, read_layout, refuse, verify
 
-Group = dict[str, Any]
+ParamGroup = dict[str, Any]
 Flat = dict[str, Tensor]  # by name: what this rank holds of a parameter, or of its gradient, flat
 
 
@@ -41,7 +42,7 @@ class ShardedMethod(torch.optim.Optimizer):
         for name, p in named.items():
             if not p.requires_grad or id(p) not in listed:
                 raise BackendError(
-                    f"with DeepSpeed a method trains every parameter of the model, and not so {name!r}; use "
+                    f"with DeepSpeed a method must train every parameter, and this one does not train {name!r}; use "
                     "backend.name=ddp or backend.name=owned"
                 )
         super().__init__(list(named.values()), {"lr": 0.0})  # one group: DeepSpeed steps all in one call
@@ -66,18 +67,18 @@ class ShardedMethod(torch.optim.Optimizer):
             group["params"] = [self.stand_ins[name] for name in group["names"]]
         if engine.optimizer is not self:
             self.layout = read_layout(engine.optimizer, self.names)
-            self.plan(verify(self.layout, self.shapes, self.whole_value, share))
+            self.assign_owners(verify(self.layout, self.shapes, self.whole_value, share))
 
-    def plan(self, held: list[list[Fragment]]) -> None:
+    def assign_owners(self, held: list[list[Fragment]]) -> None:
         """Agree, without a word, on who owns what is cut; `held` is what every rank holds."""
         groups = self.group_of()
-        plan = make_plan(
+        ownership = make_ownership(
             held,
             by_entry={name: self.method.elementwise(self.shapes[name], group) for name, group in groups.items()},
             costs={name: self.method.cost(name, self.stand_ins[name], group) for name, group in groups.items()},
             chunk=self.chunk,
         )
-        self.exchange = Exchange(plan, dist.get_rank(), dist.get_world_size())
+        self.exchange = Exchange(ownership, dist.get_rank(), dist.get_world_size())
 
     def whole_value(self, name: str) -> Tensor:
         """A parameter as the model sees it, flat; under ZeRO-3 gathered from all ranks."""
@@ -87,13 +88,13 @@ class ShardedMethod(torch.optim.Optimizer):
         with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
             return p.detach().reshape(-1).clone()
 
-    def group_of(self) -> dict[str, Group]:
+    def group_of(self) -> dict[str, ParamGroup]:
         """By the parameters' names."""
         return {name: group for group in self.method.param_groups for name in group["names"]}
 
     def fragment(self, name: str) -> Fragment | None:
         """What this rank holds of a tensor that is cut, and stepped where it lies."""
-        if self.layout is None or name not in self.layout.places or name in self.exchange.plan.owner:
+        if self.layout is None or name not in self.layout.places or name in self.exchange.ownership.owner:
             return None
         fragment, _ = self.layout.places[name]
         return fragment if fragment.stop - fragment.start < torch.Size(fragment.shape).numel() else None
@@ -102,7 +103,7 @@ class ShardedMethod(torch.optim.Optimizer):
         """Whether this rank steps a tensor as a whole."""
         if self.layout is None:
             return True
-        owner = self.exchange.plan.owner.get(name)
+        owner = self.exchange.ownership.owner.get(name)
         return owner == self.exchange.rank if owner is not None else name in self.layout.places
 
     # ------------------------------------------------------------------------------------------------------ stepping
@@ -128,7 +129,7 @@ class ShardedMethod(torch.optim.Optimizer):
         """Weights and gradients."""
         if self.layout is not None:
             assert self.layout.flat.grad is not None
-            return self.layout.pieces(self.layout.flat), self.layout.pieces(self.layout.flat.grad)
+            return self.layout.views(self.layout.flat), self.layout.views(self.layout.flat.grad)
         named = {name: p for name, p in self.parameters.items() if p.grad is not None}
         return {n: p.view(-1) for n, p in named.items()}, {n: p.grad.view(-1) for n, p in named.items()}  # type: ignore
 
@@ -144,7 +145,7 @@ class ShardedMethod(torch.optim.Optimizer):
 
     def update(self, weights: Flat, grads: Flat) -> None:
         """The method's own step of everything that this rank holds or owns."""
-        chunks, owner = ([], {}) if self.layout is None else (self.exchange.plan.chunks, self.exchange.plan.owner)
+        _, owner, chunks = ({}, {}, []) if self.layout is None else self.exchange.ownership
         for group in self.method.param_groups:
             here = [name for name in group["names"] if name in weights and name not in owner]
             cut = [name for name in here if self.fragment(name)]
@@ -153,7 +154,7 @@ class ShardedMethod(torch.optim.Optimizer):
         for names in chunks:
             self.update_chunk(names, weights, grads)
 
-    def update_cut(self, group: Group, names: list[str], weights: Flat, grads: Flat) -> None:
+    def update_cut(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat) -> None:
         """Steps pieces where they lie."""
         if names:
             fragments = [fragment for name in names if (fragment := self.fragment(name))]
@@ -161,7 +162,7 @@ class ShardedMethod(torch.optim.Optimizer):
             states = [self.state_of(name) for name in names]
             self.method.update_fragments(fragments, [weights[name] for name in names], slopes, states, group)
 
-    def update_whole(self, group: Group, names: list[str], weights: Flat, grads: Flat) -> None:
+    def update_whole(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat) -> None:
         """Steps whole tensors; those that do not lie at the beginning of a cache line in copies, one at a time."""
         moved = [name for name in names if not (is_aligned(weights[name]) and is_aligned(grads[name]))]
         self.run(group, [name for name in names if name not in moved], weights, grads)
@@ -179,7 +180,7 @@ class ShardedMethod(torch.optim.Optimizer):
             self.run(group, [name for name in group["names"] if name in whole_weights], whole_weights, whole_grads)
         self.exchange.to_holders(names, whole_weights, {name: weights[name] for name in pieces}, self.layout.flat)
 
-    def run(self, group: Group, names: list[str], weights: Flat, grads: Flat) -> None:
+    def run(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat) -> None:
         """`Method.update` of whole tensors."""
         if names:
             shaped = [weights[name].view(self.shapes[name]) for name in names]
