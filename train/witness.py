@@ -24,8 +24,7 @@ from thriftlab.optim import Method
 from thriftlab.optim.core.method import downhill
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.pieces import Piece, Pieces
-from thriftlab.train.objective import count_targets, split_windows, total_loss
-from thriftlab.train.step import autocast
+from thriftlab.train.windows import autocast, count_targets, split_windows, total_loss
 
 TOLERANCE = 1e-3  # of a norm: rounding stays far below it, and no fault that we know of does
 SHOWN = 5  # findings in the message

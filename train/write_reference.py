@@ -24,10 +24,9 @@ from thriftlab.train.config.choice import Section
 from thriftlab.train.config.parse import Settings, build
 from thriftlab.train.config.schema import Count, RunConfig
 from thriftlab.train.model import GPT
-from thriftlab.train.objective import document_ids, split_windows
 from thriftlab.train.records.record import read_record
 from thriftlab.train.signals.reference import NAME
-from thriftlab.train.step import autocast
+from thriftlab.train.windows import autocast, document_ids, split_windows
 
 LARGEST = float(np.finfo(np.float16).max)
 

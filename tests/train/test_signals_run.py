@@ -22,11 +22,12 @@ from thriftlab.train.backends.base import Backend, make_backend
 from thriftlab.train.build import make_plan
 from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.loop import run
-from thriftlab.train.objective import Objective, split_windows
+from thriftlab.train.objective import Objective
 from thriftlab.train.records.record import read_metrics, read_record
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.reference import open_reference, read_reference
 from thriftlab.train.step import train_step
+from thriftlab.train.windows import split_windows
 from thriftlab.train.write_reference import ReferenceConfig, load_model, write_reference
 
 # ----------------------------------------------------------------------------------------------------------- backends

@@ -119,6 +119,12 @@ def by_domain(values: Tensor, domain_id: Tensor, domains: int) -> Tensor:
     return values.new_zeros(domains).index_add(0, domain_id, values)
 
 
+def by_document(values: Tensor, documents: Tensor) -> Tensor:
+    """Sums of `values` [rows, seq] over the documents of each row, [rows, seq + 1]; `documents` numbers the tokens'."""
+    rows, seq = values.shape
+    return values.new_zeros(rows, seq + 1).scatter_add(1, documents, values)
+
+
 class Uniform(Signal, name="uniform"):
     """Every token counts alike: the mean loss, and the baseline of all others."""
 
