@@ -152,7 +152,7 @@ class Scores(NamedTuple):
 
     rows: slice
     mean: Tensor  # [rows, units of a row], over the predicted tokens of each unit
-    count: Tensor  # alike, of how many tokens; 0 where there are none, or the mean is not finite
+    tokens: Tensor  # alike, how many these are; 0 where there are none, or the mean is not finite
 
 
 class Weighted(StepObjective):
@@ -247,10 +247,10 @@ class Weighted(StepObjective):
 
     def statistics(self, scores: Scores) -> dict[str, Tensor]:
         """Of some rows here and of as many on every other rank."""
-        mean, count, domain = scores.mean, scores.count, self.domain[scores.rows]
-        packed = self.gather(torch.cat([torch.where(count > 0, mean, 0), count, domain[:, None].to(mean)], 1))
-        mean, count, domain = packed.split([mean.shape[1], mean.shape[1], 1], 1)
-        return self.signal.statistics(losses=mean, mask=count, domain_id=domain[:, 0].long(), **self.known)
+        mean, tokens, domain = scores.mean, scores.tokens, self.domain[scores.rows]
+        packed = self.gather(torch.cat([torch.where(tokens > 0, mean, 0), tokens, domain[:, None].to(mean)], 1))
+        mean, tokens, domain = packed.split([mean.shape[1], mean.shape[1], 1], 1)
+        return self.signal.statistics(losses=mean, mask=tokens, domain_id=domain[:, 0].long(), **self.known)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The rows of all whose losses the statistics are of."""
@@ -292,8 +292,8 @@ class Lagged(Weighted):
         return self.weigh(scores, last) if last else torch.ones_like(scores.mean[:, :1])
 
     def close(self) -> None:
-        _, means, counts = zip(*self.seen, strict=True)
-        last = self.statistics(Scores(EVERY, torch.cat(means), torch.cat(counts)))
+        _, means, tokens = zip(*self.seen, strict=True)
+        last = self.statistics(Scores(EVERY, torch.cat(means), torch.cat(tokens)))
         self.signal.update(statistics=last, **self.known)
         self.objective.last = last
 

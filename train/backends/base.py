@@ -38,6 +38,7 @@ class Backend:
     rank, world = 0, 1
     layerwise: Layerwise | None = None
     whole_weights = True  # whether every rank has every weight, uncut
+    can_layerwise = True  # whether a gradient is whole inside of backward, see `update_in_backward`
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -211,6 +212,8 @@ def clip_factor(norm: Tensor, scale: Tensor, max_norm: float | None) -> Tensor:
 
 class Group(Backend):
     """Ranks that talk: nccl on GPUs, gloo on CPUs. Each backend of several ranks is one of these."""
+
+    can_layerwise = False
 
     def __init__(self) -> None:
         super().__init__()
