@@ -143,9 +143,7 @@ def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
     with options_of("layer"):
         done = convert(model, LAYERS[layer.name], layer.include, layer.exclude, **layer.hyperparameters())
     if not done.converted:
-        raise ConfigError(
-            f"layer.name = {layer.name} is in the place of no Linear: {by_reason(done.left) or 'all are excluded'}"
-        )
+        raise ConfigError(f"layer.name = {layer.name} replaces no Linear: {by_reason(done.left) or 'all are excluded'}")
     return done
 
 

@@ -1,9 +1,9 @@
 """The ruler: held-out loss over fixed windows, every token counted once.
 
 Per source and over all: nats per token and bits per byte. Bytes are those that the predicted tokens spell, so the
-number compares across tokenizers. One surprise, and the reason for this file: the evaluators of GaLore, Fira and APOLLO
-start their batch counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a
-perplexity printed that way depends on the number of GPUs. Here sums are divided once, at the end.
+number compares across tokenizers. The reason for this file: the evaluators of GaLore, Fira and APOLLO start their batch
+counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a perplexity
+printed that way depends on the number of GPUs. Here sums are divided once, at the end.
 """
 
 import math

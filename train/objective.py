@@ -77,11 +77,7 @@ class Objective:
     def begin(
         self, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor, ahead: Tensor | None = None
     ) -> "StepObjective":
-        """What is minimised in this step.
-
-        Args:
-            ahead: the losses of all rows, [rows, seq], where the objective `waits` and there are several micro-batches.
-        """
+        """What is minimised in this step. `ahead`: the losses of all rows, if it `waits` for several micro-batches."""
         if self.idle:
             return StepObjective(backend, targets)
         step = self.mode(self, backend, batch, inputs, targets)
@@ -199,12 +195,12 @@ class Weighted(StepObjective):
         """Of one micro-batch, [rows, seq] or [rows, 1]."""
         if self.settled is None and self.objective.waits:  # the batch is one micro-batch, and these are all losses
             self.settle(token_loss)
-        return self.weights_by(self.scores(token_loss, rows)) if self.settled is None else self.settled[rows]
+        return self.mode_weights(self.scores(token_loss, rows)) if self.settled is None else self.settled[rows]
 
     @torch.no_grad()
     def settle(self, token_loss: Tensor) -> None:
         """Settles the weights of all rows of this rank by their losses, [rows, seq]."""
-        weights = self.weights_by(self.scores(token_loss, EVERY))
+        weights = self.mode_weights(self.scores(token_loss, EVERY))
         self.settled = self.shuffled(weights) if self.objective.shuffle else weights
 
     def scores(self, token_loss: Tensor, rows: slice) -> Scores:
@@ -219,11 +215,12 @@ class Weighted(StepObjective):
             total, count = (by_document(values, self.documents[rows]) for values in (score, mask.to(score)))
         return Scores(rows, total / count.clamp(min=1), torch.where(total.isfinite(), count, 0))
 
-    def weights_by(self, scores: Scores) -> Tensor:
-        """The weights of the rows of these scores, as the mode has them."""
+    def mode_weights(self, scores: Scores) -> Tensor:
+        """Of the rows of these scores: what modes differ in."""
         return self.weigh(scores, {})
 
     def weigh(self, scores: Scores, statistics: dict[str, Tensor]) -> Tensor:
+        """The weights that the signal gives them."""
         rows = scores.rows
         weights = self.signal.weights(
             token_loss=scores.mean if self.documents is None else scores.mean.gather(1, self.documents[rows]),
@@ -273,7 +270,7 @@ class Exact(Weighted):
 
     waits = True
 
-    def weights_by(self, scores: Scores) -> Tensor:
+    def mode_weights(self, scores: Scores) -> Tensor:
         statistics = self.statistics(scores)
         self.signal.update(statistics=statistics, **self.known)
         return self.weigh(scores, statistics)
@@ -286,7 +283,7 @@ class Lagged(Weighted):
         super().__init__(objective, backend, batch, inputs, targets)
         self.seen: list[Scores] = []
 
-    def weights_by(self, scores: Scores) -> Tensor:
+    def mode_weights(self, scores: Scores) -> Tensor:
         self.seen.append(scores)
         last = self.objective.last
         return self.weigh(scores, last) if last else torch.ones_like(scores.mean[:, :1])
@@ -304,7 +301,7 @@ class Parity(Weighted):
 
     of_micro_batch = True
 
-    def weights_by(self, scores: Scores) -> Tensor:
+    def mode_weights(self, scores: Scores) -> Tensor:
         weights = self.weigh(scores, self.statistics(scores))
         if self.signal.denominator == "mask":
             return weights

@@ -28,7 +28,7 @@ from thriftlab.train.windows import autocast, count_targets, split_windows, tota
 
 TOLERANCE = 1e-3  # of a norm: rounding stays far below it, and no fault that we know of does
 SHOWN = 5  # findings in the message
-Layout = dict[str, set[tuple[tuple[int, ...], torch.dtype]]]  # of whole tensors: one, if ranks agree
+Kinds = dict[str, set[tuple[tuple[int, ...], torch.dtype]]]  # of whole tensors: one, if ranks agree
 
 
 class WitnessError(UserError):
@@ -99,11 +99,11 @@ def probe(backend: Backend, windows: Tensor, precision: str, alone: bool = False
 def compare_weights(backend: Backend) -> list[str]:
     """Whether replicas are replicas, to the bit."""
     held = backend.weights()
-    answers, kinds, findings = answered(backend, held), layout(backend, held), []
+    answers, kinds, findings = answered(backend, held), kinds_of(backend, held), []
     for name in kinds:
         right = gather(backend, answers, name, kinds).reshape(-1)
         if name in held and not torch.equal(held[name].tensor, right[held[name].start : held[name].stop]):
-            findings.append(f"{name}: rank {backend.rank} begins with other weights than the rank that answers for it")
+            findings.append(f"{name}: rank {backend.rank} starts with other weights than the rank that saves it")
     return findings
 
 
@@ -118,7 +118,7 @@ def compare_sums(backend: Backend, alone: Pieces) -> list[str]:
         if not (total - expected).norm() <= TOLERANCE * expected.norm() + noise:
             findings.append(
                 f"{name}: the gradient of a sequence that all ranks have is {norms[name] / expected.norm():.4g} of "
-                f"{backend.world} times the first rank's: a rank's gradient was not added, or its weights are others"
+                f"{backend.world} times the first rank's: a rank's gradient was not added, or its weights differ"
             )
     return findings
 
@@ -131,7 +131,7 @@ def compare_step(backend: Backend, windows: Tensor, max_norm: float | None) -> l
         return ["the gradient of a probe is not finite"]
 
     now = {**backend.weights(), **backend.states()}
-    gradients, before, after = layout(backend, held.gradients), layout(backend, held.states), layout(backend, now)
+    gradients, before, after = kinds_of(backend, held.gradients), kinds_of(backend, held.states), kinds_of(backend, now)
     if odd := [key for key, kinds in after.items() if len(kinds) > 1]:
         return [f"{key}: shape or dtype differ between ranks" for key in odd] if backend.rank == 0 else []
     judges, findings = choose_judges(backend, held.weights), []
@@ -182,7 +182,7 @@ def difference(backend: Backend, key: str, piece: Piece, right: Tensor, moved: T
     if not wrong:
         return []
     return [
-        f"{key}: after a step rank {backend.rank} has not what the same gradient and state give on rank {judge} "
+        f"{key}: after a step rank {backend.rank} differs from what the same gradient and state give on rank {judge} "
         f"({int((far != 0).sum())} of {far.numel()} entries differ, by up to {far.abs().max():.3g})"
     ]
 
@@ -195,16 +195,16 @@ def answered(backend: Backend, pieces: Pieces) -> Pieces:
     return {k: p._replace(tensor=p.tensor.clone()) for k, p in pieces.items() if backend.answers(k)}
 
 
-def layout(backend: Backend, pieces: Pieces) -> Layout:
+def kinds_of(backend: Backend, pieces: Pieces) -> Kinds:
     """Shape and dtype of everything that any rank has; more than one where ranks disagree."""
-    merged: Layout = {}
+    merged: Kinds = {}
     for of_rank in backend.share({key: (piece.shape, piece.tensor.dtype) for key, piece in pieces.items()}):
         for key, kind in of_rank.items():
             merged.setdefault(key, set()).add(kind)
     return merged
 
 
-def keys_of(name: str, kinds: Layout) -> list[str]:
+def keys_of(name: str, kinds: Kinds) -> list[str]:
     """Of one parameter's state, without what no step depends on."""
     return [key for key in kinds if key.rpartition("/")[0] == name and matters(key)]
 
@@ -230,7 +230,7 @@ def choose_judges(backend: Backend, weights: Pieces) -> dict[str, int]:
     return judges
 
 
-def gather(backend: Backend, pieces: Pieces, key: str, kinds: Layout) -> Tensor:
+def gather(backend: Backend, pieces: Pieces, key: str, kinds: Kinds) -> Tensor:
     """A whole tensor on every rank, from the pieces that ranks answer for."""
     row = empty_row(backend, key, kinds)
     if key in pieces:
@@ -238,7 +238,7 @@ def gather(backend: Backend, pieces: Pieces, key: str, kinds: Layout) -> Tensor:
     return add_bytes(backend, row, key, kinds)
 
 
-def publish(backend: Backend, tensor: Tensor | None, key: str, kinds: Layout) -> Tensor:
+def publish(backend: Backend, tensor: Tensor | None, key: str, kinds: Kinds) -> Tensor:
     """The tensor of the one rank that has it, on every rank."""
     row = empty_row(backend, key, kinds)
     if tensor is not None and tensor.numel() == row.numel():
@@ -246,11 +246,11 @@ def publish(backend: Backend, tensor: Tensor | None, key: str, kinds: Layout) ->
     return add_bytes(backend, row, key, kinds)
 
 
-def empty_row(backend: Backend, key: str, kinds: Layout) -> Tensor:
+def empty_row(backend: Backend, key: str, kinds: Kinds) -> Tensor:
     ((shape, dtype),) = kinds[key]
     return torch.zeros(torch.Size(shape).numel(), dtype=dtype, device=backend.device)
 
 
-def add_bytes(backend: Backend, row: Tensor, key: str, kinds: Layout) -> Tensor:
+def add_bytes(backend: Backend, row: Tensor, key: str, kinds: Kinds) -> Tensor:
     ((shape, _),) = kinds[key]
     return (backend.sum(row.view(torch.uint8)).view(row.dtype) if row.numel() else row).view(shape)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 from thriftlab.data.errors import ConfigError
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
+from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import owned  # noqa: F401  (backends)
 from thriftlab.train.backends.base import BACKENDS
 from thriftlab.train.backends.zero import engine as zero  # noqa: F401  (backends)
@@ -25,7 +26,6 @@ from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.base import asks_for_statistics, has_state
 from thriftlab.train.signals.reference import read_reference
 
-Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 
 
