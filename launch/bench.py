@@ -22,7 +22,7 @@ from thriftlab.launch.peers import FLOOR, FLOOR_OF, NEVER, PEERS, RULER, GaLoreF
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
 from thriftlab.train.config.choice import Section
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
-from thriftlab.train.records.record import birth_certificate
+from thriftlab.train.records.record import provenance
 
 REFRESHES = 3  # rounds with a refresh: an SVD of every matrix costs as much as ten steps
 MATRICES = (r"\.(attn|mlp)\.",)
@@ -89,7 +89,7 @@ def bench(options: OptimBench, say: Callable[[str], None] = print) -> dict[str, 
     finally:
         torch.set_num_threads(threads)
     result = {
-        "preset": options.preset, "rounds": options.rounds, **birth_certificate(),
+        "preset": options.preset, "rounds": options.rounds, **provenance(),
         "rows": [row.numbers(rows[0].plain) for row in rows],
     }  # fmt: skip
     say(table(result))

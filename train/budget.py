@@ -1,8 +1,8 @@
 """What a run may spend, and how the learning rate follows what is spent.
 
 A schedule is a pure function of progress, the spent fraction of the budget, so the same schedule serves a budget of
-tokens, of FLOPs and of seconds. One surprise: the progress of a step is the middle of its share of the budget; neither
-the first step nor the last is wasted on a factor of zero.
+tokens, of FLOPs and of seconds. The progress of a step is the middle of its share of the budget, so that neither the
+first step nor the last is wasted on a factor of zero.
 """
 
 import math

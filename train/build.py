@@ -1,11 +1,14 @@
-"""From a configuration to the parts of a run: data, model, optimizer, backend, horizon.
+"""From a configuration to the parts of a run: data, model, optimizer, backend, plan, objective.
 
-The one place where the names in a configuration become things. It looks them up and names none itself.
+`build` is the table of contents: first everything that can be refused from the configuration and the backend alone,
+then the parts in their order, and the functions below in the order in which it calls them. The one place where the
+names in a configuration become things: it looks them up and names none itself.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +20,11 @@ from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
 from thriftlab.optim.core.groups import by_reason
-from thriftlab.optim.layers.base import changing, check_patterns
+from thriftlab.optim.layers.base import Layer, changing, check_patterns
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.replicas import refuse_differences
 from thriftlab.train.budget import SCHEDULES, Horizon
-from thriftlab.train.config.schema import LAYER, RunConfig, fingerprint
+from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint
 from thriftlab.train.evaluate import count_rows
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
@@ -50,8 +53,8 @@ class Run:
         return Path(self.config.out)
 
     @property
-    def delimiter(self) -> int | None:
-        """What opens a document, where documents are masked."""
+    def mask_delimiter(self) -> int | None:
+        """The token that opens a document, where attention is masked between documents."""
         return self.dataset.tokenizer.delimiter if self.config.data.document_mask else None
 
     @property
@@ -66,41 +69,52 @@ class Run:
 
 def build(config: RunConfig, backend: Backend) -> Run:
     """All parts of a run before its first step, the same on every rank. UserError for what cannot be built."""
+    refuse(config, backend)
+    set_torch(config.train)
+    dataset = open_dataset(config.data.path, verify=config.data.verify)
+    model, conversion = make_model(config, dataset)
+    fill(model, config.seed, backend)
+    optimizer = make_optimizer(config, model)
+    backend.prepare(model, optimizer, config.train.compile, config.train.precision)
+    if config.train.layerwise:
+        backend.update_in_backward()
+    horizon = make_horizon(config, model)
+    data_plan = make_plan(config, dataset, horizon.steps)
+    return Run(
+        config=config,
+        backend=backend,
+        dataset=dataset,
+        plan=data_plan,
+        model=model,
+        conversion=conversion,
+        optimizer=optimizer,
+        schedule=functools.partial(SCHEDULES[config.schedule.name], **config.schedule.hyperparameters()),
+        horizon=horizon,
+        objective=make_objective(config, dataset, data_plan, backend.device),
+        fingerprint=fingerprint(config, dataset.fingerprint),
+    )
+
+
+def refuse(config: RunConfig, backend: Backend) -> None:
+    """ConfigError for what this backend cannot do, known without data and model."""
     config.train.rows_per_rank(backend.world)
-    if config.train.layerwise and type(backend) is not Backend:
+    if config.train.layerwise and not backend.can_layerwise:
         raise ConfigError(
             f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
             f"the ranks have met; start one process, or set train.layerwise=false"
         )
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    dataset = open_dataset(config.data.path, verify=config.data.verify)
-    model, conversion = make_model(config, dataset)
-    refuse_cut_weights(model, backend)
-    model.to_empty(device=backend.device)
-    fill(model, config.seed, backend)
-    optimizer = make_optimizer(config, model)
-    refuse_unprunable(model, optimizer)
-    backend.prepare(model, optimizer, config.train.compile, config.train.precision)
-    if config.train.layerwise:
-        backend.update_in_backward()
-    tokens_per_step = config.train.batch_size * config.data.sequence_length
-    horizon = config.budget.horizon(tokens_per_step, model.flops_per_token(config.data.sequence_length))
-    data_plan = make_plan(config, dataset, horizon.steps)
-    return Run(
-        config,
-        backend,
-        dataset,
-        data_plan,
-        model,
-        conversion,
-        optimizer,
-        functools.partial(SCHEDULES[config.schedule.name], **config.schedule.hyperparameters()),
-        horizon,
-        make_objective(config, dataset, data_plan, backend.device),
-        fingerprint(config, dataset.fingerprint),
-    )
+    if not backend.whole_weights and LAYERS[config.layer.name].before_step is not Layer.before_step:
+        raise ConfigError(
+            f"layers of layer.name = {config.layer.name} change whole weights between steps, which under backend "
+            f"{backend.name!r} no rank has; use backend.name=ddp or backend.name=owned"
+        )
+
+
+def set_torch(config: TrainConfig) -> None:
+    """What is torch's own, of the whole process."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.deterministic)
 
 
 def make_model(config: RunConfig, dataset: Dataset) -> tuple[GPT, Conversion]:
@@ -123,25 +137,37 @@ def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
     layer = config.layer
     if layer.name == LAYER.default:
         return Conversion([], {})
-    try:
-        check_patterns(layer.exclude, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    with options_of("layer"):
+        check_patterns(layer.exclude, linears)
+    with options_of("layer"):
         done = convert(model, LAYERS[layer.name], layer.include, layer.exclude, **layer.hyperparameters())
-    except ValueError as error:  # a pattern that matches nothing, hyper-parameters that do not go together
-        raise ConfigError(f"layer: {error}") from error
     if not done.converted:
-        raise ConfigError(
-            f"layer.name = {layer.name} is in the place of no Linear: {by_reason(done.left) or 'all are excluded'}"
-        )
+        raise ConfigError(f"layer.name = {layer.name} replaces no Linear: {by_reason(done.left) or 'all are excluded'}")
     return done
 
 
-def refuse_cut_weights(model: GPT, backend: Backend) -> None:
-    """ConfigError where layers change their weights between steps, and the backend has them in pieces."""
-    if not backend.whole_weights and (layers := changing(model)):
-        raise ConfigError(
-            f"{next(iter(layers))} and {len(layers) - 1} more layers change whole weights between steps, which under "
-            f"backend {backend.name!r} no rank has; use backend.name=ddp or backend.name=owned"
-        )
+def fill(model: GPT, seed: int, backend: Backend) -> None:
+    """First weights, a function of the seed and equal on all ranks; they divide the layers that are more work."""
+    model.to_empty(device=backend.device)
+    model.init_weights(seed, slice(backend.rank, None, backend.world))
+    for turn, layer in enumerate(model.replaced().values()):
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            backend.broadcast(tensor.detach(), turn % backend.world)
+    if backend.world > 1:
+        refuse_differences(model, backend.share)
+
+
+def make_optimizer(config: RunConfig, model: GPT) -> Method:
+    """The method that the configuration names, over groups chosen by parameter names."""
+    method = METHODS[config.optim.name]
+    seed = {"seed": config.seed} if "seed" in inspect.signature(method).parameters else {}
+    with options_of("optim"):
+        groups = split_groups(model, include=list(config.optim.include), exclude=list(config.optim.exclude))
+    with options_of("optim"):
+        optimizer = method(groups, **config.optim.hyperparameters(), **seed)
+    refuse_unprunable(model, optimizer)
+    return optimizer
 
 
 def refuse_unprunable(model: GPT, optimizer: Method) -> None:
@@ -159,25 +185,10 @@ def refuse_unprunable(model: GPT, optimizer: Method) -> None:
                 )
 
 
-def fill(model: GPT, seed: int, backend: Backend) -> None:
-    """First weights, a function of the seed and equal on all ranks; they divide the layers that are more work."""
-    model.init_weights(seed, slice(backend.rank, None, backend.world))
-    for turn, layer in enumerate(model.replaced().values()):
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            backend.broadcast(tensor.detach(), turn % backend.world)
-    if backend.world > 1:
-        refuse_differences(model, backend.share)
-
-
-def make_optimizer(config: RunConfig, model: nn.Module) -> Method:
-    """The method that the configuration names, over groups chosen by parameter names."""
-    method = METHODS[config.optim.name]
-    seed = {"seed": config.seed} if "seed" in inspect.signature(method).parameters else {}
-    try:
-        groups = split_groups(model, include=list(config.optim.include), exclude=list(config.optim.exclude))
-        return method(groups, **config.optim.hyperparameters(), **seed)
-    except ValueError as error:  # a pattern that matches nothing, hyper-parameters that do not go together
-        raise ConfigError(f"optim: {error}") from error
+def make_horizon(config: RunConfig, model: GPT) -> Horizon:
+    """Where the budget ends the run."""
+    tokens_per_step = config.train.batch_size * config.data.sequence_length
+    return config.budget.horizon(tokens_per_step, model.flops_per_token(config.data.sequence_length))
 
 
 def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
@@ -191,26 +202,37 @@ def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torc
     """The signal that the configuration names. ConfigError where it cannot be had from these data."""
     chosen = config.signal
     names = [source.name for source in plan.sources]
-    try:
+    with options_of("signal"):
         signal = SIGNALS[chosen.name](**chosen.hyperparameters())
-        refuse_unheld(signal, dataset, names, config.data.sequence_length)
-        reference = signal.reference and open_reference(signal.reference, dataset, plan, config.data.verify)
+    refuse_unheld(signal, dataset, names, config.data.sequence_length)
+    reference = signal.reference and open_reference(signal.reference, dataset, plan, config.data.verify)
+    with options_of("signal"):
         return Objective(
             signal,
-            names,
-            chosen.statistics,
-            chosen.shuffle,
-            config.seed,
-            dataset.tokenizer.delimiter,
-            reference or None,
-            device,
+            domains=names,
+            statistics=chosen.statistics,
+            shuffle=chosen.shuffle,
+            seed=config.seed,
+            delimiter=dataset.tokenizer.delimiter,
+            reference=reference or None,
+            device=device,
         )
-    except ValueError as error:  # hyper-parameters that do not go together, or not with these data
-        raise ConfigError(f"signal: {error}") from error
 
 
 def refuse_unheld(signal: Signal, dataset: Dataset, names: list[str], sequence_length: int) -> None:
-    """ValueError where the signal looks at held-out losses and a source has none."""
+    """ConfigError where the signal looks at held-out losses and a source has none."""
     for name in names if signal.validate_every else []:
         if count_rows(dataset.windows(name, "validation", sequence_length), None) == 0:
-            raise ValueError(f"held-out losses are asked for, and source {name!r} has no held-out text; prepare some")
+            raise ConfigError(
+                f"signal: held-out losses are asked for, and source {name!r} has no held-out text; prepare some"
+            )
+
+
+@contextmanager
+def options_of(section: str) -> Iterator[None]:
+    """Around one call that documents ValueError for options that do not go together, or a pattern that matches nothing:
+    then it is a ConfigError of this section."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{section}: {error}") from error

@@ -1,9 +1,9 @@
 """The ruler: held-out loss over fixed windows, every token counted once.
 
 Per source and over all: nats per token and bits per byte. Bytes are those that the predicted tokens spell, so the
-number compares across tokenizers. One surprise, and the reason for this file: the evaluators of GaLore, Fira and APOLLO
-start their batch counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a
-perplexity printed that way depends on the number of GPUs. Here sums are divided once, at the end.
+number compares across tokenizers. The reason for this file: the evaluators of GaLore, Fira and APOLLO start their batch
+counter at one, which multiplies the loss by n / (n + 1), and average batches whatever their length; a perplexity
+printed that way depends on the number of GPUs. Here sums are divided once, at the end.
 """
 
 import math
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from thriftlab.data.shards import Dataset, Windows
 from thriftlab.train.backends.base import Backend
-from thriftlab.train.objective import split_windows
-from thriftlab.train.step import autocast, document_ids
+from thriftlab.train.windows import autocast, document_ids, split_windows
 
 
 def evaluate(
@@ -25,7 +24,7 @@ def evaluate(
     sequence_length: int,
     batch_size: int,
     precision: str,
-    delimiter: int | None = None,
+    mask_delimiter: int | None = None,
     max_tokens: int | None = None,
     sources: Sequence[str] | None = None,
 ) -> dict:
@@ -33,7 +32,7 @@ def evaluate(
 
     Args:
         batch_size: rows of one forward; changes the speed and not the number.
-        delimiter: as in training, see `train_step`.
+        mask_delimiter: as in training, see `train_step`.
         max_tokens: stop after this many tokens of each source, rounded up to whole windows; None: all.
         sources: which of them; None: all.
 
@@ -46,7 +45,7 @@ def evaluate(
     for source in dataset.sources if sources is None else sources:
         windows = dataset.windows(source, "validation", sequence_length)
         rows = count_rows(windows, max_tokens)
-        totals[source] = sum_losses(backend, windows, rows, token_bytes, batch_size, precision, delimiter)
+        totals[source] = sum_losses(backend, windows, rows, token_bytes, batch_size, precision, mask_delimiter)
     backend.module.train()
     by_source = {name: means(total) for name, total in totals.items() if total[1] > 0}
     return {**means(np.sum(list(totals.values()), axis=0)), "sources": by_source}
@@ -60,7 +59,7 @@ def sum_losses(
     token_bytes: np.ndarray,
     batch_size: int,
     precision: str,
-    delimiter: int | None,
+    mask_delimiter: int | None,
 ) -> np.ndarray:
     """[nats, tokens, bytes] over the first `rows` windows, summed over ranks in float64.
 
@@ -75,7 +74,7 @@ def sum_losses(
         inputs, targets = split_windows(tokens)
         inputs = inputs.clamp(min=0)
         with autocast(backend.device, precision):
-            losses = backend.module(inputs, targets, document_ids(inputs, delimiter))
+            losses = backend.module(inputs, targets, document_ids(inputs, mask_delimiter))
         predicted = targets >= 0
         counts = predicted.sum(), length[targets[predicted]].sum()
         totals += torch.stack([losses.double().sum(), *(count.double() for count in counts)])

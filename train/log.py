@@ -1,7 +1,6 @@
 """Where the numbers of a run go while it trains: metrics.jsonl, a progress bar, and the mirrors that were asked for.
 
-Only the first rank writes. One surprise: the logged loss is the mean over the whole global batch of that step, not that
-of the last micro-batch of the first rank.
+Only the first rank writes. The logged loss is the mean over the whole global batch of that step.
 """
 
 import warnings
@@ -95,7 +94,7 @@ class Log:
         if ess < 0.5 and not self.warned:
             self.warned = True
             warnings.warn(
-                f"step {self.counters.step}: weighted as it is, the batch counts like {ess:.0%} of its tokens, so the "
+                f"step {self.counters.step}: the weights leave an effective batch of {ess:.0%} of its tokens, so the "
                 "gradient is noisier; soften the signal (a higher temperature, w_max), or raise train.batch_size",
                 RuntimeWarning,
                 stacklevel=2,

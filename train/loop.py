@@ -2,7 +2,7 @@
 
 Everything that happens at a step is a function of (config, step): the batch, the learning rate, every random draw. So
 a checkpoint holds the weights, the optimizer's state and a few counters, and a resumed run is bitwise the unbroken one.
-One surprise: with a budget in seconds progress is a clock and not a step, and only then a resumed run may differ.
+Only with a budget in seconds, where progress is a clock and not a step, may it differ.
 """
 
 import math
@@ -31,7 +31,19 @@ from thriftlab.train.checkpoints.writer import Writer
 from thriftlab.train.config.schema import RunConfig, method_name
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log
-from thriftlab.train.records import record
+from thriftlab.train.records.record import (
+    DataUsed,
+    Memory,
+    ModelUsed,
+    Record,
+    Results,
+    Speed,
+    Spent,
+    provenance,
+    read_record,
+    write_record,
+)
+from thriftlab.train.records.speed import mfu, peak_bytes
 from thriftlab.train.records.stop import Interrupted, status, stop_file, stop_signals
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
 from thriftlab.train.watch import tell
@@ -41,7 +53,7 @@ WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, cac
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Train as configured, or go on where an interrupted run stopped; returns the record.
+    """Train as configured, or go on where an interrupted run stopped; returns the record, as record.json has it.
 
     Raises UserError for what the user can mend, and Interrupted after SIGINT, SIGTERM, SIGHUP or a file OUT/STOP.
     """
@@ -51,12 +63,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     try:
         with stop_signals() as received, named_losses(config.out, config.backend.timeout):
             parts = build(config, backend)
-            return finished(parts) or train(parts, received)
+            return (finished(parts) or train(parts, received)).to_json()
     finally:
         backend.close()
 
 
-def train(run: Run, received: list[int]) -> dict[str, Any]:
+def train(run: Run, received: list[int]) -> Record:
     """On from the newest checkpoint to the end. `received` holds the numbers of the signals that have come."""
     base_lr = [group["lr"] for group in run.optimizer.param_groups]
     examine(run)
@@ -65,12 +77,10 @@ def train(run: Run, received: list[int]) -> dict[str, Any]:
         return steps(run, base_lr, *start, received)
 
 
-def steps(
-    run: Run, base_lr: list[float], counters: Counters, history: str | None, received: list[int]
-) -> dict[str, Any]:
+def steps(run: Run, base_lr: list[float], counters: Counters, history: str | None, received: list[int]) -> Record:
     """The loop. `base_lr` is the learning rate of each group that the schedule multiplies."""
     config, backend, horizon = run.config, run.backend, run.horizon
-    birth = {"started": time.time(), **record.birth_certificate(run.out if run.chief else None)}
+    origin = {"started": time.time(), **provenance(run.out if run.chief else None)}
     first = counters.step
     batch = batches(run.plan, backend.rank, backend.world, backend.device)
     saver, log = Saver(run), Log(run, counters, history)
@@ -111,7 +121,7 @@ def steps(
         saver.save(counters)
     saver.wait()
     log.close()
-    return finish(run, counters, results, birth)
+    return finish(run, counters, results, origin)
 
 
 def examine(run: Run) -> None:
@@ -164,9 +174,8 @@ def one_step(run: Run, batch: Batch) -> StepResult:
     rows = c.train.micro_batch_size
     if rows is None and not run.objective.waits:  # which one micro-batch does without a second forward
         rows = micro_batch_rows(run.backend.device, c.data.sequence_length, c.model.dim)
-    return train_step(
-        run.backend, batch, run.delimiter, rows or len(batch.tokens), c.train.precision, c.train.clip, run.objective
-    )
+    rows = rows or len(batch.tokens)
+    return train_step(run.backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective)
 
 
 def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def measure(run: Run, tokens: int | None = None, sources: list[str] | None = Non
         c.data.sequence_length,
         c.eval.batch_size,
         c.train.precision,
-        run.delimiter,
+        run.mask_delimiter,
         tokens or c.eval.tokens,
         sources,
     )
@@ -233,70 +242,67 @@ def restore(run: Run) -> tuple[Counters, str | None]:
     return Counters(**found.meta["counters"]), found.meta["history"]
 
 
-def finished(run: Run) -> dict[str, Any] | None:
+def finished(run: Run) -> Record | None:
     """The record of this very run, if it is there already."""
     path = run.out / "record.json"
     if not path.exists():
         return None
-    entry = record.read_record(path)
-    if entry["fingerprint"] != run.fingerprint:
+    entry = Record.from_json(read_record(path))
+    if entry.fingerprint != run.fingerprint:
         raise UserError(f"{run.out} holds a finished run with another configuration or other data; choose another out=")
     return entry
 
 
-def finish(run: Run, counters: Counters, results: dict[str, Any], birth: dict[str, Any]) -> dict[str, Any]:
-    """Write record.json and return it."""
-    speed, tokenizer = counters.tokens_per_second(), run.dataset.tokenizer
-    entry = {
-        "status": "done",
-        "method": method_name(run.config),
-        "fingerprint": run.fingerprint,
-        "seed": run.config.seed,
-        "config": run.config.model_dump(mode="json"),
-        **birth,
-        "world": run.backend.world,
-        "data": {"fingerprint": run.dataset.fingerprint, "plan": run.plan.fingerprint, "tokenizer": tokenizer.name},
-        "model": {
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-            "trained": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-            "flops_per_token": run.flops_per_token,
-            "layers": {"converted": run.conversion.converted, "left": run.conversion.left},
-        },
-        "budget": {
-            "steps": counters.step,
-            "tokens": counters.tokens,
-            "flops": counters.tokens * run.flops_per_token,
-            "seconds": counters.seconds,
-        },
-        "results": {**results, "perplexity": math.exp(min(results["loss"], 700)), "train_loss": counters.loss},
-        "memory": {
-            "parameter_bytes": sum(p.nbytes for p in run.model.parameters()),
-            "buffer_bytes": sum(b.nbytes for b in run.model.buffers()),
-            "state_bytes": state_bytes(run.optimizer),
-            "predicted_state_bytes": run.backend.predicted_state_bytes(),
-            "peak_bytes": record.peak_bytes(),
-        },
-        "speed": {
-            "tokens_per_second": speed,
-            "mfu": record.mfu(speed, run.flops_per_token, run.backend.device, run.backend.world) if speed else None,
-        },
-        "skipped_steps": counters.skipped,
-        "signal": tell(run.objective.report(), [source.name for source in run.plan.sources]),
-        "remarks": run.optimizer.remarks(),
-        "finished": time.time(),
-    }
+def finish(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
+    """Write record.json and return what is in it; `origin` is when and from what code the run started."""
+    entry = make_record(run, counters, results, origin)
     if run.chief:
-        record.write_record(run.out, entry)
+        write_record(run.out, entry.to_json())
     return entry
 
 
+def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
+    model, backend, speed = run.model, run.backend, counters.tokens_per_second()
+    return Record(
+        status="done",
+        method=method_name(run.config),
+        fingerprint=run.fingerprint,
+        seed=run.config.seed,
+        config=run.config.model_dump(mode="json"),
+        **origin,
+        world=backend.world,
+        data=DataUsed(run.dataset.fingerprint, run.plan.fingerprint, run.dataset.tokenizer.name),
+        model=ModelUsed(
+            parameters=sum(p.numel() for p in model.parameters()),
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            flops_per_token=run.flops_per_token,
+            layers={"converted": run.conversion.converted, "left": run.conversion.left},
+        ),
+        budget=Spent(counters.step, counters.tokens, counters.tokens * run.flops_per_token, counters.seconds),
+        results=Results(**results, perplexity=math.exp(min(results["loss"], 700)), train_loss=counters.loss),
+        memory=Memory(
+            parameter_bytes=sum(p.nbytes for p in model.parameters()),
+            buffer_bytes=sum(b.nbytes for b in model.buffers()),
+            state_bytes=state_bytes(run.optimizer),
+            predicted_state_bytes=backend.predicted_state_bytes(),
+            peak_bytes=peak_bytes(),
+        ),
+        speed=Speed(speed, mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None),
+        skipped_steps=counters.skipped,
+        signal=tell(run.objective.report(), [source.name for source in run.plan.sources]),
+        remarks=run.optimizer.remarks(),
+        finished=time.time(),
+    )
+
+
 def summary(entry: dict[str, Any]) -> str:
-    """What `thriftlab train` prints at the end."""
-    results, spent, speed = entry["results"], entry["budget"], entry["speed"]["tokens_per_second"]
+    """What `thriftlab train` prints at the end, of what `run` returned."""
+    record = Record.from_json(entry)
+    results, spent, speed = record.results, record.budget, record.speed.tokens_per_second
     rate = f" ({speed:,.0f} tokens/s)" if speed else ""
     return (
-        f"held-out loss {results['loss']:.4f} nats/token, {results['bits_per_byte']:.4f} bits/byte\n"
-        f"{spent['steps']:,} steps, {spent['tokens']:,} tokens, {spent['seconds']:.1f} s{rate}; "
-        f"optimizer state {entry['memory']['state_bytes']:,} bytes\n"
-        f"record: {entry['config']['out']}/record.json"
+        f"held-out loss {results.loss:.4f} nats/token, {results.bits_per_byte:.4f} bits/byte\n"
+        f"{spent.steps:,} steps, {spent.tokens:,} tokens, {spent.seconds:.1f} s{rate}; "
+        f"optimizer state {record.memory.state_bytes:,} bytes\n"
+        f"record: {record.config['out']}/record.json"
     )

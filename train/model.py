@@ -9,7 +9,7 @@ document mask the logits of a document are those of the document alone.
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES, linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
+from thriftlab.optim.core.hyper import Count
 from thriftlab.optim.layers.base import Layer
 from thriftlab.optim.state.keys import keyed_generator
 
@@ -34,8 +35,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-1b": dict(dim=2048, layers=24, heads=32, hidden=5461, vocab_size=32000),
     "llama-7b": dict(dim=4096, layers=32, heads=32, hidden=11008, vocab_size=32000),
 }
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class ModelConfig(BaseModel):

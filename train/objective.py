@@ -5,16 +5,14 @@ division, by a denominator summed over the whole global batch, comes later, as t
 gradient is the same for every split of a batch into ranks and micro-batches; a mean of means is not, as soon as two
 parts predict different numbers of tokens, and a softmax of losses is not even then.
 
-What a signal knows of the losses of the batch, its statistics, are
-
-    exact    of this very batch. With several micro-batches that takes a forward pass ahead of them.
-    lagged   of the batch before; in the first step all tokens count alike.
-    parity   of a micro-batch over all ranks, as published code has it; then the objective depends on the split.
-    rank     of a micro-batch on its own rank; likewise.
+    Objective        of a run: the signal and what it remembers; `begin` gives that of one step
+    StepObjective    of a step in which all tokens count alike: `total` of each micro-batch, then `finish`
+    Weighted         of a step under a signal
+    MODES            what a signal knows of the losses of the batch, its statistics: one subclass of Weighted each
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,33 +20,13 @@ from torch import Tensor
 from thriftlab.data.loader import Batch
 from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train.backends.base import Backend
-from thriftlab.train.signals.base import Signal, asks_for_statistics, by_domain
+from thriftlab.train.signals.base import Signal, asks_for_statistics, by_document, by_domain
 from thriftlab.train.watch import watch
+from thriftlab.train.windows import count_targets, document_ids, total_loss
 
 EVERY = slice(None)
-
 LOSS, TOKENS, WEIGHTED, WEIGHT = range(4)  # what is summed over the batch
 LAST = "last/"  # before the names of lagged statistics in a checkpoint
-
-
-def split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows [rows, seq + 1] -> inputs and targets, each [rows, seq]."""
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def count_targets(targets: Tensor) -> Tensor:
-    """Number of predicted tokens, a float64 scalar: the denominator of the mean loss."""
-    return (targets >= 0).sum().double()
-
-
-def total_loss(token_loss: Tensor) -> Tensor:
-    """Sum of the losses [rows, seq] of one micro-batch; what is not predicted has loss zero."""
-    return token_loss.sum()
-
-
-def document_ids(inputs: Tensor, delimiter: int | None) -> Tensor | None:
-    """Number of document starts up to each token, [rows, seq]; None without a delimiter."""
-    return None if delimiter is None else (inputs == delimiter).cumsum(1)
 
 
 class Objective:
@@ -56,11 +34,13 @@ class Objective:
 
     Args:
         domains: names of the sources.
-        statistics: "exact", "lagged", "parity" or "rank".
+        statistics: "exact", "lagged", "parity" or "rank", see MODES; without effect on a signal that asks for none.
         shuffle: the control: each window of the batch gets the weights of another.
         seed: of the shuffling.
-        delimiter: the token that opens a document; None where documents are nothing to the signal.
+        delimiter: the token that opens a document, for signals of documents.
         reference: the reference losses of a batch, [rows, seq] on the CPU.
+
+    Errors: ValueError where the signal has no use for these domains.
     """
 
     def __init__(
@@ -74,9 +54,9 @@ class Objective:
         reference: Callable[[Batch], Tensor] | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.signal, self.domains, self.mode, self.shuffle = signal, domains, statistics, shuffle
-        self.seed, self.delimiter, self.reference = seed, delimiter, reference
-        self.device = device
+        self.signal, self.domains, self.shuffle = signal, domains, shuffle
+        self.mode: type[Weighted] = MODES[statistics if asks_for_statistics(type(signal)) else "none"]
+        self.seed, self.delimiter, self.reference, self.device = seed, delimiter, reference, device
         self.load(signal.state(domains))
         self.step, self.progress, self.watched = 0, 0.0, False
 
@@ -92,8 +72,18 @@ class Objective:
     @property
     def waits(self) -> bool:
         """Whether in this step the losses of all rows have to be known before the first is back-propagated."""
-        exact = self.mode == "exact" and asks_for_statistics(type(self.signal))
-        return not self.idle and (exact or self.shuffle)
+        return not self.idle and (self.mode.waits or self.shuffle)
+
+    def begin(
+        self, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor, ahead: Tensor | None = None
+    ) -> "StepObjective":
+        """What is minimised in this step. `ahead`: the losses of all rows, if it `waits` for several micro-batches."""
+        if self.idle:
+            return StepObjective(backend, targets)
+        step = self.mode(self, backend, batch, inputs, targets)
+        if ahead is not None:
+            step.settle(ahead)
+        return step
 
     def validated(self, losses: Tensor) -> None:
         """Takes the held-out loss of each source, float64 [domains] on the CPU. One that is not finite says nothing: it
@@ -118,37 +108,70 @@ class Objective:
         """What the signal has come to; each tensor has one entry for every source."""
         return self.signal.report(self.state)
 
-    def of(self, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor) -> "Goal":
-        """What is to be minimised in this step."""
-        return Goal(self, backend, batch, inputs, targets)
 
+class StepObjective:
+    """The objective of one step on one rank, where all tokens count alike.
 
-class Goal:
-    """The objective of one step on one rank: micro-batch by micro-batch its weighted sums, and what they are over."""
+    `denominator` is this rank's part of what the sums are divided by, a 0-dim tensor that grows in place: whole when
+    the last micro-batch is, and summed over ranks after `finish`.
+    """
 
-    def __init__(self, objective: Objective, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor):
-        self.objective, self.backend, self.mask = objective, backend, targets >= 0
-        self.signal, self.plain = objective.signal, objective.idle
-        self.mode = objective.mode if asks_for_statistics(type(self.signal)) else "none"
-        self.split_matters = self.mode in ("parity", "rank")
+    def __init__(self, backend: Backend, targets: Tensor):
+        self.backend = backend
         self.totals = torch.zeros(4, dtype=torch.float64, device=backend.device)
         self.totals[TOKENS] = count_targets(targets)
-        self.settled: Tensor | None = None  # the weights of all rows, where they are known before one is used
-        self.scores: list[tuple[Tensor, Tensor]] = []
-        self.used: list[Tensor] = []
-        if not self.plain:
-            self.take_up(batch, inputs)
+        self.denominator = self.totals[TOKENS]
 
-    def take_up(self, batch: Batch, inputs: Tensor) -> None:
-        """What is known of the rows before their losses are."""
-        objective, device = self.objective, self.backend.device
-        self.statistics = objective.last if self.mode == "lagged" else {}
+    def total(self, token_loss: Tensor, rows: slice) -> Tensor:
+        """The sum that one micro-batch back-propagates; token_loss is [rows, seq]."""
+        total = total_loss(token_loss)
+        self.totals[LOSS] += total.detach()
+        return total
+
+    @torch.no_grad()
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
+        """Over all ranks: the sum of all losses, the predicted tokens, what the gradient is divided by, and what there
+        is to say about the weights, on the device; None where all tokens count alike."""
+        self.close()
+        self.backend.sum(self.totals)
+        return self.totals[LOSS], self.totals[TOKENS], self.denominator, self.record()
+
+    def close(self) -> None:
+        """When all losses are known, and before anything is summed over ranks."""
+
+    def record(self) -> dict[str, Tensor] | None:
+        return None
+
+
+class Scores(NamedTuple):
+    """What a signal looks at, of some rows of the batch."""
+
+    rows: slice
+    mean: Tensor  # [rows, units of a row], over the predicted tokens of each unit
+    tokens: Tensor  # alike, how many these are; 0 where there are none, or the mean is not finite
+
+
+class Weighted(StepObjective):
+    """The objective of one step under a signal: losses -> scores -> weights. A mode says how the last is done; this
+    one, of a signal that asks for no statistics, has none."""
+
+    waits = False  # whether no row has a weight before the losses of all rows are known
+    of_micro_batch = False  # whether the weights, and so the objective, depend on how the batch is split
+
+    def __init__(self, objective: Objective, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor):
+        super().__init__(backend, targets)
+        self.objective, self.signal, self.mask = objective, objective.signal, targets >= 0
+        if self.signal.denominator == "weights" and not self.of_micro_batch:
+            self.denominator = self.totals[WEIGHT]
+        device = backend.device
         self.domain, self.sample = (t.long().to(device, non_blocking=True) for t in (batch.source, batch.sample))
         self.documents = document_ids(inputs, objective.delimiter) if self.signal.unit == "document" else None
         self.reference = objective.reference and objective.reference(batch).to(device, non_blocking=True)
         self.known: dict[str, Any] = dict(step=objective.step, progress=objective.progress, state=objective.state)
         if self.signal.unit == "domain":
             self.known |= self.domain_counts()
+        self.settled: Tensor | None = None  # the weights of all rows, where they are known before one is used
+        self.used: list[Tensor] = []
 
     def domain_counts(self) -> dict[str, Tensor]:
         """Predicted tokens of each domain in the global batch, and rows that have any."""
@@ -157,105 +180,7 @@ class Goal:
         tokens, samples = self.backend.sum(torch.stack(here)).clamp(min=1)  # 1 over it is no infinity, times 0
         return {"domain_tokens": tokens, "domain_samples": samples}
 
-    @property
-    def denominator(self) -> Tensor:
-        """This rank's part of what the sums are divided by; whole when the last micro-batch is."""
-        by_weight = not self.plain and not self.split_matters and self.signal.denominator == "weights"
-        return self.totals[WEIGHT if by_weight else TOKENS]
-
-    # ----------------------------------------------------------------------------------------------------- weights
-
-    @torch.no_grad()
-    def look(self, token_loss: Tensor) -> None:
-        """Settles the weights of all rows of this rank by their losses, [rows, seq]."""
-        score, count = self.pooled(token_loss, EVERY)
-        self.scores.append((score, count))
-        if self.mode == "exact":
-            self.take_statistics()
-        weights = self.weigh(score, EVERY)
-        self.settled = self.shuffled(weights) if self.objective.shuffle else weights
-
-    @torch.no_grad()
-    def weights(self, token_loss: Tensor, rows: slice) -> Tensor:
-        """Of one micro-batch, [rows, seq] or [rows, 1]."""
-        if self.settled is None and len(token_loss) == len(self.mask) and not self.split_matters:
-            self.look(token_loss)
-        if self.settled is not None:
-            return self.settled[rows]
-        score, count = self.pooled(token_loss, rows)
-        if not self.split_matters:
-            self.scores.append((score, count))
-            return self.weigh(score, rows)
-        self.statistics = self.reduced(score, count, self.domain[rows])
-        weights = self.weigh(score, rows)
-        return weights * self.inverse_mean(weights, rows) if self.signal.denominator == "weights" else weights
-
-    def pooled(self, token_loss: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The mean score of each unit [rows, units of a row], and of how many predicted tokens, where it is finite."""
-        reference = None if self.reference is None else self.reference[rows]
-        score, mask = self.signal.score(token_loss=token_loss, reference_loss=reference), self.mask[rows]
-        if self.signal.unit == "token":
-            return score, (mask & score.isfinite()).to(score)
-        score = torch.where(mask, score, 0)
-        if self.documents is None:
-            total, count = score.sum(1, keepdim=True), mask.sum(1, keepdim=True).to(score)
-        else:
-            total, count = (by_document(values, self.documents[rows]) for values in (score, mask.to(score)))
-        return total / count.clamp(min=1), torch.where(total.isfinite(), count, 0)
-
-    def weigh(self, score: Tensor, rows: slice) -> Tensor:
-        if self.mode == "lagged" and not self.statistics:
-            return torch.ones_like(score[:, :1])
-        weights = self.signal.weights(
-            token_loss=score if self.documents is None else score.gather(1, self.documents[rows]),
-            mask=self.mask[rows],
-            domain_id=self.domain[rows],
-            sample_id=self.sample[rows],
-            reference_loss=None if self.reference is None else self.reference[rows],
-            statistics=self.statistics,
-            **self.known,
-        )
-        return (weights if weights.ndim == 2 else weights[:, None]).to(score.dtype)
-
-    def shuffled(self, weights: Tensor) -> Tensor:
-        """Each row of the global batch gets the weights of the one before it in a random cycle."""
-        weights = self.backend.gather(weights)
-        draw = keyed_generator(self.objective.seed, "shuffle", self.objective.step)
-        order = torch.randperm(len(weights), generator=draw).to(weights.device, non_blocking=True)
-        moved = torch.empty_like(weights)
-        moved[order] = weights[order.roll(1)]
-        return moved[self.backend.rank :: self.backend.world]
-
-    def inverse_mean(self, weights: Tensor, rows: slice) -> Tensor:
-        """One over the mean weight of a micro-batch, by which it counts as much as it has tokens."""
-        mask = self.mask[rows]
-        sums = torch.stack([mask.sum(dtype=torch.float64), (weights * mask).sum(dtype=torch.float64)])
-        tokens, weight = self.backend.sum(sums) if self.mode == "parity" else sums
-        return torch.where(tokens > 0, tokens / weight, 1).to(weights.dtype)
-
-    # -------------------------------------------------------------------------------------------------- statistics
-
-    def take_statistics(self) -> None:
-        """Of all rows of all ranks; then the state follows."""
-        score, count = (torch.cat(parts) for parts in zip(*self.scores, strict=True))
-        self.statistics = self.reduced(score, count, self.domain)
-        self.signal.update(statistics=self.statistics, **self.known)
-
-    def reduced(self, score: Tensor, count: Tensor, domain: Tensor) -> dict[str, Tensor]:
-        """The statistics of some rows here and of as many on every other rank; with mode "rank" of those here."""
-        packed = torch.cat([torch.where(count > 0, score, 0), count, domain[:, None].to(score)], 1)
-        packed = packed if self.mode == "rank" else self.backend.gather(packed)
-        score, count, domain = packed.split([score.shape[1], score.shape[1], 1], 1)
-        return self.signal.statistics(losses=score, mask=count, domain_id=domain[:, 0].long(), **self.known)
-
-    # ------------------------------------------------------------------------------------------------------- sums
-
     def total(self, token_loss: Tensor, rows: slice) -> Tensor:
-        """The sum that one micro-batch back-propagates; token_loss is [rows, seq]."""
-        if self.plain:
-            total = total_loss(token_loss)
-            self.totals[LOSS] += total.detach()
-            return total
         weights = self.weights(token_loss.detach(), rows)
         total = total_loss(weights * token_loss)
         self.totals[LOSS] += total_loss(token_loss.detach())
@@ -266,18 +191,70 @@ class Goal:
         return total
 
     @torch.no_grad()
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Over all ranks: the sum of all losses, the predicted tokens, and what the gradient is divided by."""
-        if not self.plain and self.mode == "lagged":
-            self.take_statistics()
-            self.objective.last = self.statistics
-        self.backend.sum(self.totals)
-        return self.totals[LOSS], self.totals[TOKENS], self.denominator
+    def weights(self, token_loss: Tensor, rows: slice) -> Tensor:
+        """Of one micro-batch, [rows, seq] or [rows, 1]."""
+        if self.settled is None and self.objective.waits:  # the batch is one micro-batch, and these are all losses
+            self.settle(token_loss)
+        return self.mode_weights(self.scores(token_loss, rows)) if self.settled is None else self.settled[rows]
 
     @torch.no_grad()
+    def settle(self, token_loss: Tensor) -> None:
+        """Settles the weights of all rows of this rank by their losses, [rows, seq]."""
+        weights = self.mode_weights(self.scores(token_loss, EVERY))
+        self.settled = self.shuffled(weights) if self.objective.shuffle else weights
+
+    def scores(self, token_loss: Tensor, rows: slice) -> Scores:
+        reference = None if self.reference is None else self.reference[rows]
+        score, mask = self.signal.score(token_loss=token_loss, reference_loss=reference), self.mask[rows]
+        if self.signal.unit == "token":
+            return Scores(rows, score, (mask & score.isfinite()).to(score))
+        score = torch.where(mask, score, 0)
+        if self.documents is None:
+            total, count = score.sum(1, keepdim=True), mask.sum(1, keepdim=True).to(score)
+        else:
+            total, count = (by_document(values, self.documents[rows]) for values in (score, mask.to(score)))
+        return Scores(rows, total / count.clamp(min=1), torch.where(total.isfinite(), count, 0))
+
+    def mode_weights(self, scores: Scores) -> Tensor:
+        """Of the rows of these scores: what modes differ in."""
+        return self.weigh(scores, {})
+
+    def weigh(self, scores: Scores, statistics: dict[str, Tensor]) -> Tensor:
+        """The weights that the signal gives them."""
+        rows = scores.rows
+        weights = self.signal.weights(
+            token_loss=scores.mean if self.documents is None else scores.mean.gather(1, self.documents[rows]),
+            mask=self.mask[rows],
+            domain_id=self.domain[rows],
+            sample_id=self.sample[rows],
+            reference_loss=None if self.reference is None else self.reference[rows],
+            statistics=statistics,
+            **self.known,
+        )
+        return (weights if weights.ndim == 2 else weights[:, None]).to(scores.mean.dtype)
+
+    def shuffled(self, weights: Tensor) -> Tensor:
+        """Each row of the global batch gets the weights of the one before it in a random cycle."""
+        weights = self.backend.gather(weights)
+        draw = keyed_generator(self.objective.seed, "shuffle", self.objective.step)
+        order = torch.randperm(len(weights), generator=draw).to(weights.device, non_blocking=True)
+        moved = torch.empty_like(weights)
+        moved[order] = weights[order.roll(1)]
+        return moved[self.backend.rank :: self.backend.world]
+
+    def statistics(self, scores: Scores) -> dict[str, Tensor]:
+        """Of some rows here and of as many on every other rank."""
+        mean, tokens, domain = scores.mean, scores.tokens, self.domain[scores.rows]
+        packed = self.gather(torch.cat([torch.where(tokens > 0, mean, 0), tokens, domain[:, None].to(mean)], 1))
+        mean, tokens, domain = packed.split([mean.shape[1], mean.shape[1], 1], 1)
+        return self.signal.statistics(losses=mean, mask=tokens, domain_id=domain[:, 0].long(), **self.known)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all whose losses the statistics are of."""
+        return self.backend.gather(tensor)
+
     def record(self) -> dict[str, Tensor] | None:
-        """After `finish`: what there is to say about the weights, on the device; None where all tokens count alike."""
-        if self.plain or not self.used:
+        if not self.used:
             return None
         tokens, weight = self.totals[TOKENS], self.totals[WEIGHT]
         relative = torch.cat(self.used) * (tokens / weight)
@@ -285,7 +262,66 @@ class Goal:
         return {"loss": self.totals[WEIGHTED] / self.denominator, **said, **self.objective.report()}
 
 
-def by_document(values: Tensor, documents: Tensor) -> Tensor:
-    """Sums over the documents of each row, [rows, seq + 1]."""
-    rows, seq = values.shape
-    return values.new_zeros(rows, seq + 1).scatter_add(1, documents, values)
+# ------------------------------------------------------------------------------------------------------------- modes
+
+
+class Exact(Weighted):
+    """Statistics of this very batch. With several micro-batches that takes a forward pass ahead of them."""
+
+    waits = True
+
+    def mode_weights(self, scores: Scores) -> Tensor:
+        statistics = self.statistics(scores)
+        self.signal.update(statistics=statistics, **self.known)
+        return self.weigh(scores, statistics)
+
+
+class Lagged(Weighted):
+    """Statistics of the batch before; in the first step all tokens count alike."""
+
+    def __init__(self, objective: Objective, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor):
+        super().__init__(objective, backend, batch, inputs, targets)
+        self.seen: list[Scores] = []
+
+    def mode_weights(self, scores: Scores) -> Tensor:
+        self.seen.append(scores)
+        last = self.objective.last
+        return self.weigh(scores, last) if last else torch.ones_like(scores.mean[:, :1])
+
+    def close(self) -> None:
+        _, means, tokens = zip(*self.seen, strict=True)
+        last = self.statistics(Scores(EVERY, torch.cat(means), torch.cat(tokens)))
+        self.signal.update(statistics=last, **self.known)
+        self.objective.last = last
+
+
+class Parity(Weighted):
+    """Statistics of a micro-batch over all ranks, as published code has it, which then counts as much as it has tokens.
+    So the objective depends on the split."""
+
+    of_micro_batch = True
+
+    def mode_weights(self, scores: Scores) -> Tensor:
+        weights = self.weigh(scores, self.statistics(scores))
+        if self.signal.denominator == "mask":
+            return weights
+        mask = self.mask[scores.rows]
+        sums = torch.stack([mask.sum(dtype=torch.float64), (weights * mask).sum(dtype=torch.float64)])
+        tokens, weight = self.sum(sums)
+        return weights * torch.where(tokens > 0, tokens / weight, 1).to(weights.dtype)
+
+    def sum(self, sums: Tensor) -> Tensor:
+        return self.backend.sum(sums)
+
+
+class Rank(Parity):
+    """Statistics of a micro-batch on its own rank; otherwise as Parity."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def sum(self, sums: Tensor) -> Tensor:
+        return sums
+
+
+MODES = {"none": Weighted, "exact": Exact, "lagged": Lagged, "parity": Parity, "rank": Rank}

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from thriftlab.data.loader import Batch
 from thriftlab.train.backends.base import Backend
-from thriftlab.train.objective import Objective, document_ids, split_windows
+from thriftlab.train.objective import Objective
 from thriftlab.train.signals.base import Uniform
+from thriftlab.train.windows import autocast, document_ids, split_windows
 
 CACHE_ELEMENTS = 2**17  # of the residual stream that one micro-batch may have for each thread of a CPU: 512 kB in fp32
 
@@ -30,7 +31,7 @@ class StepResult(NamedTuple):
 def train_step(
     backend: Backend,
     batch: Batch,
-    delimiter: int | None,
+    mask_delimiter: int | None,
     micro_batch_size: int,
     precision: str,
     max_norm: float | None,
@@ -40,7 +41,7 @@ def train_step(
 
     Args:
         batch: this rank's windows, int64 [rows, seq + 1].
-        delimiter: the token that opens a document, to mask attention between documents; None: no mask.
+        mask_delimiter: the token that opens a document, to mask attention between documents; None: no mask.
         micro_batch_size: rows of one forward and backward.
         precision: "fp32" or "bf16" (autocast).
         max_norm: gradients are scaled down to this global norm; None: never.
@@ -48,25 +49,27 @@ def train_step(
     """
     inputs, targets = split_windows(batch.tokens.to(backend.device, non_blocking=True))
     micro_batches = [slice(start, start + micro_batch_size) for start in range(0, len(inputs), micro_batch_size)]
+    objective = objective or Objective(Uniform())
 
     def token_loss(rows: slice) -> Tensor:
         with autocast(backend.device, precision):
-            return backend.module(inputs[rows], targets[rows], document_ids(inputs[rows], delimiter))
+            return backend.module(inputs[rows], targets[rows], document_ids(inputs[rows], mask_delimiter))
 
-    objective = objective or Objective(Uniform())
-    goal = objective.of(backend, batch, inputs, targets)
+    ahead = None  # the losses of all rows, where they have to be known before the first is back-propagated
     if objective.waits and len(micro_batches) > 1:
         with rehearsed(backend.device):
-            goal.look(torch.cat([token_loss(rows) for rows in micro_batches]))
-    backend.begin(goal.denominator)
+            ahead = torch.cat([token_loss(rows) for rows in micro_batches])
+
+    step = objective.begin(backend, batch, inputs, targets, ahead)
+    backend.begin(step.denominator)
     for rows in micro_batches:
         with backend.micro_batch(last=rows is micro_batches[-1]):
-            backend.backward(goal.total(token_loss(rows), rows))
+            backend.backward(step.total(token_loss(rows), rows))
+    loss, tokens, denominator, weights = step.finish()
 
-    loss, tokens, denominator = goal.finish()
     scale = torch.where(loss.isfinite(), 1 / denominator, torch.nan)
     grad_norm, applied = backend.step(scale, max_norm)
-    return StepResult((loss / tokens).item(), grad_norm, int(tokens), applied, goal.record())
+    return StepResult((loss / tokens).item(), grad_norm, int(tokens), applied, weights)
 
 
 @contextmanager
@@ -83,8 +86,3 @@ def micro_batch_rows(device: torch.device, sequence_length: int, dim: int) -> in
     """
     cache = CACHE_ELEMENTS * torch.get_num_threads()
     return max(1, cache // (sequence_length * dim)) if device.type == "cpu" else None
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 for the matrix products; parameters, gradients and losses stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,7 +1,7 @@
 """What the record shows of the weights of one step.
 
-One surprise: all of it is counted in predicted tokens and not in windows, so that signals that weigh tokens, windows
-and sources are told in the same numbers. Where all windows have as many tokens, it is the same.
+All of it is counted in predicted tokens and not in windows, so that signals that weigh tokens, windows and sources are
+told in the same numbers. Where all windows have as many tokens, it is the same.
 """
 
 from collections.abc import Sequence

@@ -25,8 +25,7 @@ from thriftlab.optim.core.method import downhill
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.holdings import rehearsal
 from thriftlab.train.backends.pieces import Piece, Pieces
-from thriftlab.train.objective import count_targets, split_windows, total_loss
-from thriftlab.train.step import autocast
+from thriftlab.train.windows import autocast, count_targets, split_windows, total_loss
 
 TOLERANCE = 1e-3  # of a norm: rounding stays far below it, and no fault that we know of does
 SHOWN = 5  # findings in the message
@@ -105,7 +104,7 @@ def compare_weights(backend: Backend) -> list[str]:
     for name in kinds:
         right = gather(backend, saved, name, kinds).reshape(-1)
         if name in held and not torch.equal(held[name].tensor, right[held[name].start : held[name].stop]):
-            findings.append(f"{name}: rank {backend.rank} begins with other weights than the rank that saves it")
+            findings.append(f"{name}: rank {backend.rank} starts with other weights than the rank that saves it")
     return findings
 
 
@@ -120,7 +119,7 @@ def compare_sums(backend: Backend, alone: Pieces) -> list[str]:
         if not (total - expected).norm() <= TOLERANCE * expected.norm() + noise:
             findings.append(
                 f"{name}: the gradient of a sequence that all ranks have is {norms[name] / expected.norm():.4g} of "
-                f"{backend.world} times the first rank's: a rank's gradient was not added, or its weights are others"
+                f"{backend.world} times the first rank's: a rank's gradient was not added, or its weights differ"
             )
     return findings
 
@@ -184,7 +183,7 @@ def difference(backend: Backend, key: str, piece: Piece, right: Tensor, moved: T
     if not wrong:
         return []
     return [
-        f"{key}: after a step rank {backend.rank} has not what the same gradient and state give on rank {judge} "
+        f"{key}: after a step rank {backend.rank} differs from what the same gradient and state give on rank {judge} "
         f"({int((far != 0).sum())} of {far.numel()} entries differ, by up to {far.abs().max():.3g})"
     ]
 

@@ -1,6 +1,6 @@
 """thriftlab reference: the losses of a finished run's model on every training window, for signals that compare.
 
-One surprise: they are kept in 16 bits. A loss of 4 nats is off by 0.002 at most, far below what one step changes.
+They are kept in 16 bits. A loss of 4 nats is off by 0.002 at most, far below what one step changes.
 """
 
 import sys
@@ -16,25 +16,25 @@ from tqdm import tqdm
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal, sha256
 from thriftlab.data.shards import Dataset, open_dataset
+from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends.replicas import take_up_buffers
 from thriftlab.train.build import make_model
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.choice import Section
 from thriftlab.train.config.parse import Settings, validate
-from thriftlab.train.config.schema import Count, RunConfig
+from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.model import GPT
-from thriftlab.train.objective import document_ids, split_windows
-from thriftlab.train.records.record import read_record
+from thriftlab.train.records.record import Record, read_record
 from thriftlab.train.signals.reference import NAME
-from thriftlab.train.step import autocast
+from thriftlab.train.windows import autocast, document_ids, split_windows
 
 LARGEST = float(np.finfo(np.float16).max)
 
 
 class ReferenceConfig(Section):
-    """Which model judges which windows."""
+    """Whose losses are written, and of which windows."""
 
-    run: str = Field(description="folder of the finished run whose last weights judge")
+    run: str = Field(description="folder of the finished run; the losses are those of its last weights")
     data: str | None = Field(None, description="folder that `thriftlab prepare` made; null: the data of that run")
     sequence_length: Count | None = Field(None, description="tokens of one window; null: as in that run")
     batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
@@ -43,24 +43,24 @@ class ReferenceConfig(Section):
 
 def write_reference(asked: ReferenceConfig) -> Path:
     """Write OUT/reference.json and OUT/SOURCE.npy of every source; returns OUT. UserError for what cannot be."""
-    entry, out = read_record(Path(asked.run) / "record.json"), Path(asked.out)
-    config = finished_config(entry["config"])
+    entry, out = Record.from_json(read_record(Path(asked.run) / "record.json")), Path(asked.out)
+    config = finished_config(entry.config)
     length = asked.sequence_length or config.data.sequence_length
     dataset = open_dataset(asked.data or config.data.path, verify=config.data.verify)
     refuse_other_tokenizer(dataset, config, asked)
     model = load_model(config, dataset, Path(asked.run))
     out.mkdir(parents=True, exist_ok=True)
     (out / NAME).unlink(missing_ok=True)  # last written, so that what is half done cannot be taken for whole
-    delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
+    mask_delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
     files = {}
     for name in dataset.sources:
         windows, path = dataset.windows(name, "train", length), out / f"{name}.npy"
         losses = np.lib.format.open_memmap(path, "w+", np.float16, (len(windows), length))
-        for rows in pieces(len(windows), asked.batch_size, name):
-            losses[rows] = judge(model, windows[rows], delimiter, config.train.precision)
+        for rows in batches_of(len(windows), asked.batch_size, name):
+            losses[rows] = token_losses(model, windows[rows], mask_delimiter, config.train.precision)
         losses.flush()
         files[path.name] = sha256(path)
-    about = {"data": dataset.fingerprint, "sequence_length": length, "run": entry["fingerprint"], "files": files}
+    about = {"data": dataset.fingerprint, "sequence_length": length, "run": entry.fingerprint, "files": files}
     replace_atomically(out / NAME, seal(about))
     return out
 
@@ -77,8 +77,8 @@ def refuse_other_tokenizer(dataset: Dataset, config: RunConfig, asked: Reference
     own = open_dataset(config.data.path, verify=False).manifest["tokenizer"]
     if own != dataset.manifest["tokenizer"]:
         raise UserError(
-            f"{asked.run} was trained on the tokens of {config.data.path}, and {asked.data} has others; prepare one of "
-            "them anew with the tokenizer of the other"
+            f"{asked.run} was trained with the tokenizer of {config.data.path}, and {asked.data} has another; prepare "
+            "one of them again with the tokenizer of the other"
         )
 
 
@@ -98,17 +98,17 @@ def load_model(config: RunConfig, dataset: Dataset, run: Path) -> GPT:
     return model.eval()
 
 
-def pieces(count: int, size: int, name: str) -> Iterator[np.ndarray]:
+def batches_of(count: int, size: int, name: str) -> Iterator[np.ndarray]:
     """The numbers below `count`, up to `size` at a time."""
     for start in tqdm(range(0, count, size), desc=name, unit="batch", disable=not sys.stderr.isatty()):
         yield np.arange(start, min(start + size, count))
 
 
 @torch.no_grad()
-def judge(model: GPT, windows: np.ndarray, delimiter: int | None, precision: str) -> np.ndarray:
+def token_losses(model: GPT, windows: np.ndarray, mask_delimiter: int | None, precision: str) -> np.ndarray:
     """Losses [rows, seq] of windows [rows, seq + 1]."""
     device = next(model.parameters()).device
     inputs, targets = split_windows(torch.from_numpy(windows.astype(np.int64)).to(device))
     with autocast(device, precision):
-        losses = model(inputs, targets, document_ids(inputs, delimiter))
+        losses = model(inputs, targets, document_ids(inputs, mask_delimiter))
     return losses.float().clamp(max=LARGEST).cpu().numpy()

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.errors import PydanticUserError
 
 Model = TypeVar("Model", bound=BaseModel)
+Count = Annotated[int, Field(ge=1)]
 
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]

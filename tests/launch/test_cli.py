@@ -384,6 +384,6 @@ def test_a_warning_for_the_user_is_one_line(tmp_path, tiny_data):
     words += f" budget.tokens=2560 log.every=1 signal.name=extremes signal.r=0.02 train.threads=1 out={tmp_path}/out"
     command = [sys.executable, "-m", "thriftlab.launch", *words.split()]
     heard = subprocess.run(command, capture_output=True, text=True, check=True).stderr.replace("\r", "\n").splitlines()
-    warned = [line for line in heard if "counts like" in line]
+    warned = [line for line in heard if "effective batch" in line]
     assert len(warned) == 1 and warned[0].lstrip().startswith("warning: step ")
     assert not [line for line in heard if ".py:" in line]

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
 from thriftlab.train import loop
-from thriftlab.train.checkpoints.writer import latest
+from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.log import Log
 from thriftlab.train.loop import Interrupted, run

@@ -5,7 +5,7 @@ import torch
 from thriftlab.optim import LAYERS, convert, split_groups
 from thriftlab.train.backends import make_backend
 from thriftlab.train.model import GPT, ModelConfig
-from thriftlab.train.step import autocast
+from thriftlab.train.windows import autocast
 
 # Odd sizes, tied weights; a hidden size that no world divides.
 CONFIG = ModelConfig(preset=None, dim=10, layers=2, heads=1, hidden=13, vocab_size=17, tied=True, init_std=0.2)

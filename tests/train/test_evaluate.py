@@ -52,7 +52,7 @@ def brute_force(path, length, mask=False):
 def test_every_token_counts_once(tiny_data, mask):
     length = 50
     expected = brute_force(tiny_data, length, mask)
-    [got] = measure(tiny_data, [(length, 4)], delimiter=256 if mask else None)
+    [got] = measure(tiny_data, [(length, 4)], mask_delimiter=256 if mask else None)
     for source, (nats, tokens, size) in expected.items():
         assert (got["sources"][source]["tokens"], got["sources"][source]["bytes"]) == (tokens, size)
         assert got["sources"][source]["loss"] == pytest.approx(nats / tokens, rel=1e-6)

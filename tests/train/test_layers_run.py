@@ -309,10 +309,10 @@ def test_the_factors_are_the_matrices_of_the_update_rule(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"name": "lost", "rank": 64}, r"layer.name = lost is in the place of no Linear: 2,080 parameters are not"),
+        ({"name": "lost", "rank": 64}, r"layer.name = lost replaces no Linear: 2,080 parameters are not"),
         ({"name": "lost", "include": ["nope"]}, "layer: pattern 'nope' matches no Linear; near: "),
         ({"name": "lost", "exclude": ["nope"]}, "layer: pattern 'nope' matches no Linear; near: "),
-        ({"name": "lost", "exclude": [""]}, "in the place of no Linear: all are excluded"),
+        ({"name": "lost", "exclude": [""]}, "replaces no Linear: all are excluded"),
         ({"name": "lost", "rank": 1.5}, "layer: rank = 1.5: give a whole number"),
     ],
 )

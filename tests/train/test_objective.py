@@ -15,7 +15,7 @@ from thriftlab.data.loader import Batch
 from thriftlab.train import watch
 from thriftlab.train.backends import make_backend
 from thriftlab.train.model import GPT, ModelConfig
-from thriftlab.train.objective import Goal, Objective
+from thriftlab.train.objective import Objective, StepObjective, Weighted
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.step import train_step
 
@@ -257,11 +257,12 @@ def test_the_shuffled_control_does_not_depend_on_the_split(found):
 def test_the_shuffled_control_has_the_same_weights_in_other_rows():
     backend, objective, tokens = make_backend("single"), shuffled(), batch_of().tokens
     backend.prepare(model_of(), Gradients(model_of().parameters()))
-    goal = objective.of(backend, batch_of(), tokens[:, :-1], tokens[:, 1:])
+    objective.at(0, PROGRESS)
+    of_step = objective.begin(backend, batch_of(), tokens[:, :-1], tokens[:, 1:])
     orders = set()
     for step in range(3):
         objective.at(step, PROGRESS)
-        rows = goal.shuffled(torch.arange(ROWS)[:, None]).flatten().tolist()
+        rows = of_step.shuffled(torch.arange(ROWS)[:, None]).flatten().tolist()
         assert sorted(rows) == list(range(ROWS)) and all(row != i for i, row in enumerate(rows))
         orders.add(tuple(rows))
     assert len(orders) == 3
@@ -317,14 +318,15 @@ def loudly(original):
 @pytest.mark.parametrize("mode", ["exact", "lagged", "parity"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_value_is_waited_for(case, mode, monkeypatch):
-    for name in ("__init__", "look", "total", "finish", "record"):
-        original = getattr(Goal, name)
+    entries = [(StepObjective, name) for name in ("__init__", "total", "finish")]
+    for owner, name in [*entries, *((Weighted, name) for name in ("__init__", "settle", "total"))]:
+        original = getattr(owner, name)
 
         def quiet(*args, original=original):
             with NoWaiting():
                 return original(*args)
 
-        monkeypatch.setattr(Goal, name, quiet)
+        monkeypatch.setattr(owner, name, quiet)
     for name in ("tolist", "numpy"):  # which ask behind the dispatcher's back
         monkeypatch.setattr(torch.Tensor, name, loudly(getattr(torch.Tensor, name)))
     objective = objective_of(case, statistics=mode)
@@ -349,7 +351,7 @@ class Bare:
     def at(self, *_, **__):
         pass
 
-    def of(self, backend, batch, inputs, targets):
+    def begin(self, backend, batch, inputs, targets, ahead=None):
         self.denominator = (targets >= 0).sum().double()
         self.loss = torch.zeros((), dtype=torch.float64)
         return self
@@ -359,10 +361,7 @@ class Bare:
         return token_loss.sum()
 
     def finish(self):
-        return self.loss, self.denominator, self.denominator
-
-    def record(self):
-        return None
+        return self.loss, self.denominator, self.denominator, None
 
 
 # ------------------------------------------------------------------------------------------------------------- edges

@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines that survive a kill, a record that betrays a flipped bit, its birth certificate."""
+"""What a run leaves behind: lines that survive a kill, a record that betrays a flipped bit, its provenance."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from thriftlab.data import files
 from thriftlab.train.records import record
 from thriftlab.train.records.record import (
     MetricsWriter,
+    Record,
     RecordError,
-    birth_certificate,
-    mfu,
-    peak_flops,
+    provenance,
     read_metrics,
     read_record,
     write_json,
     write_record,
 )
+from thriftlab.train.records.speed import mfu, peak_flops
 
 
 def write_lines(path: Path, steps, resume_step=None) -> None:
@@ -142,7 +142,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ birth certificate
+DONE = Path(__file__).parents[1] / "formats" / "runs" / "done" / "record.json"
+
+
+def test_a_record_by_its_fields_is_the_file_key_by_key():
+    tree = read_record(DONE)
+    entry = Record.from_json(tree)
+    assert json.dumps(entry.to_json()) == json.dumps(tree)
+    assert entry.results.loss == tree["results"]["loss"] and entry.model.layers == tree["model"]["layers"]
+
+
+def test_a_record_that_is_older_than_a_key_is_read():
+    tree = read_record(DONE)
+    del tree["remarks"], tree["speed"], tree["memory"]["buffer_bytes"], tree["files"]
+    entry = Record.from_json(tree)
+    assert entry.remarks is None and entry.speed is None and entry.memory.buffer_bytes is None
+    assert "files" not in entry.to_json()
+
+
+# ------------------------------------------------------------------------------------------------------- provenance
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -165,9 +183,9 @@ def checkout(tmp_path, monkeypatch) -> Path:
 def test_a_clean_checkout_is_its_commit(checkout, tmp_path):
     git(checkout, "add", ".")
     git(checkout, "commit", "-qm", "first")
-    certificate = birth_certificate(tmp_path / "out")
-    assert certificate["commit"] == git(checkout, "rev-parse", "HEAD")
-    assert certificate["diff_sha256"] is None and not (tmp_path / "out").exists()
+    found = provenance(tmp_path / "out")
+    assert found["commit"] == git(checkout, "rev-parse", "HEAD")
+    assert found["diff_sha256"] is None and not (tmp_path / "out").exists()
 
 
 def test_a_dirty_checkout_can_be_rebuilt_from_commit_and_diff(checkout, tmp_path):
@@ -177,9 +195,9 @@ def test_a_dirty_checkout_can_be_rebuilt_from_commit_and_diff(checkout, tmp_path
         file.write("# changed\n")
     (checkout / "train" / "records" / "new metöd.py").write_text("x = 1\n")
     (checkout / "secret.txt").write_text("not code")
-    certificate = birth_certificate(tmp_path)
+    found = provenance(tmp_path)
     diff = (tmp_path / "code.diff").read_bytes()
-    assert certificate["diff_sha256"] == hashlib.sha256(diff).hexdigest() == birth_certificate()["diff_sha256"]
+    assert found["diff_sha256"] == hashlib.sha256(diff).hexdigest() == provenance()["diff_sha256"]
     assert b"not code" not in diff
 
     git(tmp_path, "clone", "-q", str(checkout), "copy")
@@ -193,23 +211,23 @@ def test_installed_inside_somebody_elses_repository_has_no_commit(checkout):
     (checkout / "mine.py").write_text("")
     git(checkout, "add", "mine.py")
     git(checkout, "commit", "-qm", "theirs")
-    certificate = birth_certificate()
-    assert certificate["commit"] is None and certificate["diff_sha256"] is None
-    assert certificate["versions"]["thriftlab"]
+    found = provenance()
+    assert found["commit"] is None and found["diff_sha256"] is None
+    assert found["versions"]["thriftlab"]
 
 
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert birth_certificate()["commit"] is None
+    assert provenance()["commit"] is None
 
 
-def test_the_certificate_says_what_ran_and_not_whose_machine():
-    certificate = birth_certificate()
-    json.dumps(certificate, allow_nan=False)
-    assert certificate["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert certificate["versions"]["torch"] == torch.__version__
-    assert certificate["machine"]["cores"] >= 1 and certificate["machine"]["memory_bytes"] > 2**20
-    assert certificate["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpus"}
+def test_provenance_says_what_ran_and_not_whose_machine():
+    found = provenance()
+    json.dumps(found, allow_nan=False)
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 2**20
+    assert found["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpus"}
 
 
 # ------------------------------------------------------------------------------------------------- memory and speed
@@ -217,7 +235,7 @@ def test_the_certificate_says_what_ran_and_not_whose_machine():
 
 PEAK = """
 import torch
-from thriftlab.train.records.record import peak_bytes
+from thriftlab.train.records.speed import peak_bytes
 before = peak_bytes()
 block = torch.ones(2**28, dtype=torch.uint8)
 print(before, peak_bytes())

@@ -22,11 +22,12 @@ from thriftlab.train.backends.base import Backend
 from thriftlab.train.build import make_plan
 from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.loop import run
-from thriftlab.train.objective import Objective, split_windows
+from thriftlab.train.objective import Objective
 from thriftlab.train.records.record import read_metrics, read_record
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.reference import open_reference, read_reference
 from thriftlab.train.step import train_step
+from thriftlab.train.windows import split_windows
 from thriftlab.train.write_reference import ReferenceConfig, load_model, write_reference
 
 # ----------------------------------------------------------------------------------------------------------- backends
@@ -301,13 +302,13 @@ def test_what_reference_losses_cannot_be_used_for(tiny_data, reference, tmp_path
     raw = bytearray((copy / "plain.npy").read_bytes())
     raw[-1] ^= 1
     (copy / "plain.npy").write_bytes(raw)
-    assert "plain.npy is not what reference.json vouches for; write it again" in refusal(run, rho1(copy))
+    assert "plain.npy does not match reference.json; write it again" in refusal(run, rho1(copy))
     (copy / "noisy.npy").unlink()
     (copy / "plain.npy").write_bytes((reference / "plain.npy").read_bytes())
     for verify in (True, False):
         assert "noisy.npy cannot be read (" in refusal(run, rho1(copy, verify=verify))
     np.save(copy / "noisy.npy", np.zeros((3, 32), np.float16))
-    assert "noisy.npy is not what reference.json vouches for" in refusal(run, rho1(copy, verify=False))
+    assert "noisy.npy does not match reference.json" in refusal(run, rho1(copy, verify=False))
     text = (copy / "reference.json").read_text()
     (copy / "reference.json").write_text(text.replace('"sequence_length": 32', '"sequence_length": 33'))
     assert "reference.json is damaged" in refusal(run, rho1(copy))
@@ -327,7 +328,7 @@ def test_what_cannot_judge(tiny_data, tmp_path, capsys):
     manifest["tokenizer"]["vocab_size"] += 1
     write_manifest(tmp_path / "other", manifest)
     assert main(["reference", f"run={tmp_path / 'done'}", f"data={tmp_path / 'other'}"]) == 2
-    assert "has others; prepare one of them anew with the tokenizer of the other" in capsys.readouterr().err
+    assert "has another; prepare one of them again with the tokenizer of the other" in capsys.readouterr().err
 
 
 def test_the_result_depends_on_the_reference_and_not_on_where_it_lies(reference, tmp_path):
@@ -345,15 +346,15 @@ def test_the_result_depends_on_the_reference_and_not_on_where_it_lies(reference,
 
 def test_a_batch_that_counts_like_less_than_half_is_warned_of_once(tiny_data, tmp_path):
     with pytest.warns(
-        RuntimeWarning, match=r"step \d: weighted as it is, the batch counts like \d\d% of its tok"
+        RuntimeWarning, match=r"step \d: the weights leave an effective batch of \d\d% of its tok"
     ) as seen:
         run(tiny_config(tiny_data, tmp_path / "sharp", signal={"name": "extremes", "r": 0.02, "warmup": 0.0}))
-    assert len([w for w in seen if "counts like" in str(w.message)]) == 1
+    assert len([w for w in seen if "effective batch" in str(w.message)]) == 1
 
 
 def test_a_gentle_signal_is_not_warned_of(tiny_data, tmp_path, recwarn):
     run(tiny_config(tiny_data, tmp_path / "gentle", signal={"name": "linupper", "r": 10}))
-    assert not [w for w in recwarn if "counts like" in str(w.message)]
+    assert not [w for w in recwarn if "effective batch" in str(w.message)]
     lines = read_metrics(tmp_path / "gentle" / "metrics.jsonl")
     assert all(0.9 < line["signal"]["ess"] < 1 for line in lines if "signal" in line)
     assert read_record(tmp_path / "gentle" / "record.json")["signal"] == {}

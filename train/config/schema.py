@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from thriftlab.data.errors import ConfigError
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
+from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.config.choice import Choice, Plugin, Registry, Section, plugin_sha256
@@ -29,7 +30,6 @@ from thriftlab.train.signals.reference import read_reference
 T = TypeVar("T")
 Plumbing = Annotated[T, "plumbing"]
 Speed = Annotated[T, "speed"]
-Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 
 

@@ -1,7 +1,7 @@
-"""What a run leaves behind: metrics.jsonl while it trains, record.json when it is done, and its birth certificate.
+"""What a run leaves behind: metrics.jsonl while it trains, record.json when it is done, and where both come from.
 
-record.json is sealed: it carries its own sha256 and those of the files beside it, so a flipped bit is found. The
-surprise: nan and inf are written as null, because JSON has no word for them; the key stays.
+record.json is sealed: it carries its own sha256 and those of the files beside it, so a flipped bit is found. nan and
+inf are written as null, because JSON has no word for them; the key stays. `Record` is what is in it.
 """
 
 import hashlib
@@ -10,11 +10,10 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
-import sys
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -22,8 +21,7 @@ from thriftlab.data.errors import UserError
 from thriftlab.data.files import finite, replace_atomically, seal, sha256, unseal, write_json
 
 __all__ = [
-    "MetricsWriter", "RecordError", "birth_certificate", "mfu", "peak_bytes", "peak_flops", "read_metrics",
-    "read_record", "write_json", "write_record",
+    "MetricsWriter", "Record", "RecordError", "provenance", "read_metrics", "read_record", "write_json", "write_record",
 ]  # fmt: skip
 
 
@@ -88,6 +86,104 @@ def _parse(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------------- record
 
 
+@dataclass(frozen=True)
+class DataUsed:
+    fingerprint: str
+    plan: str  # fingerprint of the order
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class ModelUsed:
+    parameters: int
+    trained: int  # of these
+    flops_per_token: int  # forward and backward
+    layers: dict[str, Any]  # "converted": names of replaced Linears; "left": {name: why it was left}
+
+
+@dataclass(frozen=True)
+class Spent:
+    steps: int
+    tokens: int
+    flops: int
+    seconds: float  # of training steps, without evaluation and saving
+
+
+@dataclass(frozen=True)
+class Results:
+    """Held out, but for `train_loss`."""
+
+    loss: float | None  # nats a token, like the others None where it is not finite and was read from a file
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+    sources: dict[str, dict[str, Any]]  # name -> the four above
+    perplexity: float | None
+    train_loss: float | None  # of the last step
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, of this rank."""
+
+    parameter_bytes: int
+    buffer_bytes: int
+    state_bytes: int
+    predicted_state_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    tokens_per_second: float | None  # of all ranks; None where no step was timed
+    mfu: float | None  # None where the device's peak is not known
+
+
+@dataclass(frozen=True)
+class Record:
+    """record.json, key by key and in its order: what a run was, what it spent and what came of it."""
+
+    status: str
+    method: str
+    fingerprint: str
+    seed: int
+    config: dict[str, Any]
+    started: float  # seconds since 1970
+    commit: str | None
+    diff_sha256: str | None
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    world: int
+    data: DataUsed
+    model: ModelUsed
+    budget: Spent
+    results: Results
+    memory: Memory
+    speed: Speed
+    skipped_steps: int
+    signal: dict[str, Any]
+    remarks: list[str]
+    finished: float
+    files: dict[str, str] | None = None  # name -> sha256; set when it is written
+
+    def to_json(self) -> dict[str, Any]:
+        tree = asdict(self)
+        if self.files is None:
+            del tree["files"]
+        return tree
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Record":
+        """What is not in a record, because it is older than the key, is None."""
+        return _filled(cls, tree)
+
+
+def _filled(kind: Any, tree: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    values = {key: tree.get(key) for key in hints}
+    return kind(**{key: _filled(hints[key], v) if is_dataclass(hints[key]) and v else v for key, v in values.items()})
+
+
 BESIDE = ("metrics.jsonl", "config.json", "code.diff")  # what a record vouches for
 
 
@@ -114,7 +210,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-# ------------------------------------------------------------------------------------------------ birth certificate
+# ------------------------------------------------------------------------------------------------------- provenance
 
 PACKAGES = (
     "thriftlab", "torch", "numpy", "triton", "deepspeed", "datasets", "tokenizers", "tiktoken", "safetensors",
@@ -122,7 +218,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def birth_certificate(out: Path | None = None) -> dict[str, Any]:
+def provenance(out: Path | None = None) -> dict[str, Any]:
     """Which code ran, on what: {"commit", "diff_sha256", "versions", "machine"}.
 
     Uncommitted changes of the project's checkout, new Python files included, go to OUT/code.diff (where `out` is
@@ -190,56 +286,3 @@ def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return model[1].strip() if model else platform.processor() or platform.machine()
-
-
-# ------------------------------------------------------------------------------------------------- memory and speed
-
-
-def peak_bytes() -> int:
-    """Highest memory of this process so far: allocated on the GPU where one is used, else resident on the host."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(peak[1]) * 1024  # ru_maxrss would start at what the parent process had
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# Dense bf16 matrix peaks in FLOP/s, from the makers' data sheets (where NVIDIA prints only the number with sparsity,
-# half of it). The first pattern that the device's name matches counts.
-PEAKS = (
-    (r"MIG", None),  # a slice of a GPU
-    (r"\bB200\b", 2250e12),
-    (r"\bH200 NVL\b", 835.5e12),
-    (r"\bH200\b", 989.5e12),
-    (r"\bH100 PCIe\b", 756.5e12),
-    (r"\bH100 NVL\b", 835.5e12),
-    (r"\bH100\b", 989.5e12),
-    (r"\bA[18]00\b", 312e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bL4\b", 121e12),
-    (r"\bA10\b", 125e12),
-    (r"\bRTX A6000\b", 154.8e12),
-    (r"\bRTX 4090$", 165.2e12),
-    (r"\bRTX 3090$", 71e12),
-    (r"\bMI325X\b", 1307.4e12),
-    (r"\bMI300X\b", 1307.4e12),
-    (r"\bMI250X\b", 383e12),
-)
-
-
-def peak_flops(name: str) -> float | None:
-    """Dense bf16 peak of a device by the name that torch gives it, FLOP/s; None where it is not known."""
-    return next((peak for pattern, peak in PEAKS if re.search(pattern, name)), None)
-
-
-def mfu(tokens_per_second: float, flops_per_token: float, device: torch.device | str, devices: int = 1) -> float | None:
-    """Model FLOPs utilisation (PaLM, arXiv 2204.02311) against the dense bf16 peak; None where no peak is known.
-
-    Args:
-        tokens_per_second: Of all devices together.
-        flops_per_token: Of the model, forward and backward, without recomputation.
-    """
-    device = torch.device(device)
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return tokens_per_second * flops_per_token / (peak * devices) if peak else None

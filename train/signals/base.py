@@ -7,9 +7,9 @@ In each step the trainer asks it, in this order, and only for what it declares:
     update(statistics, state, ...)            its state, once a step
     weights(token_loss, statistics, ...)      how much each token counts, up to a common factor
 
-The one surprise: a signal never sees ranks, micro-batches or the normaliser. Scores are gathered from all of them
-before `statistics`, and the sum of the weights is divided out at the end of the step. So what it says is a function of
-the global batch, as long as `weights`, which is handed some rows at a time, takes each row by itself.
+A signal never sees ranks, micro-batches or the normaliser. Scores are gathered from all of them before `statistics`,
+and the sum of the weights is divided out at the end of the step. So what it says is a function of the global batch, as
+long as `weights`, which is handed some rows at a time, takes each row by itself.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-SIGNALS: dict[str, type["Signal"]] = {}
+from thriftlab.optim.state.keys import State
 
-State = dict[str, Tensor]
+SIGNALS: dict[str, type["Signal"]] = {}
 
 
 class Signal:
-    """`class X(Signal, name="x")` registers it. Its constructor's signature declares the hyper-parameters (hyper.py).
+    """`class X(Signal, name="x")` registers it. Its constructor's signature declares the hyper-parameters (hyper.py);
+    it raises ValueError where they do not go together.
 
     The methods are called with keywords: take what you need, and `**_` for the rest. Beside what their signatures show,
     all of them get `step` (optimizer steps so far), `progress` (spent fraction of the budget, 0 to 1) and `state`.
@@ -117,6 +118,12 @@ def domain_means(losses: Tensor, mask: Tensor, domain_id: Tensor, otherwise: Ten
 def by_domain(values: Tensor, domain_id: Tensor, domains: int) -> Tensor:
     """Sums of `values` [rows] over the rows of each domain, [domains]."""
     return values.new_zeros(domains).index_add(0, domain_id, values)
+
+
+def by_document(values: Tensor, documents: Tensor) -> Tensor:
+    """Sums of `values` [rows, seq] over the documents of each row, [rows, seq + 1]; `documents` numbers the tokens'."""
+    rows, seq = values.shape
+    return values.new_zeros(rows, seq + 1).scatter_add(1, documents, values)
 
 
 class Uniform(Signal, name="uniform"):

@@ -21,9 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from thriftlab.optim.core.hyper import Count
 from thriftlab.train.signals.base import Signal, State
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class CoBa(Signal, name="coba"):
@@ -41,10 +40,10 @@ class CoBa(Signal, name="coba"):
 
     def __init__(
         self,
-        every: Annotated[Count, Field()] = 10,
-        tokens: Annotated[Count, Field()] = 4096,
-        window: Annotated[Count, Field()] = 200,
-        warmup: Annotated[Count, Field()] = 100,
+        every: Count = 10,
+        tokens: Count = 4096,
+        window: Count = 200,
+        warmup: Count = 100,
         tau: Annotated[float, Field(gt=0)] = 5.0,
     ):
         if window < 2 * every:

@@ -3,8 +3,8 @@
     z = softmax(xi);  the gradient of task k counts z_k / L_k, over the sum of these
     xi <- Adam step down  J_softmax(xi)^T (ln loss before - ln loss after)
 
-with losses that are held out. A task that got better by a larger factor than the others loses weight. The surprise: the
-logarithm of the losses that the paper minimises is nothing but the factor 1 / L_k.
+with losses that are held out. A task that got better by a larger factor than the others loses weight. Of the
+logarithm of the losses, which the paper minimises, only the factor 1 / L_k is left.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Search
+from thriftlab.optim.core.hyper import Count, Search
 from thriftlab.train.signals.base import Signal, State, domain_means
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -34,8 +34,8 @@ class FAMO(Signal, name="famo"):
 
     def __init__(
         self,
-        every: Annotated[int, Field(ge=1)] = 10,
-        tokens: Annotated[int, Field(ge=1)] = 4096,
+        every: Count = 10,
+        tokens: Count = 4096,
         step_size: Annotated[float, Field(gt=0), Search(2.5e-3, 0.25)] = 0.025,
         decay: Annotated[float, Field(ge=0)] = 1e-2,
     ):

@@ -1,10 +1,10 @@
 """Reference losses: what another model makes of every token of every training window, computed once.
 
-    FOLDER/reference.json   what it is of: data, window length, the run that judged; sha256 of every file; sealed
+    FOLDER/reference.json   what it is of: data, window length, the run of that model; sha256 of every file; sealed
     FOLDER/SOURCE.npy       float16 [windows, seq], in the order of the windows of that source
 
-One surprise: windows are named by source and number and not by their id in a mixture, so one folder serves every
-mixture of its sources.
+Windows are named by source and number and not by their id in a mixture, so one folder serves every mixture of its
+sources.
 """
 
 from collections.abc import Callable
@@ -78,5 +78,5 @@ def open_losses(path: Path, shape: tuple[int, int], files: dict[str, str] | None
     except (OSError, ValueError) as error:
         raise ReferenceLossError(f"{path} cannot be read ({error}); write it again with thriftlab reference") from None
     if not whole or losses.shape != shape:
-        raise ReferenceLossError(f"{path} is not what {NAME} vouches for; write it again with thriftlab reference")
+        raise ReferenceLossError(f"{path} does not match {NAME}; write it again with thriftlab reference")
     return losses

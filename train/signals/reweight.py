@@ -21,13 +21,13 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Search
+from thriftlab.train.budget import BelowOne
 from thriftlab.train.signals.base import Signal
 
 FLOOR = 1e-6  # nats; the smallest range
 FLAT = 100.0  # a temperature at which weights are as good as uniform; the ramp begins there
 MADS = 3 * 1.4826  # three standard deviations of a normal distribution, in median absolute deviations
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.02)]
 
 
@@ -100,8 +100,8 @@ class Reweight(Signal):
         self,
         r: Annotated[Temperature, Search(0.1, 10.0)] = 0.4,
         r_final: Annotated[Temperature | None, Field()] = None,
-        warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05,
-        ramp: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        warmup: BelowOne = 0.05,
+        ramp: BelowOne = 0.0,
         norm: Annotated[Literal["minmax", "quantile", "mad"], Search(choices=["minmax", "quantile", "mad"])] = "minmax",
         tail: Annotated[float, Field(ge=0, lt=0.5)] = 0.02,
         min_range: Annotated[float, Field(ge=FLOOR)] = FLOOR,

@@ -3,8 +3,8 @@
     excess = loss - reference loss; of the tokens of the batch the part `keep` with the largest excess counts
 
 The training code was not published. Here the threshold is one of the global batch and not of a micro-batch, tokens that
-are not predicted are never chosen, and the sum is divided by the number of chosen tokens. One surprise: tokens that tie
-at the threshold share what is left for them in equal parts. A choice by position would depend on the order of rows.
+are not predicted are never chosen, and the sum is divided by the number of chosen tokens. Tokens that tie at the
+threshold share what is left for them in equal parts: a choice by position would depend on the order of rows.
 """
 
 from typing import Annotated, Any
