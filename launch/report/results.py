@@ -11,7 +11,7 @@ compared at all (different data, different budgets) is an error.
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,38 @@ from thriftlab.launch.report.stats import Paired, holm, paired
 from thriftlab.train.records.record import RecordError, read_metrics, read_record
 
 STUDY = "study.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate that was tried: mean final loss over its seeds, None if one has none, and what they spent."""
+
+    lr: float
+    loss: float | None
+    tokens: float
+    seconds: float
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How an arm comes by its learning rate: the values of `lr` in study.json.
+
+    `how` is pending, tuned or failed for an arm with trials, else default or hand; `edge` is the end of the grid, lower
+    or upper, where the best rate is the last that was tried on that side.
+    """
+
+    how: str
+    lr: float | None
+    edge: str | None = None
+    trials: tuple[Trial, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Tuning":
+        return cls(**{**tree, "trials": tuple(Trial(**trial) for trial in tree["trials"])})
 
 
 @dataclass(frozen=True)
@@ -46,7 +78,7 @@ class Row:
     arm: str
     planned: int
     done: list[Result]
-    lr: dict[str, Any]
+    tuning: Tuning
     difference: Paired | None
 
     def values(self, *path: str) -> list[Any]:
@@ -71,7 +103,7 @@ class Row:
 
     @property
     def learning_rate(self) -> float | None:
-        return next(iter(self.values("config", "optim", "lr")), self.lr.get("lr"))
+        return next(iter(self.values("config", "optim", "lr")), self.tuning.lr)
 
 
 @dataclass(frozen=True)
@@ -101,7 +133,8 @@ class Study:
         planned = [result for result in self.results if result.arm == arm]
         done = [result for result in planned if result.record]
         baseline = arm == next(iter(self.plan["arms"]))
-        return Row(arm, len(planned), done, self.plan["lr"][arm], None if baseline else difference)
+        tuning = Tuning.from_json(self.plan["lr"][arm])
+        return Row(arm, len(planned), done, tuning, None if baseline else difference)
 
     def losses(self, arm: str) -> dict[int, float]:
         """Final held-out loss by seed; a loss that is not finite counts as none."""

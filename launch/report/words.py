@@ -112,10 +112,10 @@ def warnings(study: Study) -> list[str]:
             found.append(meaning)
     if any(record.get("diff_sha256") for record in study.records):
         found.append("the code had uncommitted changes; each run's folder holds them as code.diff")
-    untuned = [row.arm for row in rows if row.lr["how"] == "default"]
+    untuned = [row.arm for row in rows if row.tuning.how == "default"]
     if untuned:
         found.append(f"learning rate not tuned: {', '.join(untuned)}; equal tuning may change the order (--lr-grid)")
-    if len({row.lr["how"] for row in rows}) > 1:
+    if len({row.tuning.how for row in rows}) > 1:
         found.append("learning rates were chosen in different ways; the comparison is not one of equal effort")
     return found
 
@@ -131,13 +131,13 @@ def missing(study: Study) -> list[str]:
 
 def row_warnings(row: Row) -> list[str]:
     found = []
-    if row.lr.get("edge"):
+    if row.tuning.edge:
         found.append(
-            f"{row.arm}: the best learning rate, {row.lr['lr']:g}, is the {row.lr['edge']} end of the grid; "
+            f"{row.arm}: the best learning rate, {row.tuning.lr:g}, is the {row.tuning.edge} end of the grid; "
             f"a better one may lie beyond"
         )
-    lost = [trial for trial in row.lr.get("trials", []) if trial["problem"]]
-    found += [f"{row.arm}: trial with lr {trial['lr']:g} did not finish: {trial['problem']}" for trial in lost]
+    lost = [trial for trial in row.tuning.trials if trial.problem]
+    found += [f"{row.arm}: trial with lr {trial.lr:g} did not finish: {trial.problem}" for trial in lost]
     if skipped := sum(row.values("skipped_steps")):
         found.append(f"{row.arm}: {skipped:.0f} steps were skipped because loss or gradient was not finite")
     if infinite := len(row.done) - len(row.values("results", "loss")):
@@ -170,7 +170,7 @@ LR_MARK = {"default": "*", "hand": "h", "tuned": "", "pending": "?", "failed": "
 
 
 def lr_mark(row: Row) -> str:
-    return LR_MARK[row.lr["how"]] + ("e" if row.lr.get("edge") else "")
+    return LR_MARK[row.tuning.how] + ("e" if row.tuning.edge else "")
 
 
 def cells(row: Row) -> tuple[str, ...]:

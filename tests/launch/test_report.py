@@ -10,9 +10,9 @@ import pytest
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import seal
 from thriftlab.launch.report.figures import colours
-from thriftlab.launch.report.page import report, table
+from thriftlab.launch.report.page import write_report
 from thriftlab.launch.report.results import read_study
-from thriftlab.launch.report.words import answers, warnings
+from thriftlab.launch.report.words import answers, table, warnings
 from thriftlab.train.records.record import read_record, write_record
 
 STATE = {"adamw": 4_000_000, "frugal": 1_900_000, "signsgd": 0}
@@ -56,6 +56,10 @@ def write_run(folder, method, seed, loss, **changes):
             lines.append({**line, "eval": {"loss": loss if step == 100 else height, "bits_per_byte": height / 2}})
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_record(out, {**make_record(method, seed, loss), **changes})
+
+
+def report(folder):
+    return write_report(read_study(folder))
 
 
 def write_plan(folder, methods, seeds, **changes):
@@ -253,7 +257,7 @@ def test_runs_on_different_data_are_not_compared(tmp_path):
 def test_warnings_name_what_weakens_the_comparison(tmp_path):
     make_study(tmp_path, ("adamw", "frugal"), (0, 1))
     trials = [{"lr": 1e-3, "loss": 3.0, "tokens": 100, "seconds": 2.0, "problem": ""},
-              {"lr": 1e-2, "loss": None, "tokens": None, "seconds": None, "problem": "not finite"}]  # fmt: skip
+              {"lr": 1e-2, "loss": None, "tokens": 0, "seconds": 0, "problem": "not finite"}]  # fmt: skip
     tuned = {"how": "tuned", "lr": 1e-3, "edge": "lower", "trials": trials}
     hand = {"how": "hand", "lr": 1e-3, "edge": None, "trials": []}
     write_plan(tmp_path, ["adamw", "frugal"], [0, 1, 2], lr={"adamw": tuned, "frugal": hand})
