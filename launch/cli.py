@@ -191,7 +191,7 @@ def study_keys(argv: list[str]) -> str:
 
 @command(
     """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
-    An experiment that is written down: arms, questions, tuning. Without a name: which there are.""",
+    An experiment that is written down: arms, questions, tuning. Without a name: lists the studies.""",
     study_keys,
 )
 def study(argv: list[str]) -> None:
@@ -255,7 +255,7 @@ def launch(argv: list[str]) -> None:
 
 @command(
     """thriftlab report FOLDER [TARGET]
-    Writes FOLDER/report.html and FOLDER/report.md of a study anew; or, to be kept without the runs,
+    Writes FOLDER/report.html and FOLDER/report.md of a study again; or, to be kept without the runs,
     TARGET/report.md with its figures, the plan and a line for every run."""
 )
 def report(argv: list[str]) -> None:

@@ -54,7 +54,7 @@ def launch(argv: Sequence[str]) -> None:
         raise UserError(f"{out}/STOP keeps this run from going on; remove it first")
     words = [f"{key}={value}" for key, value in split(argv)[0] if key not in LaunchConfig.model_fields]
     meeting = uuid.uuid4().hex[:8]  # no other run's
-    commands = {host: command(c, hosts, host, meeting, words) for host in hosts}
+    commands = {host: remote_command(c, hosts, host, meeting, words) for host in hosts}
     if c.dry_run:
         return print("\n".join(shlex.join([*SSH, host, words]) for host, words in commands.items()))
     with stop_signals() as received:
@@ -90,7 +90,7 @@ def read_hosts(path: Path) -> dict[str, int]:
     return hosts
 
 
-def command(c: LaunchConfig, hosts: dict[str, int], host: str, meeting: str, words: Sequence[str]) -> str:
+def remote_command(c: LaunchConfig, hosts: dict[str, int], host: str, meeting: str, words: Sequence[str]) -> str:
     """What a shell on that machine runs."""
     first, name = next(iter(hosts)), host.rpartition("@")[2]
     carried = [f"{key}={value}" for key, value in sorted(os.environ.items()) if CARRIED.match(key)]

@@ -70,7 +70,7 @@ class SubmitConfig(Section):
     dry_run: bool = Field(False, description="--dry-run prints the script; writes and submits nothing")
 
 
-def options(c: SubmitConfig, batch: "Batch", log: str) -> str:
+def sbatch_lines(c: SubmitConfig, batch: "Batch", log: str) -> str:
     """The #SBATCH lines. ConfigError for a --sbatch that would undo one of them."""
     limit = f"%{batch.at_once}" if batch.at_once else ""
     own = {
@@ -109,7 +109,7 @@ def processes(c: SubmitConfig) -> int:
     return c.processes or c.gpus or 1
 
 
-def command(c: SubmitConfig) -> str:
+def trainer_command(c: SubmitConfig) -> str:
     """How the script starts the trainer: one process, one torchrun, or one on each node, which meet at $head."""
     python, train = shlex.quote(sys.executable), '-m thriftlab.launch train --config "$run/config.json"'
     ranks = f"{python} -m torch.distributed.run --nproc-per-node={processes(c)} --max-restarts={c.restarts}"
@@ -145,7 +145,7 @@ class Batch:
         """The text of its script, which lies in the folder `home`."""
         several = len(self.runs) > 1
         return Script(Path(__file__).with_name("job.sbatch").read_text()).substitute(
-            options=options(
+            options=sbatch_lines(
                 c, self, f"{home}/".replace("%", "%%") + ("slurm-%A_%a.out" if several else "slurm-%j.out")
             ),
             folder=shlex.quote(str(Path.cwd())),
@@ -154,7 +154,7 @@ class Batch:
             code=shlex.quote(str(home / "code")),
             notice=c.notice,
             requeues=c.requeues,
-            command=command(c),
+            command=trainer_command(c),
             before=self.before,
             after=self.after,
         )
@@ -165,7 +165,7 @@ class Batch:
 
 def read_options(argv: Sequence[str]) -> tuple[SubmitConfig, Settings]:
     """How to submit, and the rest of the command line."""
-    settings = read([*plain(argv)])
+    settings = read([*normalized(argv)])
     rest = settings.drop([*SubmitConfig.model_fields])
     rest.words = settings.words
     refuse_unknown(rest)
@@ -183,7 +183,7 @@ def refuse_unknown(rest: Settings) -> None:
             raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, known) or '; --help lists all keys'}")
 
 
-def plain(argv: Sequence[str]) -> Iterator[str]:
+def normalized(argv: Sequence[str]) -> Iterator[str]:
     """--dry-run and --sbatch in the form that all other keys have."""
     words = iter(argv)
     for word in words:

@@ -13,7 +13,7 @@ from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically
 from thriftlab.launch.report.figures import Picture, pictures
 from thriftlab.launch.report.page import markdown, template
-from thriftlab.launch.report.results import STUDY, Result, Study, dig
+from thriftlab.launch.report.results import STUDY, Result, Study, value_at
 
 KEPT = {
     "lr": ("config", "optim", "lr"), "loss": ("results", "loss"), "bits_per_byte": ("results", "bits_per_byte"),
@@ -50,7 +50,7 @@ def publish(study: Study, target: Path) -> Path:
 
 def line(result: Result) -> dict[str, Any]:
     """A run in one line."""
-    kept = {key: dig(result.record, *path) for key, path in KEPT.items()}
+    kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
     return {"arm": result.arm, "seed": result.seed, **kept}
 
 

@@ -83,7 +83,7 @@ class Row:
 
     def values(self, *path: str) -> list[Any]:
         """What the finished runs measured at `path` of their records, without nulls."""
-        return [value for result in self.done if (value := dig(result.record, *path)) is not None]
+        return [value for result in self.done if (value := value_at(result.record, *path)) is not None]
 
     def mean_sd(self, *path: str) -> tuple[float | None, float | None]:
         """Mean and standard deviation over seeds; None for what too few runs measured."""
@@ -139,7 +139,7 @@ class Study:
     def losses(self, arm: str) -> dict[int, float]:
         """Final held-out loss by seed; a loss that is not finite counts as none."""
         done = [result for result in self.results if result.arm == arm and result.record]
-        found = {result.seed: dig(result.record, "results", "loss") for result in done}
+        found = {result.seed: value_at(result.record, "results", "loss") for result in done}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
     def pair(self, first: str, second: str) -> tuple[dict[int, float], dict[int, float]]:
@@ -219,7 +219,7 @@ def unfinished(folder: Path) -> str:
 
 def refuse_mixture(study: Study, *path: str) -> None:
     """UserError unless all finished runs have the same value at `path`."""
-    seen = {json.dumps(dig(result.record, *path)): result.folder for result in study.results if result.record}
+    seen = {json.dumps(value_at(result.record, *path)): result.folder for result in study.results if result.record}
     if len(seen) > 1:
         (one, here), (other, there) = list(seen.items())[:2]
         raise UserError(
@@ -228,7 +228,7 @@ def refuse_mixture(study: Study, *path: str) -> None:
         )
 
 
-def dig(tree: dict[str, Any] | None, *path: str) -> Any:
+def value_at(tree: dict[str, Any] | None, *path: str) -> Any:
     """The value at `path`, or None where the way ends early."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from thriftlab.launch.report.results import Row, Study
 from thriftlab.launch.report.stats import Paired
-from thriftlab.launch.report.words import LR_WORDS, megabytes, number, plus_minus, signed, spread
+from thriftlab.launch.report.words import LR_WORDS, mebibytes, number, plus_minus, signed, spread
 from thriftlab.train.config.help import text
 
 Cell = tuple[str, ...]
@@ -51,7 +51,7 @@ def main_row(row: Row) -> Iterator[Cell]:
     yield (plus_minus(*row.mean_sd("results", "bits_per_byte")),)
     yield difference(row)
     predicted = max(row.values("memory", "predicted_state_bytes"), default=None)
-    yield megabytes(row.state_bytes), f"predicted {megabytes(predicted)}"
+    yield mebibytes(row.state_bytes), f"predicted {mebibytes(predicted)}"
     yield (spread(row.values("speed", "tokens_per_second")),)
     edge = f", {row.tuning.edge} edge" if row.tuning.edge else ""
     yield number(row.learning_rate, ".3g"), LR_WORDS[row.tuning.how] + edge
@@ -99,14 +99,14 @@ def contrast_cell(d: Paired | None) -> Cell:
 
 def arm_table(study: Study) -> Table:
     """What each arm is, and how large it is."""
-    rows = [[(row.arm,), (settings(study.plan["arms"][row.arm]["tree"]),), *sizes(row)] for row in study.rows]
+    rows = [[(row.arm,), (as_arguments(study.plan["arms"][row.arm]["tree"]),), *sizes(row)] for row in study.rows]
     return ["arm", "settings", "trained parameters", "FLOPs per token", "optimizer state", "peak memory"], rows
 
 
-def settings(tree: dict[str, Any], prefix: str = "") -> str:
+def as_arguments(tree: dict[str, Any], prefix: str = "") -> str:
     """A tree as key=value, in the words of the command line."""
     parts = [
-        settings(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key}={text(value)}"
+        as_arguments(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key}={text(value)}"
         for key, value in tree.items()
     ]
     return " ".join(part for part in parts if part)
@@ -119,7 +119,7 @@ def sizes(row: Row) -> list[Cell]:
         for path in (("model", "trained"), ("model", "flops_per_token"), ("memory", "state_bytes"),
                      ("memory", "peak_bytes"))
     )  # fmt: skip
-    return [(number(trained, ","),), (number(flops, ","),), (megabytes(state),), (megabytes(peak),)]
+    return [(number(trained, ","),), (number(flops, ","),), (mebibytes(state),), (mebibytes(peak),)]
 
 
 def source_table(study: Study) -> Table | None:
@@ -155,7 +155,7 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
         "budget of a run": ", ".join(f"{amount:,.12g} {kind}" for kind, amount in plan["budget"].items()),
         "seeds": f"{seeds(plan)}: the same data order and initial weights for every arm",
         "side by side": f"{plan['jobs']} runs at a time, threads each: {plan['threads'] or 'as torch chooses'}",
-        "base": settings(plan["base"]) if plan["question"] else "",
+        "base": as_arguments(plan["base"]) if plan["question"] else "",
         "data": data and f"tokenizer {data.get('tokenizer')}, fingerprint {data['fingerprint']}",
         "code": commit and commit + (", with uncommitted changes" if first["diff_sha256"] else ""),
         "machine": ", ".join(

@@ -1,4 +1,4 @@
-"""`thriftlab study NAME`: an experiment that is written down, launch/studies/NAME.yaml or a file of one's own.
+"""`thriftlab study NAME`: an experiment that is written down, launch/studies/NAME.yaml or a file of your own.
 
     question: what is asked
     base: {budget: {tokens: 320_000}, ...}  # keys of `thriftlab train` that all arms share
@@ -93,7 +93,7 @@ def describe_keys() -> str:
     """The keys of `thriftlab study`, the studies that there are, and how one is written."""
     return (
         f"{describe(StudyOptions)}\n\nThe keys of `thriftlab train` change the base of the study.\n\n"
-        f"The studies:\n{listing()}\n\nA file of one's own:\n\n{example()}"
+        f"The studies:\n{listing()}\n\nA file of your own looks like this:\n\n{example()}"
     )
 
 
