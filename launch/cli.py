@@ -255,8 +255,8 @@ def launch(argv: list[str]) -> None:
 
 @command(
     """thriftlab report FOLDER [TARGET]
-    Writes FOLDER/report.html and FOLDER/report.md of a study again; or, to be kept without the runs,
-    TARGET/report.md with its figures, the plan and a line for every run."""
+    Writes FOLDER/report.html and FOLDER/report.md of a study again. With TARGET: what can be kept
+    without the runs, TARGET/report.md with its figures, the plan and a line for every run."""
 )
 def report(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError

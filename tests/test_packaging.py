@@ -35,7 +35,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(wheel):
-    """Runs Python with the wheel installed and the imports refused of whose top-level names, `top`, `refused` is true."""
+    """Runs Python with the wheel installed, without the imports for whose top-level name, `top`, `refused` is true."""
     site = wheel.parent / "site"
     zipfile.ZipFile(wheel).extractall(site)
     environment = {**os.environ, "PYTHONPATH": str(site)}
