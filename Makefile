@@ -47,7 +47,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.torch
 	@echo "installing thriftlab into $(VENV) ..."
-	@$(PIP) -e . -c constraints.txt
+	@$(PIP) -e ".[train]" -c constraints.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

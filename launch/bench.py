@@ -1,8 +1,8 @@
 """thriftlab bench optim: what a step of each method costs in CPU seconds, beside torch's own over lists of tensors.
 
 One thread, one process, one set of weights and random gradients for all. The optimizers take turns in every round, so a
-noise that lasts is everybody's; ratios are taken within a round. The surprise: a refresh is forced by setting the
-group's `gap` to 1 for one step; a peer's refresh is its first step, which allocates its state as well.
+noise that lasts affects them all alike; ratios are taken within a round. A refresh is forced by setting the group's
+`gap` to 1 for one step. The surprise: a peer's refresh is its first step, which allocates its state as well.
 """
 
 import json
@@ -18,7 +18,17 @@ from pydantic import BeforeValidator, Field
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.prepare.request import split_commas
-from thriftlab.launch.peers import FLOOR, FLOOR_OF, NEVER, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
+from thriftlab.launch.peers import (
+    FLOOR,
+    FLOOR_OF,
+    NO_REFRESH,
+    PEERS,
+    RULER,
+    GaLoreFloor,
+    held_bytes,
+    ruler,
+    variants,
+)
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
 from thriftlab.train.config.choice import Section
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
@@ -41,7 +51,7 @@ class OptimBench(Section):
     out: str | None = Field(None, description="JSON file for every number; null: none")
 
 
-class Row:
+class Timing:
     """One optimizer and what was measured of it."""
 
     def __init__(self, label: str, optimizer: torch.optim.Optimizer):
@@ -59,7 +69,7 @@ class Row:
         if refresh and self.refreshes:
             self.set_gap(1)
             self.refresh.append(cpu_seconds(self.optimizer.step))
-            self.set_gap(NEVER)
+            self.set_gap(NO_REFRESH)
         self.plain.append(cpu_seconds(self.optimizer.step))
 
     def set_gap(self, gap: int) -> None:
@@ -74,51 +84,51 @@ class Row:
         }  # fmt: skip
 
 
-def bench(options: OptimBench, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures, says a table and returns its numbers."""
+def bench_methods(options: OptimBench) -> dict[str, Any]:
+    """Time the methods, print a table and return its numbers."""
     unknown = set(options.methods) - set(METHODS)
     if unknown:
         raise ConfigError(f"methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(sorted(METHODS))}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = make_rows(options, say)
+        timings = make_timings(options)
         for number in range(options.rounds):
-            for row in rows:
-                row.take_turn(refresh=number < REFRESHES)
+            for timing in timings:
+                timing.take_turn(refresh=number < REFRESHES)
     finally:
         torch.set_num_threads(threads)
     result = {
         "preset": options.preset, "rounds": options.rounds, **provenance(),
-        "rows": [row.numbers(rows[0].plain) for row in rows],
+        "rows": [timing.numbers(timings[0].plain) for timing in timings],
     }  # fmt: skip
-    say(table(result))
+    print(table(result))
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1))
     return result
 
 
-def make_rows(options: OptimBench, say: Callable[[str], None]) -> list[Row]:
+def make_timings(options: OptimBench) -> list[Timing]:
     """The ruler first, then the methods, GaLore's floor, and the peers that are installed."""
     groups = tensors(options.preset)
     split = [p for group in groups if group["split"] for p in group["params"]]
     plain = [p for group in groups if not group["split"] for p in group["params"]]
-    rows = [Row(RULER, ruler(split, plain))]
+    timings = [Timing(RULER, ruler(split, plain))]
     for label, (name, hyper) in variants().items():
         if not options.methods or name in options.methods:
             optimizer = METHODS[name](groups, lr=1e-6, **hyper)  # type: ignore[call-arg]
             if "gap" in optimizer.defaults:
                 for group in optimizer.param_groups:
-                    group["gap"] = NEVER
-            rows.append(Row(label, optimizer))
+                    group["gap"] = NO_REFRESH
+            timings.append(Timing(label, optimizer))
     if not options.methods or FLOOR_OF in options.methods:
-        rows.append(Row(FLOOR, GaLoreFloor(split, plain)))
+        timings.append(Timing(FLOOR, GaLoreFloor(split, plain)))
     for label, make in PEERS.items() if not options.methods else ():
         try:
-            rows.append(Row(label, make(split, plain)))
+            timings.append(Timing(label, make(split, plain)))
         except ImportError as error:
-            say(f"{label}: left out ({error})")
-    return rows
+            print(f"{label}: left out ({error})")
+    return timings
 
 
 def tensors(preset: str) -> list[dict[str, Any]]:

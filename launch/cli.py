@@ -1,43 +1,20 @@
 """thriftlab prepare | train | compare | study | reference | submit | launch | report | bench.
 
-One surprise: nothing heavy is imported here but inside a command, so that `thriftlab --help` is quick.
+Nothing heavy is imported at the top, so that `thriftlab --help` is quick: each command imports what it needs.
 """
 
 import difflib
-import json
 import os
-import select
+import pkgutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-USAGE = {
-    "prepare": """thriftlab prepare [--config FILE] [key=value ...]
-    Text to token shards.""",
-    "train": """thriftlab train [--config FILE] [key=value ...]
-    One run. The same command again resumes it.""",
-    "compare": """thriftlab compare METHOD ... [--budget tokens=1e7] [--seeds 3] [--lr-grid 3e-4,1e-3] [key=value ...]
-    Many runs under one budget, paired by seed with those of the first method, and a report.
-    METHOD is an update rule, a layer, a signal, or several, as in lost+frugal or frugal+linupper.""",
-    "study": """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
-    An experiment that is written down: arms, questions, tuning. Without a name: which there are.""",
-    "submit": """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
-thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
-thriftlab submit study NAME [--gpus 1] [key=value ...]
-    A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
-    "reference": """thriftlab reference run=FOLDER [data=FOLDER] [out=FOLDER]
-    The losses of a finished run's model on all training windows, for signals that compare with it.""",
-    "launch": """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
-    A run on several machines over ssh, without SLURM. The same command again resumes it.""",
-    "report": """thriftlab report FOLDER [TARGET]
-    Writes FOLDER/report.html and FOLDER/report.md of a study anew; or, to be kept without the runs,
-    TARGET/report.md with its figures, the plan and a line for every run.""",
-    "bench": """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
-    What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
-}
+from thriftlab.launch.messages import fail, missing_extra, one_line, readers_left, tell_torchrun
+
 SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
 --config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
@@ -51,74 +28,76 @@ signal, and METHOD.KEY for one, as in frugal.gap=50; METHOD.layer.KEY and METHOD
 keys of one name apart.
 --budget tokens=1e7 is short for the section `budget` with tokens alone.
 """
+HELP_FLAGS = ("-h", "--help")
+Run = Callable[[list[str]], None]
+Keys = Callable[[list[str]], str]
 
-WITH_PLACE = warnings.formatwarning
+
+@dataclass(frozen=True)
+class Command:
+    """What `thriftlab NAME` does with its arguments, and the two parts of its help: usage and keys, if it has any."""
+
+    run: Run
+    usage: str
+    keys: Keys | None = None
+    hidden: bool = False
+
+    def help(self, argv: list[str]) -> str:
+        return "\n".join([self.usage, SYNTAX, self.keys(argv)]) if self.keys else self.usage
+
+
+COMMANDS: dict[str, Command] = {}  # in the order of their declarations below
+
+
+def command(usage: str, keys: Keys | None = None, hidden: bool = False) -> Callable[[Run], Run]:
+    """Declare a command: a function of its arguments, whose name is that of the command."""
+
+    def register(run: Run) -> Run:
+        COMMANDS[run.__name__] = Command(run, usage, keys, hidden)
+        return run
+
+    return register
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 2 for what the user can mend, 128 + n after signal n."""
-    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    wants_help = not {"-h", "--help"}.isdisjoint([command, *rest])
+    """Run a command; returns the exit code: 2 for what the user can correct, 128 + n after signal n."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     warnings.formatwarning = one_line
     try:
-        if command in ("-h", "--help"):
-            print("thriftlab: which pretraining method pays, under your budget?\n")
-            print("\n\n".join(USAGE.values()), "\n\nthriftlab COMMAND --help lists the keys of a command.")
-        elif command == "settle":
-            settle(rest)
-        elif command not in COMMANDS:
-            near = difflib.get_close_matches(command, COMMANDS, 1) or COMMANDS
-            return fail(f"unknown command {command!r}; did you mean {' or '.join(near)}?")
-        elif wants_help:
-            print(USAGE[command])
-            HELP[command]([word for word in rest if word not in ("-h", "--help")])
+        if name in HELP_FLAGS:
+            print(overview())
+        elif name not in COMMANDS:
+            near = difflib.get_close_matches(name, shown(), 1) or shown()
+            return fail(f"unknown command {name!r}; did you mean {' or '.join(near)}?")
+        elif not set(HELP_FLAGS).isdisjoint(rest):
+            print(COMMANDS[name].help([word for word in rest if word not in HELP_FLAGS]))
         else:
-            COMMANDS[command](rest)
+            COMMANDS[name].run(rest)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and readers_left():
             return 128 + signal.SIGPIPE
-        if not is_message(error):
+        message = missing_extra(error) or (str(error) if is_message(error) else None)
+        if message is None:
             tell_torchrun(f"{type(error).__name__}: {error} (its traceback is above)")
             raise
-        tell_torchrun(str(error))
-        return fail(str(error), getattr(error, "code", 2))
+        tell_torchrun(message)
+        return fail(message, getattr(error, "code", 2))
     return 0
 
 
-def one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A RuntimeWarning is for the user, and says all; others are for programmers, who look for the place."""
+def shown() -> dict[str, Command]:
+    return {name: command for name, command in COMMANDS.items() if not command.hidden}
+
+
+def overview() -> str:
+    usages = "\n\n".join(command.usage for command in shown().values())
     return (
-        f"warning: {message}\n" if category is RuntimeWarning else WITH_PLACE(message, category, filename, lineno, line)
+        f"thriftlab: which pretraining method pays, under your budget?\n\n{usages}\n\n"
+        f"thriftlab COMMAND --help lists the keys of a command."
     )
-
-
-def readers_left() -> bool:
-    """Whether nobody reads what is printed any more, as after `| head`; if so nothing is printed from now on."""
-    poll = select.poll()
-    for stream in (1, 2):
-        poll.register(stream, 0)
-    gone = [stream for stream, event in poll.poll(0) if event & select.POLLERR]
-    for stream in gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    return bool(gone)
-
-
-def fail(message: str, code: int = 2) -> int:
-    mark = "error: " if 0 < code <= 128 else ""  # being stopped is no mistake
-    print("\n".join(f"{mark}{line}" for line in message.splitlines()), file=sys.stderr)
-    return code
-
-
-def tell_torchrun(message: str) -> None:
-    """Leave the message where torchrun takes it into its summary, which else says how to enable tracebacks."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def is_message(error: Exception) -> bool:
@@ -128,192 +107,197 @@ def is_message(error: Exception) -> bool:
     return isinstance(error, UserError)
 
 
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def keys_of(model: str, introduction: str = "") -> Keys:
+    """The keys of a command that are the fields of a model, which is named as "module:class"."""
+
+    def describe_model(argv: list[str]) -> str:
+        from thriftlab.train.config.help import describe
+
+        return introduction + describe(pkgutil.resolve_name(model))
+
+    return describe_model
+
+
+def load_plugins(argv: list[str]) -> None:
+    """What plugins register has keys, too."""
+    from thriftlab.train.config.choice import Plugins
+    from thriftlab.train.config.parse import read, validate
+
+    validate(Plugins, read(argv).pick(["plugins"]))
+
+
+@command(
+    """thriftlab prepare [--config FILE] [key=value ...]
+    Text to token shards.""",
+    keys_of("thriftlab.data.prepare.pipeline:PrepareConfig"),
+)
 def prepare(argv: list[str]) -> None:
-    from thriftlab.data.prepare import pipeline as prepare
-    from thriftlab.train.config import parse as settings
+    from thriftlab.data.prepare.pipeline import PrepareConfig, prepare
+    from thriftlab.train.config.parse import load
 
-    print(prepare.prepare(settings.load(prepare.PrepareConfig, argv)))
-
-
-def prepare_help(argv: list[str]) -> None:
-    from thriftlab.data.prepare.pipeline import PrepareConfig
-    from thriftlab.train.config.help import describe
-
-    print(SYNTAX, describe(PrepareConfig), sep="\n")
+    print(prepare(load(PrepareConfig, argv)))
 
 
+def train_keys(argv: list[str]) -> str:
+    load_plugins(argv)
+    return keys_of("thriftlab.train.config.schema:RunConfig")(argv)
+
+
+@command(
+    """thriftlab train [--config FILE] [key=value ...]
+    One run. The same command again resumes it.""",
+    train_keys,
+)
 def train(argv: list[str]) -> None:
-    from thriftlab.train import loop
-    from thriftlab.train.config import parse as settings
-    from thriftlab.train.config import schema as config
+    from thriftlab.train.config.parse import load
+    from thriftlab.train.config.schema import RunConfig
+    from thriftlab.train.loop import run, summary
 
-    entry = loop.run(settings.load(config.RunConfig, argv))
+    record = run(load(RunConfig, argv))
     if int(os.environ.get("RANK", 0)) == 0:
-        print(loop.summary(entry))
+        print(summary(record))
 
 
-def train_help(argv: list[str]) -> None:
-    from thriftlab.train.config import choice
-    from thriftlab.train.config import help as surface
-    from thriftlab.train.config import parse as settings
-    from thriftlab.train.config import schema as config
+def compare_keys(argv: list[str]) -> str:
+    from thriftlab.launch.studies.compare import describe_keys
 
-    settings.validate(choice.Plugins, settings.read(argv).pick(["plugins"]))
-    print(SYNTAX, surface.describe(config.RunConfig), sep="\n")
+    load_plugins(argv)
+    return f"{COMPARE}\n{describe_keys()}"
 
 
+@command(
+    """thriftlab compare METHOD ... [--budget tokens=1e7] [--seeds 3] [--lr-grid 3e-4,1e-3] [key=value ...]
+    Many runs under one budget, paired by seed with those of the first method, and a report.
+    METHOD is an update rule, a layer, a signal, or several, as in lost+frugal or frugal+linupper.""",
+    compare_keys,
+)
 def compare(argv: list[str]) -> None:
-    from thriftlab.launch.studies import compare as arguments
+    from thriftlab.launch.studies.compare import make_request
+    from thriftlab.train.config.parse import read
 
-    asked = arguments.arguments(argv).request()
+    request = make_request(read(argv))
 
-    from thriftlab.launch.studies import run as study
+    from thriftlab.launch.studies.run import run_study
 
-    study.run(asked)
-
-
-def compare_help(argv: list[str]) -> None:
-    from thriftlab.launch.studies import compare as arguments
-    from thriftlab.train.config import choice
-    from thriftlab.train.config import parse as settings
-
-    settings.validate(choice.Plugins, settings.read(argv).pick(["plugins"]))
-    print(SYNTAX, COMPARE, arguments.describe(), sep="\n")
+    run_study(request)
 
 
+def study_keys(argv: list[str]) -> str:
+    from thriftlab.launch.studies.written import describe_keys
+
+    return describe_keys()
+
+
+@command(
+    """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
+    An experiment that is written down: arms, questions, tuning. Without a name: lists the studies.""",
+    study_keys,
+)
 def study(argv: list[str]) -> None:
-    from thriftlab.launch.studies import written as experiment
+    from thriftlab.launch.studies.written import listing, make_request
+    from thriftlab.train.config.parse import read
 
     if not argv:
-        print(f"The studies:\n{experiment.listing()}")
+        print(f"The studies:\n{listing()}")
         return
-    asked = experiment.request(argv)
+    request = make_request(read(argv))
 
-    from thriftlab.launch.studies import run as study
+    from thriftlab.launch.studies.run import run_study
 
-    study.run(asked)
-
-
-def study_help(argv: list[str]) -> None:
-    from thriftlab.launch.studies import written as experiment
-    from thriftlab.train.config.help import describe
-
-    print(
-        SYNTAX,
-        describe(experiment.StudyOptions),
-        "\nThe keys of `thriftlab train` change the base of the study.",
-        sep="\n",
-    )
-    print(f"\nThe studies:\n{experiment.listing()}\n\nA file of one's own:\n\n{experiment.example()}")
+    run_study(request)
 
 
-def reference(argv: list[str]) -> None:
-    from thriftlab.train import write_reference as judge
-    from thriftlab.train.config import parse as settings
-
-    print(judge.write_reference(settings.load(judge.ReferenceConfig, argv)))
-
-
-def reference_help(argv: list[str]) -> None:
-    from thriftlab.train.config.help import describe
-    from thriftlab.train.write_reference import ReferenceConfig
-
-    print(SYNTAX, describe(ReferenceConfig), sep="\n")
-
-
+@command(
+    """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
+thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
+thriftlab submit study NAME [--gpus 1] [key=value ...]
+    A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
+    keys_of(
+        "thriftlab.launch.cluster.slurm:SubmitConfig",
+        "Besides these, all keys of `thriftlab train`, `thriftlab compare` or `thriftlab study`:\n\n",
+    ),
+)
 def submit(argv: list[str]) -> None:
     from thriftlab.launch.cluster import array, slurm
 
     options, settings = slurm.read_options(argv)
-    many = settings.words[:1] and settings.words[0] in array.REQUESTS
-    if settings.words[:1] == ["train"]:
-        settings.words.pop(0)
-    (array if many else slurm).submit(options, settings)
+    kind = settings.words[0] if settings.words else "train"
+    if kind in array.REQUESTS:
+        array.submit(options, settings)
+    else:
+        settings.words = settings.words[kind == "train" :]
+        slurm.submit(options, settings)
 
 
-def submit_help(argv: list[str]) -> None:
-    from thriftlab.launch.cluster.slurm import SubmitConfig
-    from thriftlab.train.config.help import describe
+@command(
+    """thriftlab reference run=FOLDER [data=FOLDER] [out=FOLDER]
+    The losses of a finished run's model on all training windows, for signals that compare with it.""",
+    keys_of("thriftlab.train.write_reference:ReferenceConfig"),
+)
+def reference(argv: list[str]) -> None:
+    from thriftlab.train.config.parse import load
+    from thriftlab.train.write_reference import ReferenceConfig, write_reference
 
-    print(
-        SYNTAX,
-        "Besides these, all keys of `thriftlab train`, `thriftlab compare` or `thriftlab study`:\n",
-        describe(SubmitConfig),
-        sep="\n",
-    )
+    print(write_reference(load(ReferenceConfig, argv)))
 
 
+@command(
+    """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
+    A run on several machines over ssh, without SLURM. The same command again resumes it.""",
+    keys_of("thriftlab.launch.cluster.hosts:LaunchConfig", "Besides these, all keys of `thriftlab train`:\n\n"),
+)
 def launch(argv: list[str]) -> None:
-    from thriftlab.launch.cluster import hosts
+    from thriftlab.launch.cluster.hosts import launch
 
-    hosts.launch(argv)
-
-
-def launch_help(argv: list[str]) -> None:
-    from thriftlab.launch.cluster.hosts import LaunchConfig
-    from thriftlab.train.config.help import describe
-
-    print(SYNTAX, "Besides these, all keys of `thriftlab train`:\n", describe(LaunchConfig), sep="\n")
+    launch(argv)
 
 
-def settle(argv: list[str]) -> None:
-    """What a task of a study calls before its run; not for people."""
-    from thriftlab.launch.cluster import array
-
-    array.settle(*map(Path, argv))
-
-
+@command(
+    """thriftlab report FOLDER [TARGET]
+    Writes FOLDER/report.html and FOLDER/report.md of a study again. With TARGET: what can be kept
+    without the runs, TARGET/report.md with its figures, the plan and a line for every run."""
+)
 def report(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError
 
     if len(argv) not in (1, 2):
         raise ConfigError("thriftlab report takes the folder of one study: thriftlab report FOLDER [TARGET]")
 
-    from thriftlab.launch.report import page as report
-    from thriftlab.launch.report import publish
+    from thriftlab.launch.report.page import write_report
+    from thriftlab.launch.report.publish import publish
+    from thriftlab.launch.report.results import read_study
 
     folder, *target = map(Path, argv)
-    print(publish.publish(folder, target[0]) if target else report.report(folder))
+    study = read_study(folder)
+    print(publish(study, target[0]) if target else write_report(study))
 
 
+@command(
+    """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
+    What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
+    keys_of("thriftlab.launch.bench:OptimBench"),
+)
 def bench(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError
 
     if argv[:1] != ["optim"]:
         raise ConfigError("thriftlab bench measures one thing so far: thriftlab bench optim")
 
-    from thriftlab.launch import bench
-    from thriftlab.train.config import parse as settings
+    from thriftlab.launch.bench import OptimBench, bench_methods
+    from thriftlab.train.config.parse import load
 
-    bench.bench(settings.load(bench.OptimBench, argv[1:]))
-
-
-def bench_help(argv: list[str]) -> None:
-    from thriftlab.launch.bench import OptimBench
-    from thriftlab.train.config.help import describe
-
-    print(SYNTAX, describe(OptimBench), sep="\n")
+    bench_methods(load(OptimBench, argv[1:]))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = dict(
-    prepare=prepare,
-    train=train,
-    compare=compare,
-    study=study,
-    reference=reference,
-    submit=submit,
-    launch=launch,
-    report=report,
-    bench=bench,
+@command(
+    """thriftlab settle REQUEST RUN
+    What a task of a submitted study calls before its run; not for people.""",
+    hidden=True,
 )
-HELP: dict[str, Callable[[list[str]], None]] = dict(
-    prepare=prepare_help,
-    train=train_help,
-    compare=compare_help,
-    study=study_help,
-    reference=reference_help,
-    submit=submit_help,
-    launch=launch_help,
-    report=lambda _: None,
-    bench=bench_help,
-)
+def settle(argv: list[str]) -> None:
+    from thriftlab.launch.cluster.array import settle
+
+    settle(*map(Path, argv))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thriftlab.optim import METHODS
 
-NEVER = 10**9  # a gap between refreshes that is not reached
+NO_REFRESH = 10**9  # steps between refreshes: more than are measured
 RANK = 128
 Tensors = list[Tensor]
 
@@ -35,7 +35,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
 def galore_torch(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
     from galore_torch import GaLoreAdamW
 
-    matrices = {"params": split, "rank": RANK, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}
+    matrices = {"params": split, "rank": RANK, "update_proj_gap": NO_REFRESH, "scale": 0.25, "proj_type": "std"}
     return GaLoreAdamW([{"params": plain}, matrices], lr=1e-6, no_deprecation_warning=True)
 
 
@@ -43,7 +43,7 @@ def pytorch_optimizer(name: str, **hyper: Any) -> Callable[[Tensors, Tensors], t
     def make(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
         import pytorch_optimizer
 
-        matrices = {"params": split, "rank": RANK, "update_proj_gap": NEVER, "scale": 0.25, "projection_type": "std"}
+        matrices = dict(params=split, rank=RANK, update_proj_gap=NO_REFRESH, scale=0.25, projection_type="std")
         return getattr(pytorch_optimizer, name)([{"params": plain}, matrices], lr=1e-6, **hyper)
 
     return make

@@ -10,8 +10,7 @@ import pytest
 from tests.tools.tiny import tiny_config
 from thriftlab.data.prepare.pipeline import PrepareConfig
 from thriftlab.launch.cluster import array, hosts, slurm
-from thriftlab.launch.studies import compare as arguments
-from thriftlab.launch.studies import written as experiment
+from thriftlab.launch.studies import compare, written
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train.config import parse as settings
 from thriftlab.train.config.schema import BACKENDS, SCHEDULES, RunConfig
@@ -46,7 +45,7 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
     elif command == "prepare":
         settings.load(PrepareConfig, argv)
     elif command == "compare":
-        arguments.arguments(argv)
+        compare.make_request(settings.read(argv))
     elif command == "submit":
         _, rest = slurm.read_options(argv)
         kind, rest.words = rest.words[:1], rest.words[1:]
@@ -56,14 +55,15 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
     elif command == "reference":
         settings.load(ReferenceConfig, argv)
     elif command == "study":
-        assert experiment.request(argv) if argv else experiment.listing()
+        assert written.make_request(settings.read(argv)) if argv else written.listing()
     else:
         assert command == "report" and len(argv) in (1, 2)
 
 
 def test_the_settings_of_make_run_are_understood():
     line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if " compare " in line)
-    asked = arguments.arguments(shlex.split(line.replace("launch/", f"{ROOT}/launch/"))[2:])
+    words = shlex.split(line.replace("launch/", f"{ROOT}/launch/"))[2:]
+    asked = compare.make_comparison(settings.read(words))
     assert asked.options.seeds == 3 and len(asked.methods) == 3
 
 

@@ -1,0 +1,1 @@
+"""Clusters: runs and studies as SLURM jobs, and one run on several machines over ssh."""

@@ -2,8 +2,8 @@
 
     thriftlab launch --hostfile hosts optim.lr=1e-3 out=runs/big        # hosts: one line a machine, as `node1 slots=8`
 
-All machines see the same folders and the same Python, and ssh lets you in without a password. One surprise: Ctrl-C goes
-to nobody; it becomes a file OUT/STOP, which the trainer heeds at the end of a step, and which is taken back afterwards.
+All machines see the same folders and the same Python, and ssh needs no password. The surprise: Ctrl-C is not forwarded.
+It becomes a file OUT/STOP, which the trainer obeys at the end of a step, and which is removed afterwards.
 """
 
 import os
@@ -53,8 +53,8 @@ def launch(argv: Sequence[str]) -> None:
     if stop_file(out):
         raise UserError(f"{out}/STOP keeps this run from going on; remove it first")
     words = [f"{key}={value}" for key, value in split(argv)[0] if key not in LaunchConfig.model_fields]
-    meeting = uuid.uuid4().hex[:8]  # nobody else's
-    commands = {host: command(c, hosts, host, meeting, words) for host in hosts}
+    meeting = uuid.uuid4().hex[:8]  # no other run's
+    commands = {host: remote_command(c, hosts, host, meeting, words) for host in hosts}
     if c.dry_run:
         return print("\n".join(shlex.join([*SSH, host, words]) for host, words in commands.items()))
     with stop_signals() as received:
@@ -90,7 +90,7 @@ def read_hosts(path: Path) -> dict[str, int]:
     return hosts
 
 
-def command(c: LaunchConfig, hosts: dict[str, int], host: str, meeting: str, words: Sequence[str]) -> str:
+def remote_command(c: LaunchConfig, hosts: dict[str, int], host: str, meeting: str, words: Sequence[str]) -> str:
     """What a shell on that machine runs."""
     first, name = next(iter(hosts)), host.rpartition("@")[2]
     carried = [f"{key}={value}" for key, value in sorted(os.environ.items()) if CARRIED.match(key)]
@@ -117,12 +117,12 @@ def watch(started: dict[str, subprocess.Popen], out: Path, received: list[int]) 
             (out / "STOP").write_text("launch\n")
         for host, process in started.items():
             if process.poll() and not failed:
-                failed, deadline = last_words(host, process.returncode), time.monotonic() + GRACE
+                failed, deadline = why_failed(host, process.returncode), time.monotonic() + GRACE
         time.sleep(POLL)
     return failed
 
 
-def last_words(host: str, code: int) -> str:
+def why_failed(host: str, code: int) -> str:
     if code == 255:
         return f"{host}: ssh could not connect, or the connection broke (exit code 255); try: ssh {host} true"
     return f"{host}: its torchrun ended with exit code {code}, see above"

@@ -3,8 +3,9 @@
     OUT/jobs/001/  code/  job.sbatch  id  slurm-123.out
 
 The script asks the trainer to stop before the time is up, and goes back to the queue when the trainer says that it was
-pre-empted; a crash or a cancelled job stays where it is. A study is an array with one run to a task. One surprise: the
-signal goes to the script alone, which asks through a file OUT/STOP: torchrun dies of a USR1, and NCCL may catch one.
+pre-empted; a job that crashed or was cancelled does not come back. A study is an array with one run to a task. The
+surprise: the signal goes to the script alone, which asks through a file OUT/STOP, because a USR1 ends torchrun and may
+be caught by NCCL.
 """
 
 import itertools
@@ -69,7 +70,7 @@ class SubmitConfig(Section):
     dry_run: bool = Field(False, description="--dry-run prints the script; writes and submits nothing")
 
 
-def options(c: SubmitConfig, batch: "Batch", log: str) -> str:
+def sbatch_lines(c: SubmitConfig, batch: "Batch", log: str) -> str:
     """The #SBATCH lines. ConfigError for a --sbatch that would undo one of them."""
     limit = f"%{batch.at_once}" if batch.at_once else ""
     own = {
@@ -92,7 +93,7 @@ def options(c: SubmitConfig, batch: "Batch", log: str) -> str:
     for key in c.sbatch:
         if key in own or not re.fullmatch("[a-z][a-z-]*", key):
             raise ConfigError(
-                f"--sbatch {key} is not possible: thriftlab submit sets it (see its --help), or no option"
+                f"--sbatch {key} is not possible: it is no option, or thriftlab submit sets it (see its --help)"
             )
     given = {key: value for key, value in own.items() if value is not None}
     given |= {key: "" if value is None else value for key, value in c.sbatch.items()}
@@ -108,7 +109,7 @@ def processes(c: SubmitConfig) -> int:
     return c.processes or c.gpus or 1
 
 
-def command(c: SubmitConfig) -> str:
+def trainer_command(c: SubmitConfig) -> str:
     """How the script starts the trainer: one process, one torchrun, or one on each node, which meet at $head."""
     python, train = shlex.quote(sys.executable), '-m thriftlab.launch train --config "$run/config.json"'
     ranks = f"{python} -m torch.distributed.run --nproc-per-node={processes(c)} --max-restarts={c.restarts}"
@@ -130,8 +131,8 @@ class Script(Template):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of sbatch takes: runs, what comes `before` and `after` each in its script, and which of them have
-    a configuration by now."""
+    """What one call of sbatch submits: runs, what comes `before` and `after` each in its script, and the jobs among
+    them whose configuration is known by now."""
 
     name: str
     runs: Sequence[Path]
@@ -144,7 +145,7 @@ class Batch:
         """The text of its script, which lies in the folder `home`."""
         several = len(self.runs) > 1
         return Script(Path(__file__).with_name("job.sbatch").read_text()).substitute(
-            options=options(
+            options=sbatch_lines(
                 c, self, f"{home}/".replace("%", "%%") + ("slurm-%A_%a.out" if several else "slurm-%j.out")
             ),
             folder=shlex.quote(str(Path.cwd())),
@@ -153,7 +154,7 @@ class Batch:
             code=shlex.quote(str(home / "code")),
             notice=c.notice,
             requeues=c.requeues,
-            command=command(c),
+            command=trainer_command(c),
             before=self.before,
             after=self.after,
         )
@@ -164,7 +165,7 @@ class Batch:
 
 def read_options(argv: Sequence[str]) -> tuple[SubmitConfig, Settings]:
     """How to submit, and the rest of the command line."""
-    settings = read([*plain(argv)])
+    settings = read([*normalized(argv)])
     rest = settings.drop([*SubmitConfig.model_fields])
     rest.words = settings.words
     refuse_unknown(rest)
@@ -172,7 +173,7 @@ def read_options(argv: Sequence[str]) -> tuple[SubmitConfig, Settings]:
 
 
 def refuse_unknown(rest: Settings) -> None:
-    """ConfigError for a key that is nobody's, with the nearest of all that could be meant."""
+    """ConfigError for a key that neither a job, a run nor a study has, with the nearest of all that could be meant."""
     validate(Plugins, rest.pick(["plugins"]))  # they may register methods, whose names are keys
     models = (SubmitConfig, StudyOptions, CompareConfig, RunConfig)
     known = [key for model in models for key, _ in keys(model, {})]
@@ -182,7 +183,7 @@ def refuse_unknown(rest: Settings) -> None:
             raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, known) or '; --help lists all keys'}")
 
 
-def plain(argv: Sequence[str]) -> Iterator[str]:
+def normalized(argv: Sequence[str]) -> Iterator[str]:
     """--dry-run and --sbatch in the form that all other keys have."""
     words = iter(argv)
     for word in words:
@@ -202,11 +203,11 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
     refuse_other_run(job, dataset.fingerprint)
     if job.record:
         raise UserError(f"{config.out} is done; its record is {config.out}/record.json")
-    hand_in(c, Path(config.out), [Batch(job.name, [job.folder], [job])])
+    submit_batches(c, Path(config.out), [Batch(job.name, [job.folder], [job])])
 
 
-def hand_in(c: SubmitConfig, out: Path, batches: Sequence[Batch]) -> None:
-    """Render what belongs together and submit it, each batch after the one before it; or print it, with --dry-run."""
+def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[Batch]) -> None:
+    """Render the batches and submit each after the one before it; or print them, with --dry-run."""
     home = Path.cwd() / next(path for i in itertools.count(1) if not (path := out / "jobs" / f"{i:03}").exists())
     scripts = [batch.script(c, home) for batch in batches]
     if c.dry_run:
@@ -229,11 +230,11 @@ def hand_in(c: SubmitConfig, out: Path, batches: Sequence[Batch]) -> None:
 
 
 def sbatch(path: Path, after: Sequence[str]) -> str:
-    """The number of the job. UserError with SLURM's words where it does not take it."""
+    """The number of the job. UserError with SLURM's message where it refuses."""
     wait = [f"--dependency=afterany:{number}" for number in after]
     done = subprocess.run(["sbatch", "--parsable", *wait, str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"SLURM did not take {path}: {done.stderr.strip().removeprefix('sbatch: error: ')}")
+        raise UserError(f"SLURM refused {path}: {done.stderr.strip().removeprefix('sbatch: error: ')}")
     return done.stdout.strip().split(";")[0]
 
 
@@ -256,7 +257,7 @@ def refuse_busy(out: Path, runs: Sequence[Path]) -> None:
 
 
 def snapshot(target: Path) -> None:
-    """This very code, for the jobs to import: what is edited later does not reach a run that waits or is requeued."""
+    """A copy of this code, for the jobs to import: later edits do not reach a run that waits or is requeued."""
     for floor in FLOORS:
         shutil.copytree(HOME / floor, target / "thriftlab" / floor, ignore=shutil.ignore_patterns("__pycache__"))
     commit, diff = record.code()

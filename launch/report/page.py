@@ -1,7 +1,7 @@
-"""A study's folder -> report.html, one page that needs nothing beside it, and report.md with the same words and tables.
+"""A study -> report.html, one page that needs no other file, and report.md with the same words and tables.
 
-Works on a study that is half done: what is missing is named at the top. One surprise: the page carries no script and
-asks no server; its figures take their colours from the page's style, so they follow the reader's light or dark setting.
+Works on a study that is half done: what is missing is named at the top. The page has no script and loads nothing; its
+figures take their colours from its style, so they follow the reader's light or dark setting.
 """
 
 import html
@@ -13,16 +13,13 @@ from types import MappingProxyType
 
 from thriftlab.data.files import replace_atomically
 from thriftlab.launch.report.figures import Picture, colours, pictures
-from thriftlab.launch.report.results import Study, read_study
+from thriftlab.launch.report.results import Study
 from thriftlab.launch.report.tables import Cell, Table, circumstances, sections
-from thriftlab.launch.report.words import answers, question, table, warnings
-
-__all__ = ["report", "table"]
+from thriftlab.launch.report.words import answers, question, warnings
 
 
-def report(folder: Path) -> Path:
-    """Write FOLDER/report.html and report.md; returns the page. UserError if FOLDER is not a comparable study."""
-    study = read_study(Path(folder))
+def write_report(study: Study) -> Path:
+    """Write report.html and report.md into the study's folder; returns the page."""
     page = Template(template()).substitute(title=html.escape(title(study)), body=body(study))
     target = study.folder / "report.html"
     replace_atomically(target, page.encode())

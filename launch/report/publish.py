@@ -1,7 +1,7 @@
 """The part of a study's folder that is kept in a repository: its report, its plan and a line for every run.
 
-One surprise: it can be much smaller than the runs and still be checked. The line of a run has its fingerprint and
-commit, and the runs are functions of those.
+It is much smaller than the runs and can still be checked: the line of a run has its fingerprint and commit, and a run
+is a function of those.
 """
 
 import json
@@ -13,7 +13,7 @@ from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically
 from thriftlab.launch.report.figures import Picture, pictures
 from thriftlab.launch.report.page import markdown, template
-from thriftlab.launch.report.results import STUDY, Result, dig, read_study
+from thriftlab.launch.report.results import STUDY, Result, Study, value_at
 
 KEPT = {
     "lr": ("config", "optim", "lr"), "loss": ("results", "loss"), "bits_per_byte": ("results", "bits_per_byte"),
@@ -27,31 +27,30 @@ KEPT = {
 }  # fmt: skip
 
 
-def publish(folder: Path, target: Path) -> Path:
+def publish(study: Study, target: Path) -> Path:
     """Write TARGET/report.md with its figures, study.json and runs.jsonl; returns TARGET.
 
-    UserError where FOLDER is no study, or TARGET holds something else.
+    UserError where TARGET holds something else.
     """
-    study = read_study(folder)
     if target.exists() and not (target / STUDY).exists() and any(target.iterdir()):
         raise UserError(f"{target} holds something else than a study; choose another folder")
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.svg"):
         old.unlink()
     figures = {f"{slug(picture.title)}.svg": picture for picture in pictures(study)}
-    words = markdown(study, figures).replace(f"{folder}/", "")  # where a problem lay on the machine of the runs
+    words = markdown(study, figures).replace(f"{study.folder}/", "")  # where a problem lay on the machine of the runs
     lines = [json.dumps(line(result)) for result in study.results if result.record]
     texts = {name: standalone(picture) for name, picture in figures.items()}
     texts |= {"report.md": words, "runs.jsonl": "".join(f"{text}\n" for text in lines)}
     for name, text in texts.items():
         replace_atomically(target / name, text.encode())
-    replace_atomically(target / STUDY, (folder / STUDY).read_bytes())
+    replace_atomically(target / STUDY, (study.folder / STUDY).read_bytes())
     return target
 
 
 def line(result: Result) -> dict[str, Any]:
     """A run in one line."""
-    kept = {key: dig(result.record, *path) for key, path in KEPT.items()}
+    kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
     return {"arm": result.arm, "seed": result.seed, **kept}
 
 

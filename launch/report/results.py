@@ -11,7 +11,7 @@ compared at all (different data, different budgets) is an error.
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,38 @@ from thriftlab.launch.report.stats import Paired, holm, paired
 from thriftlab.train.records.record import RecordError, read_metrics, read_record
 
 STUDY = "study.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate that was tried: mean final loss over its seeds, None if one has none, and what they spent."""
+
+    lr: float
+    loss: float | None
+    tokens: float
+    seconds: float
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How an arm comes by its learning rate: the values of `lr` in study.json.
+
+    `how` is pending, tuned or failed for an arm with trials, else default or hand; `edge` is the end of the grid, lower
+    or upper, where the best rate is the last that was tried on that side.
+    """
+
+    how: str
+    lr: float | None
+    edge: str | None = None
+    trials: tuple[Trial, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Tuning":
+        return cls(**{**tree, "trials": tuple(Trial(**trial) for trial in tree["trials"])})
 
 
 @dataclass(frozen=True)
@@ -46,12 +78,12 @@ class Row:
     arm: str
     planned: int
     done: list[Result]
-    lr: dict[str, Any]
+    tuning: Tuning
     difference: Paired | None
 
     def values(self, *path: str) -> list[Any]:
         """What the finished runs measured at `path` of their records, without nulls."""
-        return [value for result in self.done if (value := dig(result.record, *path)) is not None]
+        return [value for result in self.done if (value := value_at(result.record, *path)) is not None]
 
     def mean_sd(self, *path: str) -> tuple[float | None, float | None]:
         """Mean and standard deviation over seeds; None for what too few runs measured."""
@@ -71,7 +103,7 @@ class Row:
 
     @property
     def learning_rate(self) -> float | None:
-        return next(iter(self.values("config", "optim", "lr")), self.lr.get("lr"))
+        return next(iter(self.values("config", "optim", "lr")), self.tuning.lr)
 
 
 @dataclass(frozen=True)
@@ -101,12 +133,13 @@ class Study:
         planned = [result for result in self.results if result.arm == arm]
         done = [result for result in planned if result.record]
         baseline = arm == next(iter(self.plan["arms"]))
-        return Row(arm, len(planned), done, self.plan["lr"][arm], None if baseline else difference)
+        tuning = Tuning.from_json(self.plan["lr"][arm])
+        return Row(arm, len(planned), done, tuning, None if baseline else difference)
 
     def losses(self, arm: str) -> dict[int, float]:
         """Final held-out loss by seed; a loss that is not finite counts as none."""
         done = [result for result in self.results if result.arm == arm and result.record]
-        found = {result.seed: dig(result.record, "results", "loss") for result in done}
+        found = {result.seed: value_at(result.record, "results", "loss") for result in done}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
     def pair(self, first: str, second: str) -> tuple[dict[int, float], dict[int, float]]:
@@ -186,7 +219,7 @@ def unfinished(folder: Path) -> str:
 
 def refuse_mixture(study: Study, *path: str) -> None:
     """UserError unless all finished runs have the same value at `path`."""
-    seen = {json.dumps(dig(result.record, *path)): result.folder for result in study.results if result.record}
+    seen = {json.dumps(value_at(result.record, *path)): result.folder for result in study.results if result.record}
     if len(seen) > 1:
         (one, here), (other, there) = list(seen.items())[:2]
         raise UserError(
@@ -195,7 +228,7 @@ def refuse_mixture(study: Study, *path: str) -> None:
         )
 
 
-def dig(tree: dict[str, Any] | None, *path: str) -> Any:
+def value_at(tree: dict[str, Any] | None, *path: str) -> Any:
     """The value at `path`, or None where the way ends early."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None

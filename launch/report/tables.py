@@ -1,6 +1,6 @@
 """What a report shows: its tables as text, and how the study was run.
 
-One surprise: a cell is a tuple. Its value comes first, and what follows is smaller print.
+A cell is a tuple: its value, and after that what is printed smaller.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 
 from thriftlab.launch.report.results import Row, Study
 from thriftlab.launch.report.stats import Paired
-from thriftlab.launch.report.words import LR_WORDS, megabytes, number, plus_minus, signed, spread
-from thriftlab.train.config import help as surface
+from thriftlab.launch.report.words import LR_WORDS, mebibytes, number, plus_minus, signed, spread
+from thriftlab.train.config.help import text
 
 Cell = tuple[str, ...]
 Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]  # head, rows
@@ -41,7 +41,7 @@ HEAD = (
 
 
 def main_table(study: Study) -> Table:
-    head = [text.format(study.rows[0].arm) for text in HEAD]
+    head = [name.format(study.rows[0].arm) for name in HEAD]
     return head, [[*main_row(row)] for row in study.rows]
 
 
@@ -51,10 +51,10 @@ def main_row(row: Row) -> Iterator[Cell]:
     yield (plus_minus(*row.mean_sd("results", "bits_per_byte")),)
     yield difference(row)
     predicted = max(row.values("memory", "predicted_state_bytes"), default=None)
-    yield megabytes(row.state_bytes), f"predicted {megabytes(predicted)}"
+    yield mebibytes(row.state_bytes), f"predicted {mebibytes(predicted)}"
     yield (spread(row.values("speed", "tokens_per_second")),)
-    edge = f", {row.lr['edge']} edge" if row.lr.get("edge") else ""
-    yield number(row.learning_rate, ".3g"), LR_WORDS[row.lr["how"]] + edge
+    edge = f", {row.tuning.edge} edge" if row.tuning.edge else ""
+    yield number(row.learning_rate, ".3g"), LR_WORDS[row.tuning.how] + edge
     yield trial_cost(row)
     yield f"{len(row.done)} of {row.planned}", f"{sum(row.values('skipped_steps')):.0f} steps skipped"
 
@@ -73,10 +73,10 @@ def difference(row: Row) -> Cell:
 
 
 def trial_cost(row: Row) -> Cell:
-    trials = row.lr.get("trials", [])
+    trials = row.tuning.trials
     if not trials:
         return ("–",)
-    tokens, seconds = (sum(trial[key] or 0 for trial in trials) for key in ("tokens", "seconds"))
+    tokens, seconds = sum(trial.tokens for trial in trials), sum(trial.seconds for trial in trials)
     return f"{tokens:,.0f} tokens", f"{seconds:,.0f} s in {len(trials)} trials"
 
 
@@ -99,14 +99,14 @@ def contrast_cell(d: Paired | None) -> Cell:
 
 def arm_table(study: Study) -> Table:
     """What each arm is, and how large it is."""
-    rows = [[(row.arm,), (settings(study.plan["arms"][row.arm]["tree"]),), *sizes(row)] for row in study.rows]
+    rows = [[(row.arm,), (as_arguments(study.plan["arms"][row.arm]["tree"]),), *sizes(row)] for row in study.rows]
     return ["arm", "settings", "trained parameters", "FLOPs per token", "optimizer state", "peak memory"], rows
 
 
-def settings(tree: dict[str, Any], prefix: str = "") -> str:
+def as_arguments(tree: dict[str, Any], prefix: str = "") -> str:
     """A tree as key=value, in the words of the command line."""
     parts = [
-        settings(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key}={surface.text(value)}"
+        as_arguments(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key}={text(value)}"
         for key, value in tree.items()
     ]
     return " ".join(part for part in parts if part)
@@ -119,7 +119,7 @@ def sizes(row: Row) -> list[Cell]:
         for path in (("model", "trained"), ("model", "flops_per_token"), ("memory", "state_bytes"),
                      ("memory", "peak_bytes"))
     )  # fmt: skip
-    return [(number(trained, ","),), (number(flops, ","),), (megabytes(state),), (megabytes(peak),)]
+    return [(number(trained, ","),), (number(flops, ","),), (mebibytes(state),), (mebibytes(peak),)]
 
 
 def source_table(study: Study) -> Table | None:
@@ -136,10 +136,10 @@ def source_table(study: Study) -> Table | None:
 
 
 def trial_table(study: Study) -> Table | None:
-    grid = sorted({trial["lr"] for row in study.rows for trial in row.lr.get("trials", [])})
+    grid = sorted({trial.lr for row in study.rows for trial in row.tuning.trials})
     if not grid:
         return None
-    losses = {row.arm: {trial["lr"]: trial["loss"] for trial in row.lr.get("trials", [])} for row in study.rows}
+    losses = {row.arm: {trial.lr: trial.loss for trial in row.tuning.trials} for row in study.rows}
     rows = [[(arm,), *((number(found.get(lr), ".4f"),) for lr in grid)] for arm, found in losses.items()]
     return ["arm", *(f"lr {lr:g}" for lr in grid)], rows
 
@@ -155,7 +155,7 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
         "budget of a run": ", ".join(f"{amount:,.12g} {kind}" for kind, amount in plan["budget"].items()),
         "seeds": f"{seeds(plan)}: the same data order and initial weights for every arm",
         "side by side": f"{plan['jobs']} runs at a time, threads each: {plan['threads'] or 'as torch chooses'}",
-        "base": settings(plan["base"]) if plan["question"] else "",
+        "base": as_arguments(plan["base"]) if plan["question"] else "",
         "data": data and f"tokenizer {data.get('tokenizer')}, fingerprint {data['fingerprint']}",
         "code": commit and commit + (", with uncommitted changes" if first["diff_sha256"] else ""),
         "machine": ", ".join(
@@ -164,7 +164,7 @@ def circumstances(study: Study) -> list[tuple[str, str]]:
         "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items() if version),
         "when": period(study),
     }
-    return [(term, text) for term, text in found.items() if text]
+    return [(term, fact) for term, fact in found.items() if fact]
 
 
 def seeds(plan: dict[str, Any]) -> str:

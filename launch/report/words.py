@@ -8,14 +8,14 @@ import json
 import statistics
 from collections.abc import Sequence
 
-from thriftlab.launch.report.results import Answer, Row, Study, dig
+from thriftlab.launch.report.results import Answer, Row, Study, value_at
 from thriftlab.launch.report.stats import MANY_SEEDS, Paired, seeds_to_resolve
 
 LR_WORDS = {
     "tuned": "tuned", "default": "not tuned (default lr)", "hand": "lr set by hand", "pending": "being tuned",
     "failed": "every trial failed",
 }  # fmt: skip
-BITS = (  # key in `versions` or `machine`, or of the record itself -> what a difference means
+MUST_AGREE = (  # what all records should have in common -> what a difference means
     (("commit",), "runs come from different commits"),
     (("diff_sha256",), "runs come from different uncommitted changes"),
     (("versions",), "runs come from different library versions"),
@@ -41,7 +41,7 @@ def answers(study: Study) -> list[str]:
     rows = study.rows
     if study.contrasts:
         return [answer(contrast) for contrast in study.contrasts]
-    return [" ".join(filter(None, (verdict(row, rows[0]), cost(row, rows[0]), *said(row)))) for row in rows[1:]]
+    return [" ".join(filter(None, (verdict(row, rows[0]), cost(row, rows[0]), *remarks(row)))) for row in rows[1:]]
 
 
 def answer(a: Answer) -> str:
@@ -88,16 +88,16 @@ def cost(row: Row, baseline: Row) -> str:
     """The state that its method keeps, beside the baseline's. Speed is left to the table, which has its spread."""
     if not row.done or not baseline.done:
         return ""
-    state = f"Its optimizer state is {megabytes(row.state_bytes)}"
+    state = f"Its optimizer state is {mebibytes(row.state_bytes)}"
     if row.state_bytes is None or not baseline.state_bytes:
         return state + "."
     return f"{state}, {100 * row.state_bytes / baseline.state_bytes:.0f} % of {baseline.arm}'s."
 
 
-def said(row: Row) -> list[str]:
+def remarks(row: Row) -> list[str]:
     """What its method itself remarked on its runs, as sentences."""
-    remarks = dict.fromkeys(remark for remarks in row.values("remarks") for remark in remarks)
-    return [f"{remark[0].upper()}{remark[1:]}." for remark in remarks]
+    found = dict.fromkeys(remark for several in row.values("remarks") for remark in several)
+    return [f"{remark[0].upper()}{remark[1:]}." for remark in found]
 
 
 # --------------------------------------------------------------------------------------------------------- warnings
@@ -107,15 +107,15 @@ def warnings(study: Study) -> list[str]:
     rows = study.rows
     found = missing(study)
     found += [warning for row in rows for warning in row_warnings(row)]
-    for path, meaning in BITS:
-        if len({json.dumps(dig(record, *path), sort_keys=True) for record in study.records}) > 1:
+    for path, meaning in MUST_AGREE:
+        if len({json.dumps(value_at(record, *path), sort_keys=True) for record in study.records}) > 1:
             found.append(meaning)
     if any(record.get("diff_sha256") for record in study.records):
         found.append("the code had uncommitted changes; each run's folder holds them as code.diff")
-    untuned = [row.arm for row in rows if row.lr["how"] == "default"]
+    untuned = [row.arm for row in rows if row.tuning.how == "default"]
     if untuned:
         found.append(f"learning rate not tuned: {', '.join(untuned)}; equal tuning may change the order (--lr-grid)")
-    if len({row.lr["how"] for row in rows}) > 1:
+    if len({row.tuning.how for row in rows}) > 1:
         found.append("learning rates were chosen in different ways; the comparison is not one of equal effort")
     return found
 
@@ -131,20 +131,20 @@ def missing(study: Study) -> list[str]:
 
 def row_warnings(row: Row) -> list[str]:
     found = []
-    if row.lr.get("edge"):
+    if row.tuning.edge:
         found.append(
-            f"{row.arm}: the best learning rate, {row.lr['lr']:g}, is the {row.lr['edge']} end of the grid; "
+            f"{row.arm}: the best learning rate, {row.tuning.lr:g}, is the {row.tuning.edge} end of the grid; "
             f"a better one may lie beyond"
         )
-    lost = [trial for trial in row.lr.get("trials", []) if trial["problem"]]
-    found += [f"{row.arm}: trial with lr {trial['lr']:g} did not finish: {trial['problem']}" for trial in lost]
+    lost = [trial for trial in row.tuning.trials if trial.problem]
+    found += [f"{row.arm}: trial with lr {trial.lr:g} did not finish: {trial.problem}" for trial in lost]
     if skipped := sum(row.values("skipped_steps")):
         found.append(f"{row.arm}: {skipped:.0f} steps were skipped because loss or gradient was not finite")
     if infinite := len(row.done) - len(row.values("results", "loss")):
         found.append(f"{row.arm}: the final loss of {infinite} runs is not finite; they are left out")
     if row.difference and row.difference.dropped:
         found.append(f"{row.arm}: {row.difference.dropped} runs have no partner with the same seed and are left out")
-    found += [f"{row.arm}: {sentence}" for sentence in said(row)]
+    found += [f"{row.arm}: {sentence}" for sentence in remarks(row)]
     if set(row.values("memory", "predicted_state_bytes")) != set(row.values("memory", "state_bytes")):
         found.append(f"{row.arm}: measured optimizer state differs from the predicted")
     return found
@@ -170,7 +170,7 @@ LR_MARK = {"default": "*", "hand": "h", "tuned": "", "pending": "?", "failed": "
 
 
 def lr_mark(row: Row) -> str:
-    return LR_MARK[row.lr["how"]] + ("e" if row.lr.get("edge") else "")
+    return LR_MARK[row.tuning.how] + ("e" if row.tuning.edge else "")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ def plus_minus(mean: float | None, sd: float | None, form: str = ".4f") -> str:
     return number(mean, form) + ("" if sd is None else f" ± {sd:{form}}")
 
 
-def megabytes(size: float | None) -> str:
+def mebibytes(size: float | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.2f} MiB"
 
 

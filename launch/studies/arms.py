@@ -1,7 +1,7 @@
 """What a study compares: arms. An arm is a name and what it sets of a run, how often it runs and how it is tuned.
 
-`thriftlab compare` makes one of each METHOD, whose parts are joined by "+": a layer and an update rule, say. One
-surprise: nothing here knows what parts there are; the registries of the configuration do.
+`thriftlab compare` makes one of each METHOD, whose parts are joined by "+": a layer and an update rule, for instance.
+Which parts there are is known to the registries of the configuration (SEAMS) alone.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thriftlab.data.errors import ConfigError
-from thriftlab.train.config import help as surface
+from thriftlab.train.config.help import nearest, own
 from thriftlab.train.config.parse import COMMAND_LINE
 from thriftlab.train.config.schema import SEAMS
 
@@ -42,7 +42,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Request:
+class StudyRequest:
     """A study: arms, the baseline first, what all of them share, and what is asked of them.
 
     Its arms and its base have no `seed`, `out` and `budget` of their own. A trial has `trial_fraction` of the budget
@@ -66,7 +66,7 @@ class Request:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> "Request":
+    def from_json(cls, tree: dict[str, Any]) -> "StudyRequest":
         arms = [Arm(**{**arm, "lr_grid": tuple(arm["lr_grid"])}) for arm in tree["arms"]]
         contrasts = [Contrast(c["name"], tuple(c["arms"])) for c in tree["contrasts"]]
         return cls(**{**tree, "arms": arms, "contrasts": contrasts})
@@ -109,7 +109,7 @@ def parts_of(method: str) -> dict[str, str]:
         section = section_of(part)
         if section is None:
             known = [name for registry in SEAMS.values() for name in registry.entries]
-            near = surface.nearest(part, known)
+            near = nearest(part, known)
             raise ConfigError(f"{COMMAND_LINE}: method {part!r} is unknown; there are {', '.join(known)}{near}")
         if section in parts:
             raise ConfigError(f"{COMMAND_LINE}: {method} names two of {section}: {parts[section]} and {part}")
@@ -128,4 +128,4 @@ def is_method(word: str) -> bool:
 
 def present(parts: dict[str, str]) -> list[str]:
     """The sections in which a method has something to set: all but those whose default takes no keys of its own."""
-    return [s for s, name in parts.items() if name != SEAMS[s].default or surface.own(SEAMS[s], name)]
+    return [s for s, name in parts.items() if name != SEAMS[s].default or own(SEAMS[s], name)]

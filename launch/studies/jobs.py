@@ -1,8 +1,8 @@
 """Many runs as subprocesses, several side by side, one progress bar over all; stopped and resumed together.
 
-A job is one `thriftlab train` in a folder of its own; what it prints goes to train.log there. One surprise: each job
-leads its own process group, or the terminal's Ctrl-C would reach the jobs a second time, beside the signal that the
-study hands on, and a second Ctrl-C means "at once".
+A job is one `thriftlab train` in a folder of its own; what it prints goes to train.log there. The surprise: each job
+leads its own process group. Otherwise it would get the terminal's Ctrl-C and the signal of the study, and the trainer
+takes a second one for "at once".
 """
 
 import fcntl
@@ -139,7 +139,7 @@ def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def slots(jobs: int | None, threads: int | None) -> list[dict[str, str]]:
-    """What each place for a job adds to the environment; by default one place a GPU, or as many as the cores bear."""
+    """What each place for a job adds to the environment; by default one place a GPU, or as many as the cores allow."""
     gpus = visible_gpus()
     count = jobs or len(gpus) or max(1, usable_cores() // (threads or 1))
     common = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
@@ -166,7 +166,7 @@ def usable_cores() -> int:
 
 
 def run_all(jobs: Sequence[Job], places: list[dict[str, str]], lock: int, bar: "Bar") -> dict[str, str]:
-    """Run what is not finished yet, in this order. Returns {name: last words} of the jobs that failed.
+    """Run what is not finished yet, in this order. Returns {name: why} of the jobs that failed.
 
     Unfinished after SIGINT or SIGTERM: every job has been asked to stop and has saved.
     """
@@ -174,15 +174,15 @@ def run_all(jobs: Sequence[Job], places: list[dict[str, str]], lock: int, bar: "
     running: dict[int, tuple[Job, subprocess.Popen]] = {}
     failures: dict[str, str] = {}
     with stop_signals() as received:
-        told = False
+        asked = False
         try:
             while running or waiting and not received:
                 for place in range(len(places)):
                     if place not in running and waiting and not received:
                         running[place] = start(waiting.pop(0), places[place], lock)
-                if received and not told:
-                    told = True
-                    tell(running.values(), signal.SIGTERM)
+                if received and not asked:
+                    asked = True
+                    send(running.values(), signal.SIGTERM)
                 bar.update([job for job, _ in running.values()])
                 time.sleep(POLL_SECONDS)
                 for place, (job, process) in list(running.items()):
@@ -190,9 +190,9 @@ def run_all(jobs: Sequence[Job], places: list[dict[str, str]], lock: int, bar: "
                         del running[place]
                         bar.update([job])
                         if not received and not job.record:
-                            failures[job.name] = last_words(job, process.returncode)
+                            failures[job.name] = why_failed(job, process.returncode)
         finally:
-            tell(running.values(), signal.SIGKILL)
+            send(running.values(), signal.SIGKILL)
             for _, process in running.values():
                 process.wait()
     if received:
@@ -215,17 +215,17 @@ def start(job: Job, place: dict[str, str], lock: int) -> tuple[Job, subprocess.P
         )
 
 
-def tell(running: Iterable[tuple[Job, subprocess.Popen]], number: int) -> None:
+def send(running: Iterable[tuple[Job, subprocess.Popen]], number: int) -> None:
     """Send a signal to the process groups that still run."""
     for _, process in running:
         if process.poll() is None:
             os.killpg(process.pid, number)
 
 
-def last_words(job: Job, code: int) -> str:
+def why_failed(job: Job, code: int) -> str:
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     lines = tail(job.folder / "train.log").decode(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return f"{how}: {said} (see {job.folder / 'train.log'})"
 
 

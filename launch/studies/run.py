@@ -2,8 +2,8 @@
 
 Runs that share a seed share data order and initialisation. Arms take turns within a seed, so that a study that was
 cut short still compares, and slow drift of the machine falls on all of them alike. Finished runs are skipped by
-fingerprint. One surprise: the trials use a seed that is none of the study's, so nobody's learning rate is chosen on the
-runs that then count.
+fingerprint. The trials use seeds that are none of the study's, so that no learning rate is chosen on the runs that
+then count.
 """
 
 import math
@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 
 from thriftlab.data.files import replace_atomically, seal
 from thriftlab.data.shards import Dataset, open_dataset
-from thriftlab.launch.report.page import report, table
-from thriftlab.launch.report.results import STUDY, read_study
-from thriftlab.launch.report.words import answers
-from thriftlab.launch.studies.arms import Arm, Request
+from thriftlab.launch.report.page import write_report
+from thriftlab.launch.report.results import STUDY, Trial, Tuning, read_study
+from thriftlab.launch.report.words import answers, table
+from thriftlab.launch.studies.arms import Arm, StudyRequest
 from thriftlab.launch.studies.jobs import Bar, Job, Unfinished, claimed, refuse_other_run, run_all, slots
 from thriftlab.train.build import make_model, make_plan
 from thriftlab.train.config.parse import Settings, validate
@@ -30,6 +30,57 @@ from thriftlab.train.config.schema import RunConfig, fingerprint
 
 TRIAL_SEED = 1_000_000  # and those after it
 TRIAL_STEPS = 50  # at least, where the budget of a run has as many
+
+
+def run_study(request: StudyRequest) -> Path:
+    """Run a study, or what is left of it, print its table and write its report.
+
+    Jobs of None are one a GPU, or as many as the usable cores allow.
+
+    Returns:
+        The page OUT/report.html.
+
+    Errors: UserError for what the user can correct, before anything runs; Unfinished (`code` 130 after Ctrl-C, 1 if
+    runs failed, then with the report of the others).
+    """
+    setting = make_setting(request, torch.cuda.is_available())
+    with claimed(setting.out) as lock:
+        try:
+            failures = run_arms(setting, request, slots(request.jobs, setting.threads), lock)
+        except Unfinished as stopped:
+            raise Unfinished(f"{stopped}\nresume with: {typed_command()}", stopped.code) from None
+        study = read_study(setting.out)
+        page = write_report(study)
+    print("", table(study), "", *answers(study), "", f"report: {page}", sep="\n")
+    if failures:
+        lines = [f"{name} failed, {why}" for name, why in failures.items()]
+        raise Unfinished("\n".join([*lines, f"try the failed runs again with: {typed_command()}"]), 1)
+    return page
+
+
+def run_arms(setting: "Setting", request: StudyRequest, places: list[dict[str, str]], lock: int) -> dict[str, str]:
+    """Trials, then runs; keeps study.json up to date. Returns {name: why} of the runs that failed."""
+    drafts = make_drafts(setting, request.arms)
+    write_plan(setting, request, drafts, len(places), {})
+    trials = take_turns([draft.trials for draft in drafts])
+    bar = Bar([*trials, *take_turns([draft.runs for draft in drafts])], setting.out.name)
+    try:
+        failed = run_all(trials, places, lock, bar)
+        drafts = [tune(setting, draft, failed) for draft in drafts]
+        write_plan(setting, request, drafts, len(places), {})
+        runs = [draft.runs for draft in drafts if draft.tuning.how != "failed"]
+        for job in (job for jobs in runs for job in jobs):
+            refuse_other_run(job, setting.dataset.fingerprint)
+        failures = run_all(take_turns(runs), places, lock, bar)
+    finally:
+        bar.close()
+    why = "not run: every trial of its learning rate failed"
+    failures |= {job.name: why for draft in drafts if draft.tuning.how == "failed" for job in draft.runs}
+    write_plan(setting, request, drafts, len(places), failures)
+    return failures
+
+
+# -------------------------------------------------------------------------------------------------------------- jobs
 
 
 @dataclass(frozen=True)
@@ -77,33 +128,7 @@ def drop_nones(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value is not None}
 
 
-def run(request: Request) -> Path:
-    """Run a study, or what is left of it, print its table and write its report.
-
-    Jobs of None are one a GPU, or as many as the usable cores bear.
-
-    Returns:
-        The page OUT/report.html.
-
-    Errors: UserError for what the user can mend, before anything runs; Unfinished (`code` 130 after Ctrl-C, 1 if runs
-    failed, then with the report of the others).
-    """
-    setting, out = make_setting(request, torch.cuda.is_available()), Path(request.out)
-    with claimed(out) as lock:
-        try:
-            failures = run_study(setting, request, slots(request.jobs, setting.threads), lock)
-        except Unfinished as stopped:
-            raise Unfinished(f"{stopped}\nresume with: {command()}", stopped.code) from None
-        page = report(out)
-    study = read_study(out)
-    print("", table(study), "", *answers(study), "", f"report: {page}", sep="\n")
-    if failures:
-        lines = [f"{name} failed, {words}" for name, words in failures.items()]
-        raise Unfinished("\n".join([*lines, f"try the failed runs again with: {command()}"]), 1)
-    return page
-
-
-def make_setting(request: Request, on_gpu: bool) -> Setting:
+def make_setting(request: StudyRequest, on_gpu: bool) -> Setting:
     base = request.base
     dataset = open_dataset(base.get("data", {}).get("path") or RunConfig().data.path, verify=False)
     threads = base.get("train", {}).get("threads") or (None if on_gpu else 1)
@@ -113,45 +138,26 @@ def make_setting(request: Request, on_gpu: bool) -> Setting:
     )  # fmt: skip
 
 
-def run_study(setting: Setting, request: Request, places: list[dict[str, str]], lock: int) -> dict[str, str]:
-    """Trials, then runs; keeps study.json up to date. Returns {name: last words} of the runs that failed."""
-    arms = request.arms
-    trials, runs, lr = draft(setting, arms)
-    tuned = take_turns([trials[arm.name] for arm in arms])
-    write_plan(setting, request, lr, len(places), {})
-    bar = Bar([*tuned, *take_turns(list(runs.values()))], setting.out.name)
-    try:
-        failed = run_all(tuned, places, lock, bar)
-        for arm in arms:
-            if trials[arm.name]:
-                lr[arm.name] = choose(trials[arm.name], failed)
-                rate = lr[arm.name]["lr"]
-                runs[arm.name] = make_runs(setting, arm, rate) if rate else []
-        write_plan(setting, request, lr, len(places), {})
-        for job in (job for jobs in runs.values() for job in jobs):
-            refuse_other_run(job, setting.dataset.fingerprint)
-        failures = run_all(take_turns([*runs.values()]), places, lock, bar)
-    finally:
-        bar.close()
-    for arm in arms:
-        if not runs[arm.name]:
-            why = "not run: every trial of its learning rate failed"
-            failures |= {f"{arm.name}/seed-{seed}": why for seed in range(arm.seeds)}
-    write_plan(setting, request, lr, len(places), failures)
-    return failures
+@dataclass(frozen=True)
+class Draft:
+    """The jobs of an arm and how it comes by its learning rate, which `runs` have as soon as it is known."""
+
+    arm: Arm
+    trials: list[Job]
+    runs: list[Job]
+    tuning: Tuning
 
 
-def draft(
-    setting: Setting, arms: Sequence[Arm]
-) -> tuple[dict[str, list[Job]], dict[str, list[Job]], dict[str, dict[str, Any]]]:
-    """Trials, runs and learning rates of each arm, as far as they are known before anything has run."""
-    runs = {arm.name: make_runs(setting, arm) for arm in arms}
-    trials = {arm.name: make_trials(setting, arm, runs[arm.name][0]) for arm in arms}
+def make_drafts(setting: Setting, arms: Sequence[Arm]) -> list[Draft]:
+    """What is known of each arm before anything has run."""
+    drafts = []
     for arm in arms:
-        for job in trials[arm.name] or runs[arm.name]:
+        runs = make_runs(setting, arm)
+        trials = make_trials(setting, arm, runs[0])
+        for job in trials or runs:
             refuse_other_run(job, setting.dataset.fingerprint)
-    lr = {arm.name: untuned(arm, runs[arm.name][0], pending=bool(trials[arm.name])) for arm in arms}
-    return trials, runs, lr
+        drafts.append(Draft(arm, trials, runs, untuned(arm, runs[0], pending=bool(trials))))
+    return drafts
 
 
 def make_runs(setting: Setting, arm: Arm, lr: float | None = None) -> list[Job]:
@@ -187,60 +193,69 @@ def trial_budget(budget: dict[str, float], steps: int | None, fraction: float) -
     return {kind: math.ceil(share) if kind == "tokens" else share}
 
 
-def untuned(arm: Arm, run: Job, pending: bool) -> dict[str, Any]:
-    how = "pending" if pending else "default" if arm.lr is None else "hand"
-    lr = None if pending else rate_of(run.config)
-    return {"how": how, "lr": lr, "edge": None, "trials": []}
+def untuned(arm: Arm, run: Job, pending: bool) -> Tuning:
+    if pending:
+        return Tuning("pending", None)
+    return Tuning("default" if arm.lr is None else "hand", run.config.optim.hyperparameters().get("lr"))
 
 
-def choose(trials: list[Job], failed: dict[str, str]) -> dict[str, Any]:
+def tune(setting: Setting, draft: Draft, failed: dict[str, str]) -> Draft:
+    """The same arm with the learning rate that its trials have chosen. `failed`: {name: why} of those that failed."""
+    if not draft.trials:
+        return draft
+    tuning = choose(draft.trials, failed)
+    runs = draft.runs if tuning.lr is None else make_runs(setting, draft.arm, tuning.lr)
+    return replace(draft, runs=runs, tuning=tuning)
+
+
+def choose(trials: list[Job], failed: dict[str, str]) -> Tuning:
     """The learning rate with the lowest final held-out loss, the mean over seeds, and what the trials cost. A rate that
     has failed under one seed is not chosen; lr is None if all have."""
-    outcomes: dict[float | None, list[dict[str, Any]]] = {}
+    by_rate: dict[float, list[Job]] = {}
     for job in trials:
-        outcomes.setdefault(rate_of(job.config), []).append(outcome(job, failed.get(job.name, "")))
-    rates = [{"lr": lr, **together(found)} for lr, found in outcomes.items()]
-    finished = [rate for rate in rates if rate["loss"] is not None]
-    best = min(finished, key=lambda rate: rate["loss"], default={"lr": None})["lr"]
-    edge = {rates[0]["lr"]: "lower", rates[-1]["lr"]: "upper"}.get(best)
-    return {"how": "tuned" if finished else "failed", "lr": best, "edge": edge, "trials": rates}
+        by_rate.setdefault(job.config.optim.hyperparameters()["lr"], []).append(job)
+    tried = tuple(make_trial(lr, jobs, failed) for lr, jobs in by_rate.items())
+    losses = {trial.lr: trial.loss for trial in tried if trial.loss is not None}
+    if not losses:
+        return Tuning("failed", None, None, tried)
+    best = min(losses, key=lambda lr: losses[lr])
+    edge = {tried[0].lr: "lower", tried[-1].lr: "upper"}.get(best)
+    return Tuning("tuned", best, edge, tried)
 
 
-def outcome(job: Job, problem: str) -> dict[str, Any]:
+def make_trial(lr: float, jobs: list[Job], failed: dict[str, str]) -> Trial:
+    """What the runs of one learning rate say together."""
+    outcomes = [outcome(job, failed.get(job.name, "")) for job in jobs]
+    losses = [loss for loss, _ in outcomes if loss is not None]
+    return Trial(
+        lr,
+        loss=statistics.fmean(losses) if len(losses) == len(jobs) else None,
+        tokens=sum(job.last("tokens") or 0 for job in jobs),
+        seconds=sum(job.last("seconds") or 0 for job in jobs),
+        problem=next((problem for _, problem in outcomes if problem), ""),
+    )
+
+
+def outcome(job: Job, problem: str) -> tuple[float | None, str]:
+    """Final held-out loss of a trial, and why it has none. `problem`: why it failed, if it did."""
     record = job.record
-    loss = record["results"]["loss"] if record else None
-    if record and loss is None:
-        problem = "its final loss is not finite"
-    return {"loss": loss, "tokens": job.last("tokens"), "seconds": job.last("seconds"), "problem": problem}
-
-
-def together(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The outcomes of one learning rate under several seeds: mean loss, None if one has none, and what all spent."""
-    losses = [found["loss"] for found in outcomes]
-    return {
-        "loss": None if None in losses else statistics.fmean(losses),
-        "tokens": sum(found["tokens"] or 0 for found in outcomes),
-        "seconds": sum(found["seconds"] or 0 for found in outcomes),
-        "problem": next((found["problem"] for found in outcomes if found["problem"]), ""),
-    }
-
-
-def rate_of(config: RunConfig) -> float | None:
-    """The learning rate, of a method that has one."""
-    return config.optim.hyperparameters().get("lr")
+    if record is None:
+        return None, problem
+    loss = record["results"]["loss"]
+    return loss, "its final loss is not finite" if loss is None else problem
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
 
 
 def write_plan(
-    setting: Setting, request: Request, lr: dict[str, dict[str, Any]], jobs: int | None, failures: dict[str, str]
+    setting: Setting, request: StudyRequest, drafts: Sequence[Draft], jobs: int | None, failures: dict[str, str]
 ) -> None:
     """OUT/study.json: what was asked for, sealed."""
     asked = request.to_json()
     plan = {
         "format": 2,
-        "command": command(),
+        "command": typed_command(),
         "question": request.question,
         "arms": {arm.pop("name"): arm for arm in asked["arms"]},
         "contrasts": asked["contrasts"],
@@ -249,7 +264,7 @@ def write_plan(
         "trial_seed": TRIAL_SEED,
         "trial_fraction": request.trial_fraction,
         "trial_seeds": request.trial_seeds,
-        "lr": lr,
+        "lr": {draft.arm.name: draft.tuning.to_json() for draft in drafts},
         "jobs": jobs,
         "threads": setting.threads,
         "failures": failures,
@@ -257,7 +272,7 @@ def write_plan(
     replace_atomically(setting.out / STUDY, seal(plan))
 
 
-def command() -> str:
+def typed_command() -> str:
     """What was typed, or as good as that."""
     program = Path(sys.argv[0]).name
     return shlex.join(

@@ -1,4 +1,4 @@
-"""`thriftlab study NAME`: an experiment that is written down, launch/studies/NAME.yaml or a file of one's own.
+"""`thriftlab study NAME`: an experiment that is written down, launch/studies/NAME.yaml or a file of your own.
 
     question: what is asked
     base: {budget: {tokens: 320_000}, ...}  # keys of `thriftlab train` that all arms share
@@ -12,7 +12,7 @@
     contrasts:                              # loss of the first arm minus that of the second
       - {name: what LOST costs, arms: [lost, adamw]}
 
-One surprise: the questions are part of the file and not of the report. What is asked after the runs were seen needs
+The questions are part of the file, so that they are asked before the runs: what is asked after the runs were seen needs
 runs of its own.
 """
 
@@ -27,11 +27,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from thriftlab.data.errors import ConfigError
-from thriftlab.launch.studies.arms import Arm, Contrast, Request
+from thriftlab.launch.studies.arms import Arm, Contrast, StudyRequest
 from thriftlab.launch.studies.compare import Grid
 from thriftlab.train.config.choice import Plugins, Section
-from thriftlab.train.config.help import nearest
-from thriftlab.train.config.parse import COMMAND_LINE, Settings, read, read_file, validate
+from thriftlab.train.config.help import describe, nearest
+from thriftlab.train.config.parse import COMMAND_LINE, Settings, read_file, validate
 from thriftlab.train.config.schema import RunConfig
 
 Seeds = Annotated[int, Field(ge=1)]
@@ -85,8 +85,16 @@ class StudyOptions(Section):
     """How a study is run."""
 
     seeds: Seeds | None = Field(None, description="runs of every arm; null: as the study has it")
-    jobs: int | None = Field(None, ge=1, description="runs at the same time; null: what the machine bears")
+    jobs: int | None = Field(None, ge=1, description="runs at the same time; null: one a GPU, or what the cores allow")
     out: str | None = Field(None, min_length=1, description="folder of the study; null: runs/NAME")
+
+
+def describe_keys() -> str:
+    """The keys of `thriftlab study`, the studies that there are, and how one is written."""
+    return (
+        f"{describe(StudyOptions)}\n\nThe keys of `thriftlab train` change the base of the study.\n\n"
+        f"The studies:\n{listing()}\n\nA file of your own looks like this:\n\n{example()}"
+    )
 
 
 def studies() -> dict[str, Path]:
@@ -106,14 +114,9 @@ def listing() -> str:
     return "\n".join(f"  {name:14}{read_file(str(path))['question']}" for name, path in studies().items())
 
 
-def request(argv: Sequence[str]) -> Request:
+def make_request(settings: Settings) -> StudyRequest:
     """The study that the command line names, with what it changes. ConfigError for what does not fit."""
-    return requested(read(argv))
-
-
-def requested(settings: Settings) -> Request:
-    """The same of what has been read."""
-    name, file = named(settings.words)
+    name, file = find_study(settings.words)
     study = validate(StudyConfig, given(read_file(file), file))
     options = validate(StudyOptions, settings.pick([*StudyOptions.model_fields]))
     base = changed(study.base, file, settings.drop([*StudyOptions.model_fields]))
@@ -121,13 +124,13 @@ def requested(settings: Settings) -> Request:
     budget = validate(RunConfig, base).budget.model_dump(mode="json")
     arms = [make_arm(arm, entry, study, options.seeds, base, file) for arm, entry in study.arms.items()]
     contrasts = [Contrast(c.name, c.arms) for c in study.contrasts]
-    return Request(
+    return StudyRequest(
         arms, base.tree, budget, options.out or f"runs/{name}", options.jobs, study.trial_fraction, study.trial_seeds,
         study.question, contrasts,
     )  # fmt: skip
 
 
-def named(words: Sequence[str]) -> tuple[str, str]:
+def find_study(words: Sequence[str]) -> tuple[str, str]:
     """Name and file of the study that the words of the command line name."""
     if len(words) != 1:
         raise ConfigError(f"{COMMAND_LINE}: name one study, or a file:\n{listing()}")

@@ -41,6 +41,6 @@ def test_another_broken_pipe_is_a_defect_and_keeps_its_traceback(monkeypatch):
     def broken(argv):
         raise BrokenPipeError
 
-    monkeypatch.setitem(cli.COMMANDS, "train", broken)
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(broken, ""))
     with pytest.raises(BrokenPipeError):
         cli.main(["train"])

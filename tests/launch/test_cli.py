@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from thriftlab.data.errors import ConfigError, DataError
 from thriftlab.launch import cli
-from thriftlab.launch.studies import compare as arguments
+from thriftlab.launch.studies.compare import CompareConfig, make_comparison, make_request
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import hyperparameters
 from thriftlab.train.budget import SCHEDULES
 from thriftlab.train.config import help as surface
-from thriftlab.train.config.parse import load
+from thriftlab.train.config.parse import load, read
 from thriftlab.train.config.schema import SEAMS, RunConfig
 from thriftlab.train.loop import Interrupted
 
@@ -233,13 +233,13 @@ def test_messages_of_the_project_end_without_a_traceback(monkeypatch, capsys, er
     def fails(argv):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "train", fails)
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(fails, ""))
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == shown
 
 
 def test_a_defect_keeps_its_trace(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "train", lambda argv: int("x"))
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(lambda argv: int("x"), ""))
     with pytest.raises(ValueError):
         cli.main(["train"])
 
@@ -308,28 +308,28 @@ def test_help_shows_what_a_plugin_brings(tmp_path, capsys):
 
 def test_compare_takes_methods_options_and_a_base():
     line = "adamw frugal --seeds 5 --lr-grid 3e-4,1e-3 --jobs=2 --out runs/x --budget tokens=1e6 model.preset=micro"
-    asked = arguments.arguments(line.split())
+    asked = make_comparison(read(line.split()))
     defaults = {section: registry.default for section, registry in SEAMS.items()}
     assert asked.methods == {m: {**defaults, "optim": m} for m in ("adamw", "frugal")}
-    assert asked.options == arguments.CompareConfig(seeds=5, lr_grid=(3e-4, 1e-3), jobs=2, out="runs/x")
+    assert asked.options == CompareConfig(seeds=5, lr_grid=(3e-4, 1e-3), jobs=2, out="runs/x")
     assert asked.base == RunConfig(budget={"tokens": 10**6}, model={"preset": "micro"})
     assert asked.overrides == {m: {section: {} for section in SEAMS} for m in ("adamw", "frugal")}
 
 
 def test_compare_gives_every_method_what_is_meant_for_it():
     words = "frugal adamw optim.lr=0.5 frugal.gap=50 frugal.lr=0.25 optim.include=[x]".split()
-    asked = arguments.arguments(words)
+    asked = make_comparison(read(words))
     assert {method: found["optim"] for method, found in asked.overrides.items()} == {
         "frugal": {"include": ["x"], "lr": 0.25, "gap": 50},
         "adamw": {"include": ["x"], "lr": 0.5},
     }
-    named = arguments.arguments("adamw signsgd --config adamw.yaml".split())
+    named = make_comparison(read("adamw signsgd --config adamw.yaml".split()))
     assert [named.overrides[m]["optim"] for m in ("adamw", "signsgd")] == [{"betas": [0.8, 0.9]}, {}]
 
 
 def test_a_layer_and_an_update_rule_combine():
     words = "adamw lost lost+fira cola layer.rank=0.5 lost.density=0.1 lost+fira.layer.rank=8 lost+fira.optim.rank=4"
-    arms = {arm.name: arm.tree for arm in arguments.arguments(words.split()).request().arms}
+    arms = {arm.name: arm.tree for arm in make_request(read(words.split())).arms}
     assert [(tree["layer"]["name"], tree["optim"]["name"]) for tree in arms.values()] == [
         ("dense", "adamw"), ("lost", "adamw"), ("lost", "fira"), ("cola", "adamw")
     ]  # fmt: skip

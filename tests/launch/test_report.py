@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -10,12 +12,17 @@ from tests.tools.studies import make_record, write_plan, write_run
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import seal
 from thriftlab.launch.report.figures import colours
-from thriftlab.launch.report.page import report, table
-from thriftlab.launch.report.results import read_study
-from thriftlab.launch.report.words import answers, warnings
+from thriftlab.launch.report.page import write_report
+from thriftlab.launch.report.results import Tuning, read_plan, read_study
+from thriftlab.launch.report.words import answers, table, warnings
 from thriftlab.train.records.record import read_record, write_record
 
+STORED = Path(__file__).parents[1] / "formats" / "runs" / "compare"
 SHIFT = {"adamw": 0.0, "frugal": 0.012, "signsgd": 0.15}
+
+
+def report(folder):
+    return write_report(read_study(folder))
 
 
 def make_study(folder, methods=("adamw", "frugal", "signsgd"), seeds=(0, 1, 2), **changes):
@@ -201,7 +208,7 @@ def test_runs_on_different_data_are_not_compared(tmp_path):
 def test_warnings_name_what_weakens_the_comparison(tmp_path):
     make_study(tmp_path, ("adamw", "frugal"), (0, 1))
     trials = [{"lr": 1e-3, "loss": 3.0, "tokens": 100, "seconds": 2.0, "problem": ""},
-              {"lr": 1e-2, "loss": None, "tokens": None, "seconds": None, "problem": "not finite"}]  # fmt: skip
+              {"lr": 1e-2, "loss": None, "tokens": 0, "seconds": 0, "problem": "not finite"}]  # fmt: skip
     tuned = {"how": "tuned", "lr": 1e-3, "edge": "lower", "trials": trials}
     hand = {"how": "hand", "lr": 1e-3, "edge": None, "trials": []}
     write_plan(tmp_path, ["adamw", "frugal"], [0, 1, 2], lr={"adamw": tuned, "frugal": hand})
@@ -251,6 +258,16 @@ def test_seeds_that_only_one_arm_was_to_have_are_no_loss(tmp_path):
     d = study.rows[1].difference
     assert (d.n, d.dropped) == (2, 0) and not any("no partner" in line for line in warnings(study))
     assert len(study.rows[1].done) == 4
+
+
+def test_a_stored_study_of_today_is_read_and_written_as_it_is(tmp_path):
+    folder = shutil.copytree(STORED, tmp_path / "compare")
+    plan = read_plan(folder)
+    rates = {arm: Tuning.from_json(tree) for arm, tree in plan["lr"].items()}
+    assert {rate.how for rate in rates.values()} == {"tuned"} and all(len(rate.trials) == 2 for rate in rates.values())
+    again = seal(plan | {"lr": {arm: rate.to_json() for arm, rate in rates.items()}})
+    assert again == (STORED / "study.json").read_bytes()
+    assert report(folder).with_suffix(".md").read_text() == (STORED / "report.md").read_text()
 
 
 def test_an_older_study_is_refused_with_what_to_do(tmp_path):

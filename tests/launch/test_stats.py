@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thriftlab.launch.report.stats import (
@@ -90,6 +90,7 @@ def test_resolved_means_that_zero_lies_outside():
 
 
 @given(st.floats(1e-4, 1.0), st.floats(1e-4, 0.1))
+@settings(deadline=None)  # scipy's quantiles on a busy machine
 def test_seeds_to_resolve_is_the_first_that_is_enough(difference, sd):
     n = seeds_to_resolve(difference, sd)
     if n is None:

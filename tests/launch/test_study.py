@@ -17,7 +17,7 @@ from thriftlab.launch.cli import main
 from thriftlab.launch.report.results import read_plan, read_study
 from thriftlab.launch.studies import jobs
 from thriftlab.launch.studies import run as study
-from thriftlab.launch.studies.arms import Arm, Request
+from thriftlab.launch.studies.arms import Arm, StudyRequest
 from thriftlab.launch.studies.jobs import Unfinished, claimed, slots, usable_cores
 from thriftlab.launch.studies.run import TRIAL_SEED, take_turns, trial_budget
 from thriftlab.train.config.schema import SEAMS
@@ -50,7 +50,9 @@ def run(tmp_path, tiny_data, stand_in):
         grid = tuple(sorted(lr_grid))
         many = seeds if isinstance(seeds, dict) else dict.fromkeys(methods, seeds)
         arms = [Arm(m, {"optim": {"name": m, **overrides.get(m, {})}}, many[m], grid) for m in methods]
-        return study.run(Request(arms, base, {"tokens": budget}, str(tmp_path), jobs, trial_seeds=trial_seeds))
+        return study.run_study(
+            StudyRequest(arms, base, {"tokens": budget}, str(tmp_path), jobs, trial_seeds=trial_seeds)
+        )
 
     return run
 

@@ -12,13 +12,14 @@ from tests.tools.studies import write_plan, write_run
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import ConfigError
 from thriftlab.launch import cli
-from thriftlab.launch.report.page import report
+from thriftlab.launch.report.page import write_report
 from thriftlab.launch.report.results import read_study
 from thriftlab.launch.report.stats import holm, t_test
 from thriftlab.launch.report.words import answers
-from thriftlab.launch.studies import written as experiment
-from thriftlab.launch.studies.arms import Request
+from thriftlab.launch.studies import written
+from thriftlab.launch.studies.arms import StudyRequest
 from thriftlab.launch.studies.run import make_setting
+from thriftlab.train.config.parse import read
 
 STUDY = {
     "question": "Which?",
@@ -35,6 +36,10 @@ STUDY = {
 }
 
 
+def request(argv):
+    return written.make_request(read(argv))
+
+
 @pytest.fixture
 def file(tmp_path, tiny_data):
     def write(**changes):
@@ -49,13 +54,13 @@ def file(tmp_path, tiny_data):
 
 
 def test_a_study_becomes_arms_with_what_differs(file):
-    asked = experiment.request([file(), "--jobs", "3", "train.clip=0.5", "budget.tokens=10240"])
+    asked = request([file(), "--jobs", "3", "train.clip=0.5", "budget.tokens=10240"])
     assert asked.budget == {"tokens": 10240, "flops": None, "seconds": None} and asked.jobs == 3
     assert asked.out == "runs/mine" and asked.question == "Which?" and asked.trial_fraction == 0.5
     assert [(arm.name, arm.seeds, arm.lr_grid, arm.lr) for arm in asked.arms] == [
         ("adamw", 2, (5e-4, 1e-3), None), ("small", 4, (1e-3, 2e-3), None), ("hand", 2, (1e-3, 2e-3), 0.01)
     ]  # fmt: skip
-    assert Request.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+    assert StudyRequest.from_json(json.loads(json.dumps(asked.to_json()))) == asked
     setting = make_setting(asked, on_gpu=False)
     job = setting.job("small/seed-3", asked.arms[1], 3, setting.budget, 2e-3)
     c = job.config
@@ -65,11 +70,11 @@ def test_a_study_becomes_arms_with_what_differs(file):
 
 
 def test_another_budget_takes_the_place_of_the_written_one(file):
-    assert experiment.request([file(), "budget.flops=1e12"]).budget == {"tokens": None, "flops": 1e12, "seconds": None}
+    assert request([file(), "budget.flops=1e12"]).budget == {"tokens": None, "flops": 1e12, "seconds": None}
 
 
 def test_seeds_of_the_command_line_are_every_arms(file):
-    assert [arm.seeds for arm in experiment.request([file(), "--seeds", "1"]).arms] == [1, 1, 1]
+    assert [arm.seeds for arm in request([file(), "--seeds", "1"]).arms] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,7 @@ def test_seeds_of_the_command_line_are_every_arms(file):
 )
 def test_mistakes_of_a_file_are_one_line(file, changes, words):
     with pytest.raises(ConfigError, match=".yaml|learning rate|lr_grid") as refused:
-        experiment.request([file(**changes)])
+        request([file(**changes)])
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -111,7 +116,7 @@ def test_an_unknown_key_of_an_arm_is_found_before_anything_runs(file, capsys, tm
 
 
 def test_a_rate_for_all_is_that_of_every_arm_without_its_own(file):
-    arms = experiment.request([file(), "optim.lr=0.5"]).arms
+    arms = request([file(), "optim.lr=0.5"]).arms
     assert [(float(arm.lr), arm.tuned) for arm in arms] == [(0.5, False), (0.5, False), (0.01, False)]
 
 
@@ -122,9 +127,9 @@ def test_what_the_base_does_not_take_is_refused(file, argument, capsys):
     assert said.startswith("error: command line: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", experiment.studies())
+@pytest.mark.parametrize("name", written.studies())
 def test_the_packaged_studies_can_be_run(name):
-    asked = experiment.request([name])
+    asked = request([name])
     assert {tuple(c.arms) for c in asked.contrasts} and len(asked.arms) > 2
     if Path(asked.base["data"]["path"]).exists():
         setting = make_setting(asked, on_gpu=False)
@@ -154,7 +159,7 @@ def test_questions_are_answered_with_interval_and_adjusted_p(tmp_path):
     first, second = answers(study)
     assert first.startswith("Sign: signsgd ends 0.2000 nats/token above adamw (95 % CI")
     assert second.startswith("Split: frugal: no claim.")
-    page = report(tmp_path)
+    page = write_report(study)
     text = (tmp_path / "report.md").read_text()
     assert "Which pays?" in text and "- base: model.preset=null model.dim=64" in text
     assert "| sign | signsgd − adamw | +0.2000; 95 % t:" in text
@@ -203,6 +208,6 @@ def test_t_test_against_scipy():
 
 def test_the_example_of_the_help_is_a_study(tmp_path):
     path = tmp_path / "example.yaml"
-    path.write_text(experiment.example().replace(", ...", ""))
-    asked = experiment.request([str(path)])
+    path.write_text(written.example().replace(", ...", ""))
+    asked = request([str(path)])
     assert [(arm.name, arm.seeds, len(arm.lr_grid)) for arm in asked.arms] == [("adamw", 3, 3), ("lost", 8, 3)]

@@ -1,0 +1,65 @@
+"""What a command prints when it warns, fails or is stopped: one line for the user, without a trace.
+
+`pip install thriftlab` is for the optimizers and layers alone, so a command may lack a package: `missing_extra` says
+what to install.
+"""
+
+import json
+import os
+import re
+import select
+import sys
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = {"yaml": "pyyaml"}  # import name -> package, where the two differ by more than - and _
+WITH_PLACE = warnings.formatwarning
+
+
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A RuntimeWarning is for the user, and says all; others are for programmers, who look for the place."""
+    return (
+        f"warning: {message}\n" if category is RuntimeWarning else WITH_PLACE(message, category, filename, lineno, line)
+    )
+
+
+def readers_left() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`; if so nothing is printed from now on."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    gone = [stream for stream, event in poll.poll(0) if event & select.POLLERR]
+    for stream in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    return bool(gone)
+
+
+def fail(message: str, code: int = 2) -> int:
+    mark = "error: " if 0 < code <= 128 else ""  # being stopped is no mistake
+    print("\n".join(f"{mark}{line}" for line in message.splitlines()), file=sys.stderr)
+    return code
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun takes it into its summary, which else says how to enable tracebacks."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+
+
+def missing_extra(error: Exception) -> str | None:
+    """What to install, where `error` is the failed import of a package that an extra brings; None for other errors."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    name = error.name.partition(".")[0]
+    package = PACKAGES.get(name, name).replace("_", "-")
+    for requirement in metadata.requires("thriftlab") or ():
+        required = re.match(rf"{re.escape(package)}\b(?!-)", requirement, re.IGNORECASE)
+        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
+        if required and extra:
+            return f"this command needs the package {package}: pip install 'thriftlab[{extra[1]}]'"
+    return None
