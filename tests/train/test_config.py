@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from thriftlab.data.errors import ConfigError
 from thriftlab.optim import METHODS
 from thriftlab.train.budget import SCHEDULES
+from thriftlab.train.config import RunConfig, load
 from thriftlab.train.config.help import all_keys, keys
-from thriftlab.train.config.parse import load
-from thriftlab.train.config.schema import SEAMS, RunConfig, fingerprint
+from thriftlab.train.config.schema import SEAMS, fingerprint
 from thriftlab.train.signals import SIGNALS
 
 GOLDEN = Path(__file__).with_name("golden_surface.txt")

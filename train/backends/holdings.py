@@ -36,10 +36,6 @@ class Holdings(Ranks):
         """Between the last `backward` and `step`: of the gradients, summed over ranks and tokens and not yet scaled."""
         return {name: whole(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def owns(self, name: str) -> bool:
-        """Whether this rank has the state of a parameter, whole."""
-        return True
-
     def saves(self, key: str) -> bool:
         """Whether this rank is the one that saves its piece `key`; over all ranks every entry exactly once.
 
@@ -57,7 +53,7 @@ class Holdings(Ranks):
         self.load_states(states, options)
 
     def load_states(self, states: TensorReader, options: dict[str, Any]) -> None:
-        unpack_optimizer(self.optimizer, states, options, self.owns)
+        unpack_optimizer(self.optimizer, states, options)
 
     def put_weights(self, value: Callable[[str, Piece], Tensor]) -> None:
         """Overwrite what this rank holds of the parameters; `value(name, piece)` is flat, as the piece is."""

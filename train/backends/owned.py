@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from thriftlab.optim import predicted_state_bytes
 from thriftlab.optim.core.owners import assign
 from thriftlab.train.backends.base import Backend, as_method
+from thriftlab.train.backends.optim_state import unpack_optimizer
+from thriftlab.train.backends.pieces import TensorReader
 from thriftlab.train.backends.ranks import Distributed
 
 BUCKET = 2**22  # entries that travel together; a tensor that is larger travels alone
@@ -119,11 +121,15 @@ class Owned(Distributed, Backend):
             land()
 
     def owns(self, name: str) -> bool:
+        """Whether this rank steps a parameter, and has its state."""
         return self.owners.get(name) == self.rank
 
     def saves(self, key: str) -> bool:
         name = key if key in self.owners else key.rpartition("/")[0]
         return self.owners.get(name, 0) == self.rank
+
+    def load_states(self, states: TensorReader, options: dict[str, Any]) -> None:
+        unpack_optimizer(self.optimizer, states, options, self.owns)
 
     def predicted_state_bytes(self) -> int:
         return predicted_state_bytes(self.method, self.owns)

@@ -2,9 +2,9 @@
 
     FOLDER/step-00000100/  model.safetensors  optim.safetensors  state.json  checksums.json
 
-Every rank writes the pieces that it saves: rank 3 `model.3.safetensors`, rank 0 the names above, and whole
-tensors in their shape. state.json says where each piece lies, so that a run of any other backend and world size can
-read them (index.py). A checkpoint is written under a temporary name, synced and renamed, so that a kill at any moment
+Every rank writes the pieces that it saves: rank 3 `model.3.safetensors`, rank 0 the names above, and whole tensors in
+their shape. state.json says where each piece lies, so that a run of any other backend and world size can read them
+(index.py). A checkpoint is written under a temporary name, synced and renamed, so that a kill at any moment
 leaves the one before it untouched. Nothing is ever pickled.
 """
 
