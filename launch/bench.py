@@ -18,17 +18,7 @@ from pydantic import BeforeValidator, Field
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.prepare.request import split_commas
-from thriftlab.launch.peers import (
-    FLOOR,
-    FLOOR_OF,
-    NO_REFRESH,
-    PEERS,
-    RULER,
-    GaLoreFloor,
-    held_bytes,
-    ruler,
-    variants,
-)
+from thriftlab.launch.peers import FLOOR, FLOOR_OF, NO_REFRESH, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
 from thriftlab.train.config.choice import Section
 from thriftlab.train.model import GPT, PRESETS, ModelConfig

@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("kernels", "data", "optim", "train", "launch")
 BASE = ("torch", "numpy", "pydantic")
