@@ -4,8 +4,8 @@ python -m tests.measure.price_zero model        bytes and seconds of a step on m
 python -m tests.measure.price_zero METHOD ...   step time of each stage on two ranks here, over that of DDP
 """
 
+import argparse
 import statistics
-import sys
 import time
 
 import torch
@@ -175,10 +175,13 @@ HYPER = {
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["model"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["model", *HYPER])
+    asked = parser.parse_args().what
+    if asked == ["model"]:
         model_of_time()
     else:
-        results = gang.ranks(2, beside_ddp, {name: HYPER[name] for name in sys.argv[1:]})[0]
+        results = gang.ranks(2, beside_ddp, {name: HYPER[name] for name in asked})[0]
         print("| 2 ranks | DDP, ms | stage 0 | 1 | 2 | 3 |\n|---|---|---|---|---|---|")
         for name, (ddp, ratios) in results.items():
             print(f"| {name} | {1000 * ddp:.0f} | {' | '.join(f'{ratio:.2f}' for ratio in ratios.values())} |")

@@ -6,7 +6,7 @@ Runs are saved after 9 steps, in the middle of a refresh period, and end at step
 held against one process that was never stopped.
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -54,5 +54,7 @@ def table(method):
 
 
 if __name__ == "__main__":
-    for method in sys.argv[1:] or ("galore", "frugal coordinates"):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", default=["galore", "frugal coordinates"])
+    for method in parser.parse_args().methods:
         table(method)

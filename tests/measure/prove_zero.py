@@ -3,7 +3,7 @@
 python -m tests.measure.prove_zero [WORLD ...]
 """
 
-import sys
+import argparse
 
 from tests.tools import gang, zero_cases
 from thriftlab.train.backends import make_backend
@@ -57,5 +57,7 @@ def table(world):
 
 
 if __name__ == "__main__":
-    for world in map(int, sys.argv[1:] or (2, 3, 4)):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("worlds", nargs="*", metavar="WORLD", type=int, default=[2, 3, 4])
+    for world in parser.parse_args().worlds:
         table(world)

@@ -330,6 +330,7 @@ def llama(**kwargs):
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_llama_of_hugging_face(tied, tmp_path):
     model = llama(tie_word_embeddings=tied)
@@ -362,6 +363,7 @@ def test_a_llama_of_hugging_face(tied, tmp_path):
     assert sum("sp_index" in name for name in fresh.state_dict()) == 14
 
 
+@pytest.mark.slow
 def test_an_exported_llama_generates_the_same():
     model = llama()
     convert_lost(model, rank=4)

@@ -91,6 +91,7 @@ def test_a_second_run_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_it_compiles_as_one_graph():
     leaves, index, grad = tensors((6,), dtype=torch.float32)
     torch.compiler.reset()
@@ -101,6 +102,7 @@ def test_it_compiles_as_one_graph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_operators_are_described_to_the_compiler(dtype):
     """Shapes, strides and dtypes of what they give out, that they change no argument, and their gradient."""

@@ -123,6 +123,7 @@ def test_logits_follow_the_equations(change):
     torch.testing.assert_close(model(x), reference_logits(model, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_equal_hugging_face_llama():
     transformers = pytest.importorskip("transformers")
     model, x = make(torch.float32, kv_heads=2, init_std=0.2), tokens()
