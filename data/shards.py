@@ -25,7 +25,7 @@ from thriftlab.data.tokens import Tokenizer, load_tokenizer, read_bpe
 
 SHARD_TOKENS = 2**27
 
-Document = tuple[NDArray[Any], int]
+EncodedDocument = tuple[NDArray[Any], int]
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -34,7 +34,12 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def write_shards(
-    folder: Path, source: str, split: str, documents: Iterable[Document], dtype: str, shard_tokens: int = SHARD_TOKENS
+    folder: Path,
+    source: str,
+    split: str,
+    documents: Iterable[EncodedDocument],
+    dtype: str,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """Write one split of one source and return its manifest entry.
 
@@ -56,7 +61,7 @@ def write_shards(
     return {"shards": shards} | {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
 
 
-def _number(documents: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, Document]]:
+def _number(documents: Iterable[EncodedDocument], shard_tokens: int) -> Iterator[tuple[int, EncodedDocument]]:
     number = filled = 0
     for document in documents:
         size = len(document[0])
@@ -66,7 +71,7 @@ def _number(documents: Iterable[Document], shard_tokens: int) -> Iterator[tuple[
         yield number, document
 
 
-def _write_shard(folder: Path, stem: str, documents: Iterable[Document], dtype: str) -> dict[str, Any]:
+def _write_shard(folder: Path, stem: str, documents: Iterable[EncodedDocument], dtype: str) -> dict[str, Any]:
     largest, stored = np.iinfo(dtype).max, np.dtype(dtype).newbyteorder("<")
     digest, lengths, text_bytes = hashlib.sha256(), [], 0
     with open(folder / f"{stem}.bin", "wb") as file:

@@ -29,7 +29,7 @@ keys of one name apart.
 --budget tokens=1e7 is short for the section `budget` with tokens alone.
 """
 HELP_FLAGS = ("-h", "--help")
-Run = Callable[[list[str]], None]
+Action = Callable[[list[str]], None]
 Keys = Callable[[list[str]], str]
 
 
@@ -37,7 +37,7 @@ Keys = Callable[[list[str]], str]
 class Command:
     """What `thriftlab NAME` does with its arguments, and the two parts of its help: usage and keys, if it has any."""
 
-    run: Run
+    run: Action
     usage: str
     keys: Keys | None = None
     hidden: bool = False
@@ -49,10 +49,10 @@ class Command:
 COMMANDS: dict[str, Command] = {}  # in the order of their declarations below
 
 
-def command(usage: str, keys: Keys | None = None, hidden: bool = False) -> Callable[[Run], Run]:
+def command(usage: str, keys: Keys | None = None, hidden: bool = False) -> Callable[[Action], Action]:
     """Declare a command: a function of its arguments, whose name is that of the command."""
 
-    def register(run: Run) -> Run:
+    def register(run: Action) -> Action:
         COMMANDS[run.__name__] = Command(run, usage, keys, hidden)
         return run
 

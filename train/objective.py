@@ -314,7 +314,7 @@ class Parity(Weighted):
         return self.backend.sum(sums)
 
 
-class Rank(Parity):
+class PerRank(Parity):
     """Statistics of a micro-batch on its own rank; otherwise as Parity."""
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -324,4 +324,4 @@ class Rank(Parity):
         return sums
 
 
-MODES = {"none": Weighted, "exact": Exact, "lagged": Lagged, "parity": Parity, "rank": Rank}
+MODES = {"none": Weighted, "exact": Exact, "lagged": Lagged, "parity": Parity, "rank": PerRank}

@@ -17,8 +17,8 @@ from thriftlab.data.corpora.packages import Member, Package
 
 SHORTEST = 200  # characters; less is a stub
 
-Document = tuple[str, str]  # id, text
-Reader = Callable[[Iterator[Member]], Iterator[Document]]
+NamedText = tuple[str, str]  # id, text
+Reader = Callable[[Iterator[Member]], Iterator[NamedText]]
 
 
 class Part(NamedTuple):
@@ -37,7 +37,7 @@ Domain = tuple[Part, ...]
 def whole(text: Callable[[bytes], str]) -> Reader:
     """A file is a document."""
 
-    def read(files: Iterator[Member]) -> Iterator[Document]:
+    def read(files: Iterator[Member]) -> Iterator[NamedText]:
         for name, data in files:
             yield name, text(data)
 
@@ -47,7 +47,7 @@ def whole(text: Callable[[bytes], str]) -> Reader:
 def cut(texts: Callable[[bytes], Iterator[str]]) -> Reader:
     """A file is several documents."""
 
-    def read(files: Iterator[Member]) -> Iterator[Document]:
+    def read(files: Iterator[Member]) -> Iterator[NamedText]:
         for name, data in files:
             for number, text in enumerate(texts(data)):
                 yield f"{name}#{number}", text
@@ -55,7 +55,7 @@ def cut(texts: Callable[[bytes], Iterator[str]]) -> Reader:
     return read
 
 
-def dictionary(files: Iterator[Member]) -> Iterator[Document]:
+def dictionary(files: Iterator[Member]) -> Iterator[NamedText]:
     """Entries in a row, with what they cite and without the mark of the edition under each of their senses."""
     edition = re.compile(r"\s*\[(?:1913|WordNet|Webster|PJC|Century|AS|RP|RH)\b[^\]]*\]")
     texts = (edition.sub("", text) for text in entries(dict(files)))
@@ -84,7 +84,7 @@ def licence(data: bytes) -> str:
     return tidy(json.loads(data)["licenseText"])
 
 
-def encyclopedia(files: Iterator[Member]) -> Iterator[Document]:
+def encyclopedia(files: Iterator[Member]) -> Iterator[NamedText]:
     for _, data in files:
         yield from articles(decode(bz2.decompress(data)))
 

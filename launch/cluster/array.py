@@ -16,7 +16,7 @@ from pathlib import Path
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal, unseal, write_json
-from thriftlab.launch.cluster.slurm import Batch, SubmitConfig, processes, refuse_busy, submit_batches
+from thriftlab.launch.cluster.slurm import JobBatch, SubmitConfig, processes, refuse_busy, submit_batches
 from thriftlab.launch.report.results import STUDY
 from thriftlab.launch.studies import compare, written
 from thriftlab.launch.studies.arms import StudyRequest
@@ -50,8 +50,8 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
     settle = f'{thriftlab} settle {shlex.quote(str(out / REQUEST))} "$run" || exit 1' if waiting else ""
     report = f"{thriftlab} report {shlex.quote(str(out))}"
     known = [job for job in runs if job.arm not in waiting]
-    batches = [Batch("trials", folders(trials), trials, at_once)] if trials else []
-    batches.append(Batch("runs", folders(runs), known, at_once, settle, report))
+    batches = [JobBatch("trials", folders(trials), trials, at_once)] if trials else []
+    batches.append(JobBatch("runs", folders(runs), known, at_once, settle, report))
     if not c.dry_run:
         refuse_busy(out, [run for batch in batches for run in batch.runs])
         (out / REQUEST).parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ class SubmitConfig(Section):
     dry_run: bool = Field(False, description="--dry-run prints the script; writes and submits nothing")
 
 
-def sbatch_lines(c: SubmitConfig, batch: "Batch", log: str) -> str:
+def sbatch_lines(c: SubmitConfig, batch: "JobBatch", log: str) -> str:
     """The #SBATCH lines. ConfigError for a --sbatch that would undo one of them."""
     limit = f"%{batch.at_once}" if batch.at_once else ""
     own = {
@@ -130,7 +130,7 @@ class Script(Template):
 
 
 @dataclass(frozen=True)
-class Batch:
+class JobBatch:
     """What one call of sbatch submits: runs, what comes `before` and `after` each in its script, and the jobs among
     them whose configuration is known by now."""
 
@@ -203,10 +203,10 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
     refuse_other_run(job, dataset.fingerprint)
     if job.record:
         raise UserError(f"{config.out} is done; its record is {config.out}/record.json")
-    submit_batches(c, Path(config.out), [Batch(job.name, [job.folder], [job])])
+    submit_batches(c, Path(config.out), [JobBatch(job.name, [job.folder], [job])])
 
 
-def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[Batch]) -> None:
+def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[JobBatch]) -> None:
     """Render the batches and submit each after the one before it; or print them, with --dry-run."""
     home = Path.cwd() / next(path for i in itertools.count(1) if not (path := out / "jobs" / f"{i:03}").exists())
     scripts = [batch.script(c, home) for batch in batches]

@@ -19,11 +19,9 @@ from thriftlab.data.prepare.request import split_commas
 from thriftlab.launch.studies.arms import Arm, StudyRequest, is_method, known_methods, present
 from thriftlab.train.config.choice import Plugins, Section
 from thriftlab.train.config.help import describe, describe_choice, nearest
+from thriftlab.train.config.mistakes import KeyPath
 from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import SEAMS, RunConfig
-
-KeyPath = tuple[str, ...]
-
 
 Rate = Annotated[float, Field(gt=0)]
 Grid = Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(split_commas)]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 
 
 class Channel(NamedTuple):
@@ -17,7 +17,7 @@ class Channel(NamedTuple):
     rank: int
     share: Callable[[Any], list[Any]]
 
-    def together(self, action: Callable[[], Answer]) -> list[Answer]:
+    def together(self, action: Callable[[], Value]) -> list[Value]:
         """What `action` returned on every rank. Its error on one rank is an OSError on the others."""
         answer, failure = None, None
         try:
@@ -32,7 +32,7 @@ class Channel(NamedTuple):
                 raise OSError(wrong)
         return [value for value, _ in said]
 
-    def first(self, action: Callable[[], Answer]) -> Answer:
+    def first(self, action: Callable[[], Value]) -> Value:
         """What `action` returned on the first rank, the only one that does it."""
         return self.together(lambda: action() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 

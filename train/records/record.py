@@ -134,7 +134,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Speed:
+class Throughput:
     tokens_per_second: float | None  # of all ranks; None where no step was timed
     mfu: float | None  # None where the device's peak is not known
 
@@ -159,7 +159,7 @@ class Record:
     budget: Spent
     results: Results
     memory: Memory
-    speed: Speed
+    speed: Throughput
     skipped_steps: int
     signal: dict[str, Any]
     remarks: list[str]
