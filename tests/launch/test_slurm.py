@@ -113,7 +113,7 @@ def test_two_nodes_preempted_and_requeued_are_an_unbroken_run(tiny_data, desk, c
     said = logs()
     assert "attempt 0, on n1 n2" in said and "attempt 1, on n1 n2" in said and "Traceback" not in said
     assert "the time is nearly up" in said and "the run is preempted" in said and "the run is done" in said
-    assert set(re.findall("code: (.*)", said)) == {f"{desk}/broken/jobs/001/code/thriftlab/train/errors.py"}
+    assert set(re.findall("code: (.*)", said)) == {f"{desk}/broken/jobs/001/code/thriftlab/data/errors.py"}
     assert (desk / "broken" / "status").read_text() == "done\n" and not (desk / "broken" / "STOP").exists()
     assert_same(traces(desk / "broken"), traces(desk / "whole"))
     record, code = read_record(desk / "broken" / "record.json"), desk / "broken" / "jobs" / "001" / "code" / "thriftlab"
