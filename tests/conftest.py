@@ -20,8 +20,5 @@ def tiny_data(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first; under pytest-xdist the tests of a file stay together, for they share what it has prepared."""
+    """Fast tests first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))

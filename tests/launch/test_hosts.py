@@ -18,8 +18,6 @@ from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
 from thriftlab.launch import cli
 
-pytestmark = pytest.mark.xdist_group("waiting")  # on other processes, for most of the time
-
 LAUNCH = """
 from thriftlab.launch import cli
 from thriftlab.launch.cluster import hosts

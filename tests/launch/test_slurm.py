@@ -16,7 +16,7 @@ from tests.tools.tiny import tiny_config
 from thriftlab.launch import cli
 from thriftlab.train.records.record import read_record
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("waiting")]
+pytestmark = pytest.mark.slow
 
 NEEDED = os.environ.get("THRIFTLAB_NEEDS_SLURM") == "1"  # then a machine without SLURM is a failure
 LONG = {"budget": {"tokens": 300 * 8 * 32}, "checkpoint": {"every": 20, "keep": 2}}

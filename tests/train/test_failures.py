@@ -18,8 +18,6 @@ from thriftlab.train import loop
 from thriftlab.train.backends import rendezvous
 from thriftlab.train.config.schema import RunConfig
 
-pytestmark = pytest.mark.xdist_group("waiting")  # on other processes, for most of the time
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # `thriftlab train`; each rank leaves its process id beside this file
 RANK = """

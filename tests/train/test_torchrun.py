@@ -12,7 +12,7 @@ from tests.tools.tiny import tiny_config
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.records.record import read_record
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("waiting")]
+pytestmark = pytest.mark.slow
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 

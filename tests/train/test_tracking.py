@@ -17,8 +17,6 @@ import pytest
 from thriftlab.data.errors import UserError
 from thriftlab.train.records.tracking import Tracker, flatten, tracker, wandb_mode
 
-pytestmark = pytest.mark.xdist_group("waiting")  # for a network that is not there
-
 
 def section(wandb="disabled", tensorboard=False):
     return SimpleNamespace(wandb=wandb, tensorboard=tensorboard, project="tests", group=None)
