@@ -13,12 +13,13 @@ import pytest
 
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import UserError
+from thriftlab.data.lock import claimed
 from thriftlab.launch.cli import main
 from thriftlab.launch.report.results import read_plan, read_study
 from thriftlab.launch.studies import jobs
 from thriftlab.launch.studies import run as study
 from thriftlab.launch.studies.arms import Arm, StudyRequest
-from thriftlab.launch.studies.jobs import Unfinished, claimed, slots, usable_cores
+from thriftlab.launch.studies.jobs import Unfinished, slots, usable_cores
 from thriftlab.launch.studies.run import TRIAL_SEED, take_turns, trial_budget
 from thriftlab.train.config.schema import SEAMS
 
