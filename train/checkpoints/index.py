@@ -59,7 +59,7 @@ def index_fault(index: Any, files: Collection[str]) -> str | None:
 def entry_fault(entry: Any, group: str, files: Collection[str]) -> str | None:
     """What is wrong with one entry of an index."""
     shape, pieces = (entry.get("shape"), entry.get("pieces")) if isinstance(entry, dict) else (None, None)
-    if not are_counts(shape) or not pieces or not isinstance(pieces, list | tuple):
+    if shape is None or not are_counts(shape) or not pieces or not isinstance(pieces, list | tuple):
         return "is damaged"
     if not all(are_counts(piece) and len(piece) == 3 for piece in pieces):
         return "is damaged"
