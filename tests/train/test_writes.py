@@ -157,7 +157,8 @@ def test_what_others_put_among_the_checkpoints_is_theirs(small, tmp_path):
     out, config = tmp_path / "out", small()
     run(config)
     end = end_of(out)[0]
-    theirs = [".step-00000100.backup.tmp", ".step-00000100.99999999999999999999.tmp", ".step-1.tmp", "step-00000004.bak",
+    theirs = [".step-00000100.backup.tmp",
+              ".step-00000100.99999999999999999999.tmp", ".step-1.tmp", "step-00000004.bak",
               "step-4", "step-backup", ".DS_Store", "step-٠٠٠٠٠٠٠٤", "latest"]  # fmt: skip
     for number, name in enumerate(theirs):
         path = out / "checkpoints" / name
