@@ -1,15 +1,69 @@
 """Files that survive a crash and betray a flipped bit: durable writing, atomic replacement, sealed JSON.
 
+What keeps a file from being written (a full disk, a quota, a missing right) is one line for the user: WriteError.
+
 A sealed JSON file carries the sha256 of its own canonical text. It is whole only if it equals, byte by byte, what
 sealing its parsed content gives; so white space and the digest itself are protected as well as the values.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from thriftlab.data.errors import UserError
+
+NO_ROOM, NO_RIGHT = "make room there", "choose another folder, or get the right to write there"
+REMEDIES = {
+    errno.ENOSPC: NO_ROOM,
+    errno.EDQUOT: f"{NO_ROOM}, or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: NO_RIGHT,
+    errno.EACCES: NO_RIGHT,
+    errno.EPERM: NO_RIGHT,
+}
+
+
+class WriteError(UserError, OSError):
+    """A file cannot be written; the message says which, why, and what to do."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`: an OSError of the body is a WriteError."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(unwritten(error, path)) from error
+
+
+def unwritten(error: OSError, path: Path | str) -> str:
+    """Why `path` cannot be written, and what to do."""
+    remedy = REMEDIES.get(error.errno or 0, "choose another folder, or repair this one")
+    return (
+        f"{path} cannot be written ({error.strerror or error}); {remedy}, and start the same command again: "
+        "what is there already stays"
+    )
+
+
+def make_folder(path: Path) -> None:
+    """A folder with all its parents, if it is not there."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Write to an unbuffered file, so that nothing is left to be written later, when somebody else may have it."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -32,12 +86,13 @@ def sync(path: Path) -> None:
 def replace_atomically(path: Path, content: bytes) -> None:
     """Put `content` at `path` so that a crash leaves either the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(temporary, content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with writing(path):
+        try:
+            write_synced(temporary, content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,10 +124,13 @@ def seal(value: dict[str, Any]) -> bytes:
 
 def unseal(content: bytes) -> dict[str, Any]:
     """The value that was sealed. Raises ValueError if a single bit differs from what `seal` wrote."""
-    value = json.loads(content)
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
-    value.pop("sha256", None)
-    if seal(value) != content:
-        raise ValueError("its content does not match its sha256")
+    try:
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        value.pop("sha256", None)
+        if seal(value) != content:
+            raise ValueError("its content does not match its sha256")
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     return value

@@ -12,9 +12,23 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # those of typing do not do for pydantic before Python 3.12
+)
 
 import numpy as np
+from pydantic import (
+    AfterValidator,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)  # fmt: skip
+from typing_extensions import TypedDict
 
 from thriftlab.data.errors import DataError
 
@@ -24,6 +38,71 @@ VERIFIED = ".verified.json"
 SETTLED = 2.0  # seconds
 
 Manifest = dict[str, Any]
+
+
+# ------------------------------------------------------------- what others read of a manifest; there may be more in it
+
+
+def _inside(name: str) -> str:
+    if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("not the name of a file below the folder")
+    return name
+
+
+def _summed(split: Manifest) -> Manifest:
+    for key in ("tokens", "documents", "bytes"):
+        if split[key] != sum(shard[key] for shard in split["shards"]):
+            raise ValueError(f"{key}: not the sum over its shards")
+    return split
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+SourceName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
+
+
+class Shard(TypedDict):
+    file: FileName
+    sha256: str
+    ends_file: FileName
+    ends_sha256: str
+    tokens: PositiveInt
+    documents: PositiveInt
+    bytes: NonNegativeInt
+
+
+class Split(TypedDict):
+    shards: list[Shard]
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    bytes: NonNegativeInt
+
+
+class Source(TypedDict):
+    train: Annotated[Split, AfterValidator(_summed)]
+    validation: Annotated[Split, AfterValidator(_summed)]
+
+
+class TokenizerEntry(TypedDict):
+    name: str
+    vocab_size: PositiveInt
+    delimiter: NonNegativeInt
+    sha256: str
+    file: NotRequired[FileName]
+
+
+class Written(TypedDict):
+    format: int
+    tokenizer: TokenizerEntry
+    dtype: Literal["uint16", "uint32"]
+    sources: dict[SourceName, Source]
+    drops: dict[str, int]
+    made: NotRequired[Manifest]
+
+
+WRITTEN = TypeAdapter(Written)
+
+
+# ------------------------------------------------------------------------------------------------ writing and reading
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> str:
@@ -56,6 +135,13 @@ def file_sha256(path: Path) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """The verified manifest of a prepared folder."""
     path, checksum = folder / "manifest.json", folder / "manifest.sha256"
+    try:
+        return _read_manifest(path, checksum)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); repair that, or {REMEDY}") from error
+
+
+def _read_manifest(path: Path, checksum: Path) -> Manifest:
     for file in (path, checksum):
         if not file.is_file():
             raise DataError(
@@ -64,9 +150,18 @@ def read_manifest(folder: Path) -> Manifest:
             )
     if checksum.read_bytes() != _checksum_line(path).encode():
         raise DataError(f"{path}: does not match its hash in {checksum}: one of the two was changed; {REMEDY}")
-    manifest: Manifest = json.loads(path.read_bytes())
-    if manifest["format"] != FORMAT:
-        raise DataError(f"{path}: format {manifest['format']}, and this version reads {FORMAT}; {REMEDY}")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+            raise DataError(f"{path}: format {manifest['format']}, and this version reads {FORMAT}; {REMEDY}")
+        WRITTEN.validate_python(manifest, strict=True)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
+        raise DataError(f"{path}: {place}: {error.errors()[0]['msg']}, though its hash is right; {REMEDY}") from None
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is no JSON ({error}), though its hash is right; {REMEDY}") from None
     return manifest
 
 

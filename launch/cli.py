@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thriftlab.launch.messages import fail, missing_extra, one_line, readers_left, tell_torchrun
+from thriftlab.launch.messages import fail, missing_extra, no_room_or_right, one_line, readers_left, tell_torchrun
 
 SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and readers_left():
             return 128 + signal.SIGPIPE
-        message = missing_extra(error) or (str(error) if is_message(error) else None)
+        message = missing_extra(error) or (str(error) if is_message(error) else no_room_or_right(error))
         if message is None:
             tell_torchrun(f"{type(error).__name__}: {error} (its traceback is above)")
             raise

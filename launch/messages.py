@@ -51,6 +51,15 @@ def tell_torchrun(message: str) -> None:
         Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
+def no_room_or_right(error: Exception) -> str | None:
+    """What to do about a disk that is full or must not be written; None for other errors."""
+    from thriftlab.data.files import REMEDIES  # which numpy comes with, and --help is quick
+
+    if not isinstance(error, OSError) or error.errno not in REMEDIES:
+        return None
+    return f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}, and start the same command again"
+
+
 def missing_extra(error: Exception) -> str | None:
     """What to install, where `error` is the failed import of a package that an extra brings; None for other errors."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:

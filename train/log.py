@@ -1,8 +1,11 @@
-"""Where the numbers of a run go while it trains: metrics.jsonl, a progress bar, and the mirrors that were asked for.
+"""Where the numbers of a run go: metrics.jsonl, a progress bar and the mirrors that were asked for while it trains, and
+record.json at its end.
 
 Only the first rank writes. The logged loss is the mean over the whole global batch of that step.
 """
 
+import math
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.data.files import sha256
+from thriftlab.optim import state_bytes
 from thriftlab.train.build import Run
+from thriftlab.train.config.schema import method_name
 from thriftlab.train.records import record
 from thriftlab.train.records.progress import Progress
+from thriftlab.train.records.record import DataUsed, Memory, ModelUsed, Record, Results, Spent, Throughput, write_record
+from thriftlab.train.records.speed import mfu, peak_bytes
 from thriftlab.train.records.tracking import tracker
 from thriftlab.train.step import StepResult
 from thriftlab.train.watch import tell
@@ -56,14 +62,8 @@ class Log:
         if not run.chief:
             return
         log, config = run.config.log, run.config.model_dump(mode="json")
-        run.out.mkdir(parents=True, exist_ok=True)
         record.write_json(run.out / "config.json", config)
-        self.metrics = record.MetricsWriter(run.out / "metrics.jsonl", counters.step)
-        if history not in (None, sha256(run.out / "metrics.jsonl")):
-            raise record.RecordError(
-                f"{run.out}/metrics.jsonl is not the history of the checkpoint at step {counters.step}: a line before "
-                f"it was changed or is missing; restore it from a copy, or move {run.out} away and start anew"
-            )
+        self.metrics = record.MetricsWriter(run.out / "metrics.jsonl", counters.step, history)
         self.mirrors = tracker(log, run.out, "/".join(run.out.parts[-2:]), config, run.fingerprint[:16])
         total = run.horizon.steps and run.horizon.steps * run.config.train.batch_size * run.config.data.sequence_length
         self.bar = Progress(total, counters.tokens, run.out.name, log.progress)
@@ -101,7 +101,9 @@ class Log:
             )
 
     def evaluation(self, results: dict[str, Any]) -> None:
-        if self.run.chief:
+        """One line a step, though a run that was killed just after it evaluates again."""
+        last = self.run.chief and self.metrics.last or {}
+        if self.run.chief and not ("eval" in last and last["step"] == self.counters.step):
             self.write({"eval": results})
 
     def write(self, values: dict[str, Any]) -> None:
@@ -124,3 +126,45 @@ def over_tensors(diagnostics: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         told = torch.stack([values[key].float() for values in diagnostics.values() if key in values])
         summary[key] = {"mean": told.mean().item(), "max": told.max().item()}
     return summary
+
+
+def finish(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
+    """Write record.json and return what is in it; `origin` is when and from what code the run started."""
+    entry = make_record(run, counters, results, origin)
+    if run.chief:
+        write_record(run.out, entry.to_json())
+    return entry
+
+
+def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
+    model, backend, speed = run.model, run.backend, counters.tokens_per_second()
+    return Record(
+        status="done",
+        method=method_name(run.config),
+        fingerprint=run.fingerprint,
+        seed=run.config.seed,
+        config=run.config.model_dump(mode="json"),
+        **origin,
+        world=backend.world,
+        data=DataUsed(run.dataset.fingerprint, run.plan.fingerprint, run.dataset.tokenizer.name),
+        model=ModelUsed(
+            parameters=sum(p.numel() for p in model.parameters()),
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            flops_per_token=run.flops_per_token,
+            layers={"converted": run.conversion.converted, "left": run.conversion.left},
+        ),
+        budget=Spent(counters.step, counters.tokens, counters.tokens * run.flops_per_token, counters.seconds),
+        results=Results(**results, perplexity=math.exp(min(results["loss"], 700)), train_loss=counters.loss),
+        memory=Memory(
+            parameter_bytes=sum(p.nbytes for p in model.parameters()),
+            buffer_bytes=sum(b.nbytes for b in model.buffers()),
+            state_bytes=state_bytes(run.optimizer),
+            predicted_state_bytes=backend.predicted_state_bytes(),
+            peak_bytes=peak_bytes(),
+        ),
+        speed=Throughput(speed, mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None),
+        skipped_steps=counters.skipped,
+        signal=tell(run.objective.report(), [source.name for source in run.plan.sources]),
+        remarks=run.optimizer.remarks(),
+        finished=time.time(),
+    )

@@ -5,17 +5,19 @@ a checkpoint holds the weights, the optimizer's state and a few counters, and a 
 Only with a budget in seconds, where progress is a clock and not a step, may it differ.
 """
 
-import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from thriftlab.data.errors import UserError
-from thriftlab.data.files import sha256
+from thriftlab.data.errors import CheckpointError, UserError
+from thriftlab.data.files import sha256, sync, writing
 from thriftlab.data.loader import Batch, batches
-from thriftlab.optim import state_bytes
+from thriftlab.data.lock import claimed
 from thriftlab.optim.core.split import listing
 from thriftlab.optim.layers.base import before_step, replaced
 from thriftlab.optim.state.keys import keyed_generator
@@ -28,25 +30,12 @@ from thriftlab.train.backends.replicas import buffers, take_up_buffers
 from thriftlab.train.build import Run, build
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.checkpoints.writer import Writer
-from thriftlab.train.config.schema import RunConfig, method_name
+from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.evaluate import evaluate
-from thriftlab.train.log import Counters, Log
-from thriftlab.train.records.record import (
-    DataUsed,
-    Memory,
-    ModelUsed,
-    Record,
-    Results,
-    Spent,
-    Throughput,
-    provenance,
-    read_record,
-    write_record,
-)
-from thriftlab.train.records.speed import mfu, peak_bytes
-from thriftlab.train.records.stop import Interrupted, status, stop_file, stop_signals
+from thriftlab.train.log import Counters, Log, finish
+from thriftlab.train.records.record import Record, provenance, read_record
+from thriftlab.train.records.stop import Interrupted, correct_status, status, stop_file, stop_signals
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
-from thriftlab.train.watch import tell
 from thriftlab.train.witness import witness
 
 WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation
@@ -71,10 +60,26 @@ def run(config: RunConfig) -> dict[str, Any]:
 def train(run: Run, received: list[int]) -> Record:
     """On from the newest checkpoint to the end. `received` holds the numbers of the signals that have come."""
     base_lr = [group["lr"] for group in run.optimizer.param_groups]
-    examine(run)
-    start = restore(run)
-    with status(run.out, run.chief):
-        return steps(run, base_lr, *start, received)
+    with claim(run):
+        examine(run)
+        start = restore(run)
+        with status(run.out, run.chief):
+            return steps(run, base_lr, *start, received)
+
+
+@contextmanager
+def claim(run: Run) -> Iterator[None]:
+    """The folder for this run alone: the first rank holds it for all, and no rank goes on where it cannot."""
+    with ExitStack() as held:
+        refused = None
+        try:
+            if run.chief:
+                held.enter_context(claimed(run.out))
+        except UserError as error:
+            refused = str(error)
+        if refusal := run.backend.share(refused)[0]:
+            raise UserError(refusal)
+        yield
 
 
 def steps(run: Run, base_lr: list[float], counters: Counters, history: str | None, received: list[int]) -> Record:
@@ -90,6 +95,10 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
         halt, counters.seconds = agree(backend, bool(received) or run.chief and stop_file(run.out), counters.seconds)
         if horizon.over(counters.step, counters.seconds):
             break
+        if counters.step > first and due(counters.step, config.eval.every):
+            log.evaluation(measure(run))
+        if counters.step > first and due(counters.step, config.checkpoint.every):
+            saver.save(counters)
         if halt:
             saver.save(counters)
             saver.wait()
@@ -110,15 +119,10 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
         counters.add(result, seconds, timed=counters.step - first >= WARM_STEPS)
         log.step(result, base_lr[0] * factor, seconds)
         refuse_divergence(run, counters)
-        if due(counters.step, config.eval.every) and not horizon.over(counters.step, counters.seconds):
-            log.evaluation(measure(run))
-        if due(counters.step, config.checkpoint.every):
-            saver.save(counters)
 
     results = measure(run)
-    if counters.step > first:  # else an earlier process came as far as this, and only the record is missing
-        log.evaluation(results)
-        saver.save(counters)
+    log.evaluation(results)
+    saver.save(counters)  # after the line, which it vouches for
     saver.wait()
     log.close()
     return finish(run, counters, results, origin)
@@ -210,7 +214,7 @@ class Saver:
         self.wait = self.writer.wait
 
     def save(self, counters: Counters) -> None:
-        backend, metrics = self.run.backend, self.run.out / "metrics.jsonl"
+        backend = self.run.backend
         kept = {name: whole(tensor) for name, tensor in buffers(self.run.model).items()}
         signal = {name: whole(tensor) for name, tensor in self.run.objective.tensors().items()}
         groups = {"model": backend.weights(), "buffers": kept, "optim": backend.states(), "signal": signal}
@@ -219,9 +223,16 @@ class Saver:
             "fingerprint": self.run.fingerprint,
             "counters": counters.state(),
             "optim": backend.options(),
-            "history": sha256(metrics) if self.run.chief else None,
+            "history": history(self.run.out / "metrics.jsonl") if self.run.chief else None,
         }
         self.writer.save(counters.step, ours, meta)
+
+
+def history(metrics: Path) -> str:
+    """The sha256 of lines that the disk has: a checkpoint must not outlive the lines that led to it."""
+    with writing(metrics):
+        sync(metrics)
+    return sha256(metrics)
 
 
 @torch.no_grad()
@@ -231,15 +242,20 @@ def restore(run: Run) -> tuple[Counters, str | None]:
     found = latest(run.out / "checkpoints", Channel(run.backend.rank, run.backend.share))
     if found is None:
         return Counters(), None
-    if found.meta["fingerprint"] != run.fingerprint:
+    if found.meta.get("fingerprint") != run.fingerprint:
         raise UserError(
             f"{run.out} holds a run with another configuration or other data (compare its config.json); "
             f"choose another out=, or remove that folder to start anew"
         )
-    run.backend.load(found.reader("model"), found.reader("optim"), found.meta["optim"])
+    try:
+        counters = Counters(**found.meta["counters"])
+        options, lines = found.meta["optim"], found.meta["history"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint {found.path} is not one of a run ({error}); move it away") from error
+    run.backend.load(found.reader("model"), found.reader("optim"), options)
     take_up_buffers(run.model, found.reader("buffers"))
     run.objective.load(dict(found.reader("signal")))
-    return Counters(**found.meta["counters"]), found.meta["history"]
+    return counters, lines
 
 
 def finished(run: Run) -> Record | None:
@@ -250,49 +266,9 @@ def finished(run: Run) -> Record | None:
     entry = Record.from_json(read_record(path))
     if entry.fingerprint != run.fingerprint:
         raise UserError(f"{run.out} holds a finished run with another configuration or other data; choose another out=")
-    return entry
-
-
-def finish(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
-    """Write record.json and return what is in it; `origin` is when and from what code the run started."""
-    entry = make_record(run, counters, results, origin)
     if run.chief:
-        write_record(run.out, entry.to_json())
+        correct_status(run.out)
     return entry
-
-
-def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
-    model, backend, speed = run.model, run.backend, counters.tokens_per_second()
-    return Record(
-        status="done",
-        method=method_name(run.config),
-        fingerprint=run.fingerprint,
-        seed=run.config.seed,
-        config=run.config.model_dump(mode="json"),
-        **origin,
-        world=backend.world,
-        data=DataUsed(run.dataset.fingerprint, run.plan.fingerprint, run.dataset.tokenizer.name),
-        model=ModelUsed(
-            parameters=sum(p.numel() for p in model.parameters()),
-            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            flops_per_token=run.flops_per_token,
-            layers={"converted": run.conversion.converted, "left": run.conversion.left},
-        ),
-        budget=Spent(counters.step, counters.tokens, counters.tokens * run.flops_per_token, counters.seconds),
-        results=Results(**results, perplexity=math.exp(min(results["loss"], 700)), train_loss=counters.loss),
-        memory=Memory(
-            parameter_bytes=sum(p.nbytes for p in model.parameters()),
-            buffer_bytes=sum(b.nbytes for b in model.buffers()),
-            state_bytes=state_bytes(run.optimizer),
-            predicted_state_bytes=backend.predicted_state_bytes(),
-            peak_bytes=peak_bytes(),
-        ),
-        speed=Throughput(speed, mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None),
-        skipped_steps=counters.skipped,
-        signal=tell(run.objective.report(), [source.name for source in run.plan.sources]),
-        remarks=run.optimizer.remarks(),
-        finished=time.time(),
-    )
 
 
 def summary(entry: dict[str, Any]) -> str:

@@ -3,8 +3,9 @@
 They are kept in 16 bits. A loss of 4 nats is off by 0.002 at most, far below what one step changes.
 """
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from pydantic import Field
 from tqdm import tqdm
 
 from thriftlab.data.errors import UserError
-from thriftlab.data.files import replace_atomically, seal, sha256
+from thriftlab.data.files import replace_atomically, seal, sha256, writing
+from thriftlab.data.lock import claimed
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends.replicas import take_up_buffers
@@ -49,20 +51,32 @@ def write_reference(asked: ReferenceConfig) -> Path:
     dataset = open_dataset(asked.data or config.data.path, verify=config.data.verify)
     refuse_other_tokenizer(dataset, config, asked)
     model = load_model(config, dataset, Path(asked.run))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / NAME).unlink(missing_ok=True)  # last written, so that what is half done cannot be taken for whole
-    mask_delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
-    files = {}
-    for name in dataset.sources:
-        windows, path = dataset.windows(name, "train", length), out / f"{name}.npy"
-        losses = np.lib.format.open_memmap(path, "w+", np.float16, (len(windows), length))
-        for rows in batches_of(len(windows), asked.batch_size, name):
-            losses[rows] = token_losses(model, windows[rows], mask_delimiter, config.train.precision)
-        losses.flush()
-        files[path.name] = sha256(path)
-    about = {"data": dataset.fingerprint, "sequence_length": length, "run": entry.fingerprint, "files": files}
-    replace_atomically(out / NAME, seal(about))
+    with claimed(out):
+        (out / NAME).unlink(missing_ok=True)  # last written, so that what is half done cannot be taken for whole
+        mask_delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
+        files = {}
+        for name in dataset.sources:
+            windows, path = dataset.windows(name, "train", length), out / f"{name}.npy"
+            losses = (
+                token_losses(model, windows[rows], mask_delimiter, config.train.precision)
+                for rows in batches_of(len(windows), asked.batch_size, name)
+            )
+            write_losses(path, losses, (len(windows), length))
+            files[path.name] = sha256(path)
+        about = {"data": dataset.fingerprint, "sequence_length": length, "run": entry.fingerprint, "files": files}
+        replace_atomically(out / NAME, seal(about))
     return out
+
+
+def write_losses(path: Path, losses: Iterable[np.ndarray], shape: tuple[int, int]) -> None:
+    """A .npy file in 16 bits, row after row: on a full disk a file that is mapped to memory kills who fills it."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
+    with writing(path), open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in losses:
+            file.write(rows.astype(np.float16).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def finished_config(tree: dict[str, Any]) -> RunConfig:

@@ -5,7 +5,6 @@ leads its own process group. Otherwise it would get the terminal's Ctrl-C and th
 takes a second one for "at once".
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ from typing import Any
 import torch
 
 from thriftlab.data.errors import UserError
+from thriftlab.data.files import make_folder, write_json, writing
 from thriftlab.train.config.schema import PLUMBING, RunConfig, fingerprint
 from thriftlab.train.records.progress import Progress
-from thriftlab.train.records.record import read_record, write_json
+from thriftlab.train.records.record import read_record
 from thriftlab.train.records.stop import stop_signals
 
 TRAINER = (sys.executable, "-m", "thriftlab.launch", "train", "--config")
@@ -83,21 +82,6 @@ def parsed(line: bytes) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------- whose folder
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[int]:
-    """A lock on the folder of a study, as a file descriptor. The jobs inherit it, so it outlives a killed study."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another study, or a run that a killed study left behind, is at work in {folder}; wait until it is "
-                f"done or stop it, then start again"
-            ) from None
-        yield file.fileno()
 
 
 def refuse_other_run(job: Job, data_fingerprint: str) -> None:
@@ -201,9 +185,9 @@ def run_all(jobs: Sequence[Job], places: list[dict[str, str]], lock: int, bar: "
 
 
 def start(job: Job, place: dict[str, str], lock: int) -> tuple[Job, subprocess.Popen]:
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     write_json(job.folder / "config.json", job.config.model_dump(mode="json"))
-    with open(job.folder / "train.log", "ab") as log:
+    with writing(job.folder / "train.log"), open(job.folder / "train.log", "ab") as log:
         return job, subprocess.Popen(
             [*TRAINER, str(job.folder / "config.json")],
             stdin=subprocess.DEVNULL,

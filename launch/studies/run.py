@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from thriftlab.data.files import replace_atomically, seal
+from thriftlab.data.lock import claimed
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.launch.report.page import write_report
 from thriftlab.launch.report.results import STUDY, Trial, Tuning, read_study
 from thriftlab.launch.report.words import answers, table
 from thriftlab.launch.studies.arms import Arm, StudyRequest
-from thriftlab.launch.studies.jobs import Bar, Job, Unfinished, claimed, refuse_other_run, run_all, slots
+from thriftlab.launch.studies.jobs import Bar, Job, Unfinished, refuse_other_run, run_all, slots
 from thriftlab.train.build import make_model, make_plan
 from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import RunConfig, fingerprint

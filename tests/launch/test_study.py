@@ -1,7 +1,11 @@
 """Studies over a stand-in trainer, and one small study with the real one."""
 
+import builtins
+import errno
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,14 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.moments import before_each_write, put_back, state_of, states_of
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import UserError
+from thriftlab.data.lock import claimed
 from thriftlab.launch.cli import main
+from thriftlab.launch.report import page
 from thriftlab.launch.report.results import read_plan, read_study
 from thriftlab.launch.studies import jobs
 from thriftlab.launch.studies import run as study
 from thriftlab.launch.studies.arms import Arm, StudyRequest
-from thriftlab.launch.studies.jobs import Unfinished, claimed, slots, usable_cores
+from thriftlab.launch.studies.jobs import Unfinished, slots, usable_cores
 from thriftlab.launch.studies.run import TRIAL_SEED, take_turns, trial_budget
 from thriftlab.train.config.schema import SEAMS
 
@@ -325,6 +332,64 @@ def test_a_run_left_behind_keeps_its_folder(tmp_path):
     left.wait()
     with claimed(tmp_path):
         pass
+
+
+class InProcess:
+    """Stands in for subprocess.Popen: the stand-in trainer, at once and in this process; what it writes is its own."""
+
+    pid = 0
+
+    def __init__(self, command, **_):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("open", "mkdir", "replace", "unlink", "rename"):
+                patch.setattr(os, name, PLAIN[name])
+            patch.setattr(builtins, "open", PLAIN["builtin"])
+            patch.setattr(io, "open", PLAIN["builtin"])
+            patch.setattr(signal, "signal", lambda *_: None)
+            patch.setattr(sys, "argv", command[1:])
+            runpy.run_path(command[1])
+
+    def poll(self):
+        return 0
+
+
+PLAIN = {name: getattr(os, name) for name in ("open", "mkdir", "replace", "unlink", "rename")} | {"builtin": open}
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_at_any_write_or_out_of_room_goes_on(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(jobs.subprocess, "Popen", InProcess)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(page, "pictures", lambda study: [])
+    asked = {"methods": ("adamw", "frugal"), "budget": 3 * STEP, "seeds": 1, "lr_grid": (1e-3, 3e-3), "jobs": 1}
+    asked["frugal"] = {"lr": 1e-3}  # one arm with trials, one without
+
+    def end():
+        state = state_of(tmp_path)
+        return {name: state[name] for name in state if not name.endswith(("events.txt", "train.log", ".lock"))}
+
+    states = states_of(tmp_path, lambda: run(**asked))
+    whole, names = end(), {name for state in states for name in state}
+    assert len(states) > 25 and {"study.json", "report.html", "trials/adamw/lr-0.001/config.json"} <= names
+    for state in states:
+        put_back(tmp_path, state)
+        run(**asked)
+        assert end() == whole
+
+    for last in ("study.json", "adamw", "config.json", "train.log", "report.html"):
+        put_back(tmp_path, {})
+
+        def write(label, last=last):
+            if last in label:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with before_each_write(write), pytest.raises(UserError, match="No space left on device.*make room") as refused:
+            run(**asked)
+        assert refused.value.code == 2 and "\n" not in str(refused.value)
+        run(**asked)
+        assert end() == whole
 
 
 def test_last_value_survives_a_cut_off_tail_and_a_torn_line(tmp_path, tiny_data):

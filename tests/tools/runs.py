@@ -71,9 +71,9 @@ def stop_rank(tree, step):
         return str(stopped)
 
 
-def traces(out):
-    """Everything a run leaves that must not depend on its fate."""
-    last = sorted((out / "checkpoints").glob("step-*"))[-1]
+def traces(out, checkpoint=None):
+    """Everything a run leaves that must not depend on its fate; of the newest checkpoint, if none is named."""
+    last = out / "checkpoints" / checkpoint if checkpoint else sorted((out / "checkpoints").glob("step-*"))[-1]
     tensors = {group: load_file(last / f"{group}.safetensors") for group in ("model", "optim")}
     metrics = [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(out / "metrics.jsonl")]
     record = read_record(out / "record.json")

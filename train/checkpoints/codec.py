@@ -15,7 +15,7 @@ from thriftlab.data.errors import CheckpointError
 DECODERS: dict[str, Callable[[Any], Any]] = {
     "__float__": float,
     "__tuple__": tuple,
-    "__dtype__": lambda name: getattr(torch, name),
+    "__dtype__": lambda name: _dtype(getattr(torch, name)),
 }
 
 
@@ -24,8 +24,18 @@ def to_json(value: Any) -> str:
     return json.dumps(_tag(value, "meta"), indent=1, allow_nan=False)
 
 
-def from_json(text: str) -> Any:
-    return json.loads(text, object_hook=_untag)
+def from_json(text: str | bytes) -> Any:
+    """ValueError for what `to_json` did not write."""
+    try:
+        return json.loads(text, object_hook=_untag)
+    except (AttributeError, RecursionError, TypeError) as error:
+        raise ValueError(f"no JSON of a checkpoint: {error}") from None
+
+
+def _dtype(value: Any) -> torch.dtype:
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{value!r} is no dtype")
+    return value
 
 
 def _tag(value: Any, where: str) -> Any:

@@ -7,12 +7,13 @@ matrix reads a hundredth of it from the disk.
 """
 
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from thriftlab.data.errors import CheckpointError
@@ -44,10 +45,38 @@ def merge(indices: Iterable[Index]) -> Index:
     return merged
 
 
+def index_fault(index: Any, files: Collection[str]) -> str | None:
+    """What is wrong with an index that was read, of a checkpoint of these files; None if nothing is."""
+    if not all(isinstance(entries, dict) for entries in (index, *(index.values() if isinstance(index, dict) else ()))):
+        return "its index is damaged"
+    for group, entries in index.items():
+        for key, entry in entries.items():
+            if wrong := entry_fault(entry, group, files):
+                return f"its index of {key!r} {wrong}"
+    return None
+
+
+def entry_fault(entry: Any, group: str, files: Collection[str]) -> str | None:
+    """What is wrong with one entry of an index."""
+    shape, pieces = (entry.get("shape"), entry.get("pieces")) if isinstance(entry, dict) else (None, None)
+    if shape is None or not are_counts(shape) or not pieces or not isinstance(pieces, list | tuple):
+        return "is damaged"
+    if not all(are_counts(piece) and len(piece) == 3 for piece in pieces):
+        return "is damaged"
+    if missing := next((name for *_, rank in pieces if (name := file_name(group, rank)) not in files), None):
+        return f"names {missing}, which is not in its checksums"
+    return gaps([(start, stop) for start, stop, _ in pieces], math.prod(shape))
+
+
+def are_counts(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
+
+
 class SavedTensors(TensorReader):
-    """The tensors of one group."""
+    """The tensors of one group. CheckpointError where a file does not hold what the index says."""
 
     def __init__(self, folder: Path, group: str, entries: dict[str, dict[str, Any]]):
+        self.folder, self.group = folder, group
         self.shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
         self.pieces = {key: entry["pieces"] for key, entry in entries.items()}
         self.file = functools.cache(lambda rank: safe_open(folder / file_name(group, rank), "pt"))
@@ -58,10 +87,21 @@ class SavedTensors(TensorReader):
             raise CheckpointError(f"the checkpoint has no {key!r}; was it written for another model or method?")
         stop = torch.Size(self.shapes[key]).numel() if stop is None else stop
         if start == stop:
-            return self.file(self.pieces[key][0][2]).get_tensor(key).view(-1)[:0]
+            return self.piece(key, *self.pieces[key][0])[:0]
         parts = [
-            self.file(rank).get_tensor(key).view(-1)[max(start - first, 0) : stop - first]
+            self.piece(key, first, last, rank)[max(start - first, 0) : stop - first]
             for first, last, rank in self.pieces[key]
             if start < last and first < stop or first == last
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def piece(self, key: str, first: int, last: int, rank: int) -> Tensor:
+        """Entries first to last, as the file of a rank has them."""
+        path = self.folder / file_name(self.group, rank)
+        try:
+            found = self.file(rank).get_tensor(key).view(-1)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: {key!r} cannot be read ({error}); restore it from a copy") from error
+        if len(found) != last - first:
+            raise CheckpointError(f"{path}: {key!r} has {len(found)} entries and not {last - first}; restore it")
+        return found

@@ -1,7 +1,9 @@
 """Finds the newest whole checkpoint, verifies it and reads from it; writer.py says what one is made of."""
 
+import os
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from thriftlab.data.errors import CheckpointError
 from thriftlab.data.files import sha256, unseal
 from thriftlab.train.backends.channel import ALONE, Channel
 from thriftlab.train.checkpoints.codec import from_json
-from thriftlab.train.checkpoints.index import FORMAT, Index, SavedTensors
+from thriftlab.train.checkpoints.index import FORMAT, Index, SavedTensors, index_fault
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,44 @@ def fault(path: Path, channel: Channel = ALONE) -> str | None:
     The ranks of the channel share the work, and the answer.
     """
     try:
-        sums = unseal((path / "checksums.json").read_bytes())["files"]
+        sums = _sums(path)
     except FileNotFoundError:
         return _first_answer("checksums.json is missing", channel)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         return _first_answer(f"checksums.json: {error}", channel)
     world = len(channel.share(None))
     ours = list(sums.items())[channel.rank :: world]
     wrong = next((f"{name} {wrong}" for name, expected in ours if (wrong := _file_fault(path / name, expected))), None)
     if found := _first_answer(wrong, channel):
         return found
-    step = from_json((path / "state.json").read_text())["step"]
-    return None if path.name == f"step-{step:08d}" else f"it holds step {step}: was it renamed?"
+    return _state_fault(path, sums)
+
+
+def _sums(path: Path) -> dict[str, dict[str, Any]]:
+    """File -> {"bytes", "sha256"}, of those that a checkpoint has. ValueError where that is not what is there."""
+    sums = unseal((path / "checksums.json").read_bytes()).get("files")
+    if not isinstance(sums, dict) or "state.json" not in sums:
+        raise ValueError("it does not list the files of a checkpoint")
+    for name, entry in sums.items():
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"} or Path(name).name != name:
+            raise ValueError(f"{name!r} is no file of a checkpoint with its size and sha256")
+    return sums
+
+
+def _state_fault(path: Path, files: Collection[str]) -> str | None:
+    """What is wrong with what state.json says, though it is the file that was written."""
+    try:
+        state = from_json((path / "state.json").read_bytes())
+        step, format = state["step"], state.get("format", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"state.json: {error}"
+    if type(step) is not int or path.name != f"step-{step:08d}":
+        return f"it holds step {step}: was it renamed?"
+    if format != FORMAT:
+        return None  # `_open` says what can be done
+    if not isinstance(state.get("meta"), dict):
+        return "state.json has no meta"
+    return index_fault(state.get("index"), files)
 
 
 def _first_answer(answer: str | None, channel: Channel) -> str | None:
@@ -99,12 +127,12 @@ def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
         return None if sha256(path) == expected["sha256"] else "does not match its sha256"
     except FileNotFoundError:
         return "is missing"
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
         return f"cannot be read: {error}"
 
 
 def _open(path: Path) -> Checkpoint:
-    state = from_json((path / "state.json").read_text())
+    state = from_json((path / "state.json").read_bytes())
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"the checkpoint {path} has format {state.get('format', 1)}, and this thriftlab reads format {FORMAT}; "
@@ -115,5 +143,11 @@ def _open(path: Path) -> Checkpoint:
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of what calls itself a checkpoint, newest first."""
-    found = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*")]
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints in {folder} cannot be read ({error.strerror}); repair that") from error
+    found = [(re.fullmatch(r"step-(\d{8,})", name, re.ASCII), folder / name) for name in names]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

@@ -9,6 +9,7 @@ leaves the one before it untouched. Nothing is ever pickled.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from threading import Thread
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thriftlab.data.errors import CheckpointError
-from thriftlab.data.files import seal, sha256, sync, write_synced
+from thriftlab.data.files import make_folder, seal, sha256, sync, write_synced
 from thriftlab.train.backends.channel import ALONE, Channel
 from thriftlab.train.backends.pieces import Piece, Pieces, whole
 from thriftlab.train.checkpoints.codec import to_json
@@ -44,7 +45,7 @@ class Writer:
         if keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, not {keep}")
         self.folder, self.keep, self.background, self.channel = Path(folder), keep, background, channel
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.thread: Thread | None = None
         self.failure: BaseException | None = None
         if channel.rank == 0:
@@ -87,12 +88,11 @@ class Writer:
         target, temporary = self.folder / f"step-{step:08d}", None
         try:
             temporary = self.channel.first(lambda: _begin(target))
-            if temporary is None:
-                return
-            indices, sums = zip(
-                *self.channel.together(lambda: _fill(temporary, self.channel.rank, groups)), strict=True
-            )
-            self.channel.first(lambda: _commit(temporary, target, merge(indices), sums, step, meta))
+            if temporary is not None:
+                indices, sums = zip(
+                    *self.channel.together(lambda: _fill(temporary, self.channel.rank, groups)), strict=True
+                )
+                self.channel.first(lambda: _commit(temporary, target, merge(indices), sums, step, meta))
             self.channel.first(lambda: _keep_newest(self.folder, step, self.keep))
         except (OSError, SafetensorError) as error:
             if temporary and self.channel.rank == 0:
@@ -170,16 +170,17 @@ def _remove(target: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(".step-*.tmp"):
-        owner = int(path.name.split(".")[-2])
-        if owner == os.getpid() or not _alive(owner):
+    """Of writers that are gone; what others have put there is theirs."""
+    for path in folder.iterdir():
+        ours = re.fullmatch(r"\.step-\d{8,}(?:\.removed)?\.(\d+)\.tmp", path.name)
+        if ours and (int(ours[1]) == os.getpid() or not _alive(int(ours[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

@@ -18,7 +18,17 @@ from typing import Any, get_type_hints
 import torch
 
 from thriftlab.data.errors import UserError
-from thriftlab.data.files import finite, replace_atomically, seal, sha256, unseal, write_json
+from thriftlab.data.files import (
+    append,
+    finite,
+    make_folder,
+    replace_atomically,
+    seal,
+    sha256,
+    unseal,
+    write_json,
+    writing,
+)
 
 __all__ = [
     "MetricsWriter", "Record", "RecordError", "provenance", "read_metrics", "read_record", "write_json", "write_record",
@@ -39,28 +49,49 @@ class MetricsWriter:
         path: metrics.jsonl.
         resume_step: Keep the lines up to this step and drop what came after the checkpoint, a torn line included, so
             that an interrupted run has the lines of an unbroken one. None: start an empty file.
+        history: sha256 of the lines that led to the checkpoint, where it is known: these are kept, whatever follows,
+            be it of the same step. RecordError if the file does not begin with them.
+
+    `last` is the newest line, None before the first.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None):
-        kept = _length_up_to(Path(path), resume_step) if resume_step is not None else 0
-        self.file = open(path, "ab")
-        self.file.truncate(kept)
+    def __init__(self, path: Path, resume_step: int | None = None, history: str | None = None):
+        self.path = Path(path)
+        lines = self.path.read_bytes().splitlines(keepends=True) if resume_step and self.path.exists() else []
+        count = _lines_up_to(self.path, lines, resume_step or 0) if history is None else _lines_of(lines, history)
+        if count is None:
+            raise RecordError(
+                f"{path} is not the history of the checkpoint at step {resume_step}: a line before it was changed or "
+                f"is missing; restore it from a copy, or move {self.path.parent} away and start anew"
+            )
+        self.last: dict[str, Any] | None = json.loads(lines[count - 1]) if count else None
+        with writing(self.path):
+            self.file = open(path, "ab", buffering=0)
+            self.file.truncate(sum(map(len, lines[:count])))
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(finite(line), allow_nan=False).encode() + b"\n")
-        self.file.flush()
+        self.last = line
+        with writing(self.path):
+            append(self.file, json.dumps(finite(line), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
-        self.file.close()
+        with writing(self.path), self.file:
+            os.fsync(self.file.fileno())
 
 
-def _length_up_to(path: Path, step: int) -> int:
-    """Bytes of the leading lines whose step is at most `step`."""
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    metrics = _parse(path, lines)
-    return sum(len(line) for line, values in zip(lines, metrics, strict=False) if values["step"] <= step)
+def _lines_up_to(path: Path, lines: list[bytes], step: int) -> int:
+    """How many leading lines are of a step that is at most `step`."""
+    return sum(values["step"] <= step for values in _parse(path, lines))
+
+
+def _lines_of(lines: list[bytes], history: str) -> int | None:
+    """How many leading lines have this sha256 together; None if no number of them has."""
+    digest = hashlib.sha256()
+    for count, line in enumerate([b"", *lines]):
+        digest.update(line)
+        if digest.hexdigest() == history:
+            return count
+    return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -226,7 +257,7 @@ def provenance(out: Path | None = None) -> dict[str, Any]:
     """
     commit, diff = code()
     if diff and out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(out))
         replace_atomically(Path(out) / "code.diff", diff)
     return {
         "commit": commit,

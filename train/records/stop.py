@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,20 @@ def status(out: Path, speaks: bool) -> Iterator[None]:
 
     def write(word: str) -> None:
         if speaks:
-            out.mkdir(parents=True, exist_ok=True)
             replace_atomically(out / "status", f"{word}\n".encode())
 
     write("running")
     try:
         yield
     except BaseException as error:
-        write("preempted" if isinstance(error, Interrupted) else "failed")
+        with suppress(OSError):  # where nothing can be written, the error that says so is the one to be seen
+            write("preempted" if isinstance(error, Interrupted) else "failed")
         raise
     write("done")
+
+
+def correct_status(out: Path) -> None:
+    """A finished run was killed between its record and its last word: say it."""
+    path = out / "status"
+    if path.exists() and path.read_bytes() != b"done\n":
+        replace_atomically(path, b"done\n")
