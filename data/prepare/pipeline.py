@@ -126,8 +126,8 @@ def _check_place(out: Path) -> None:
         check_place(out)
     except OSError as error:
         raise DataError(
-            f"{out}: the finished folder could not take its place ({error.strerror}), as it cannot that of a mount point; "
-            f"choose a folder in it: out={out / 'data'}"
+            f"{out}: the finished folder could not take its place ({error.strerror}), which a mount point does not "
+            f"allow; choose a folder in it: out={out / 'data'}"
         ) from None
 
 
@@ -139,8 +139,7 @@ def _build(config: PrepareConfig, work: Path) -> tuple[str, ...]:
     started = time.monotonic()
     packages = _gather(config)
     request = request_of(config)  # again, now that packages are there
-    passed: dict[str, Passed] = {}
-    pools, notes = _read(config, work, passed)
+    pools, passed, notes = _read(config, work)
     held_out = {name: _split(name, pool, config) for name, pool in pools.items()}
     train = _decontaminate(pools, held_out, config.near_duplicate)
     texts = (text for name, pool in pools.items() for text in pool.texts(train[name]))
@@ -167,7 +166,7 @@ def _build(config: PrepareConfig, work: Path) -> tuple[str, ...]:
         "made": {
             "request": request,
             "packages": packages,
-            "passed_over": passed,
+            "passed_over": {name: reasons for name, reasons in passed.items() if reasons},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "seconds": seconds,
@@ -184,12 +183,13 @@ def _gather(config: PrepareConfig) -> dict[str, list[dict[str, str]]]:
     return recipes.gather(places, config.downloads)
 
 
-def _read(config: PrepareConfig, work: Path, passed: dict[str, Passed]) -> tuple[dict[str, Pool], list[str]]:
-    """The pools that are not empty, and a line for each part of its documentation that this Python came without."""
+def _read(config: PrepareConfig, work: Path) -> tuple[dict[str, Pool], dict[str, Passed], list[str]]:
+    """The pools that are not empty, what was passed over, and a line for each part that this Python came without."""
     seen: set[bytes] = set()
     pools, notes = {}, []
+    passed: dict[str, Passed] = {name: {} for name in config.inputs}
     for name, source in config.inputs.items():
-        tell = _tally(passed.setdefault(name, {}))
+        tell = _tally(passed[name])
         documents = read(source.path, name, source.text_key, source.streaming, config.downloads, source.format, tell)
         pool = spool(_progress(documents, f"read {name}"), work / f"{name}.spool", config.seed, seen)
         if len(pool.sizes):
@@ -201,7 +201,7 @@ def _read(config: PrepareConfig, work: Path, passed: dict[str, Passed]) -> tuple
             raise DataError(f"inputs.{name}: in {source.path} every text is empty or a copy of an earlier one")
     if not pools:
         raise DataError("this Python came without its documentation; name a text of your own: inputs.NAME.path=FILE")
-    return pools, notes
+    return pools, passed, notes
 
 
 def _tally(passed: Passed) -> PassOver:

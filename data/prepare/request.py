@@ -35,7 +35,7 @@ class Input(BaseModel):
     licence: str = Field("unknown", description="licence of the text, kept in the manifest")
     format: Format | None = Field(
         None,
-        description="what all files of a folder are read as, whatever their names say; by their suffixes unless given",
+        description="what the files are read as, whatever their names say; each by its suffix unless given",
     )
 
 

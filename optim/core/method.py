@@ -180,49 +180,11 @@ class Method(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name.
-
-        Of parameters that are DTensors it has DTensors, fit for torch.distributed.checkpoint at any number of ranks; of
-        chosen rows and entries they are made in a collective operation. ValueError where the state of a tensor lies
-        whole at one rank: `rank_state_dict` saves it.
-        """
-        saved = self._plain_state_dict()
-        for name, p, index, group in self._sharded(saved["param_groups"]):
-            if p in self.state:
-                self._refuse_owned(name, p, group)
-                spec = self.spec(tuple(p.shape), p.dtype, **group)
-                saved["state"][index] = shown(p, saved["state"][index], group, spec)
-        return saved
-
-    def rank_state_dict(self) -> dict[str, Any]:
-        """What this rank keeps of parameters that are DTensors, for every method: plain tensors, for a file of each
-        rank. `load_state_dict` takes it back on the same rank of as many."""
-        saved = self._plain_state_dict()
-        for _, _, index, _ in self._sharded(saved["param_groups"]):
-            if index in saved["state"]:
-                saved["state"][index] = as_local(saved["state"][index])
-        return {**saved, "rank": [dist.get_rank(), dist.get_world_size()]}
-
-    def _plain_state_dict(self) -> dict[str, Any]:
+        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group.update({key: type(value).__name__ for key, value in group.items() if not _is_data(value)})
         return saved
-
-    def _sharded(self, saved: list[dict[str, Any]]) -> Iterator[tuple[str, DTensor, Any, dict[str, Any]]]:
-        """(name, parameter, index in the saved groups, group) of those that are DTensors."""
-        for group, indices in zip(self.param_groups, saved, strict=True):
-            for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
-                if isinstance(p, DTensor):
-                    yield name, p, index, group
-
-    def _refuse_owned(self, name: str, p: DTensor, group: dict[str, Any]) -> None:
-        if p.device_mesh.size() > 1 and not self.elementwise(tuple(p.shape), group):
-            raise ValueError(
-                f"{type(self).__name__}: the state of {name} lies whole at one rank, and torch.distributed.checkpoint "
-                "would lose it; save rank_state_dict() on every rank and load it on as many, or use "
-                "`thriftlab train` with backend.name=owned or deepspeed, whose checkpoints fit any number of ranks"
-            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores every bit that `state_dict()` saved, by name where both sides have names."""
