@@ -164,7 +164,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(file, buffer_size=1 << 20) as table:  # without a buffer, a whole row group is held
+        with ParquetFile(file, pre_buffer=False, buffer_size=streams.CHUNK) as table:  # else it holds a row group
             if not table.metadata.num_rows:
                 return
             columns = table.schema_arrow.names

@@ -20,7 +20,7 @@ import zstandard
 from thriftlab.data.errors import DataError
 
 CHUNK = 1 << 16  # bytes
-FEED = 1 << 12  # compressed bytes at a time: a block of zstandard may hold 30,000 times as much
+FEED = 1 << 10  # compressed bytes at a time: a block of zstandard may hold 30,000 times as much
 WINDOW = 1 << 31  # bytes that zstandard may look back, all of which are held; its own most, `zstd --long=31`
 LARGEST = 1 << 28  # bytes of one document, or of the line that holds it
 
