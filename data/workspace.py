@@ -24,17 +24,16 @@ def workspace(target: Path) -> Iterator[Path]:
     """
     target = _resolved(target)
     work, old = target.with_name(f".{target.name}.partial"), _old(target)
-    lock = _lock(work)
-    try:
-        if old.exists() and not target.exists():  # killed between the two renames of `install`
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        _empty(work)
-        yield work
-    finally:
-        if _is_open(work, lock):
-            shutil.rmtree(work)
-        os.close(lock)
+    with _locked(work) as lock:
+        try:
+            if old.exists() and not target.exists():  # killed between two renames of `check_place` or `install`
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            _empty(work)
+            yield work
+        finally:
+            if _is_open(work, lock):
+                shutil.rmtree(work)
 
 
 def check_place(target: Path) -> None:
@@ -66,6 +65,15 @@ def _resolved(target: Path) -> Path:
 
 def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[int]:
+    lock = _lock(work)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def _lock(work: Path) -> int:

@@ -165,7 +165,7 @@ def test_every_prefix_of_the_writes_is_a_state_that_the_same_command_goes_on_fro
         done = stop_after(patch, -1)
         prepare(settings)
     total = done[0]
-    assert total > 15
+    assert total > 12
     for most in range(total):
         reset()
         with monkeypatch.context() as patch, pytest.raises(Killed):
