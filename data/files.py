@@ -111,6 +111,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def printable(name: str | Path) -> str:
+    """A file's name for a terminal or JSON: what of it is not UTF-8 is spelled out, as `\\udce9`."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

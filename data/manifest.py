@@ -112,7 +112,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
     under the key "made", the only one that the fingerprint leaves out.
     """
     text = json.dumps({"format": FORMAT} | manifest, indent=1, ensure_ascii=False) + "\n"
-    (folder / "manifest.json").write_bytes(text.encode())
+    (folder / "manifest.json").write_bytes(text.encode(errors="backslashreplace"))  # a path that is not UTF-8
     (folder / "manifest.sha256").write_text(_checksum_line(folder / "manifest.json"))
     return fingerprint({"format": FORMAT} | manifest)
 

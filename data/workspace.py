@@ -5,6 +5,7 @@ The kernel drops the lock of a killed process, so nothing has to guess whether a
 follows the folder through its renaming, so who waited for it holds the finished folder and has to look again.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -19,33 +20,60 @@ def workspace(target: Path) -> Iterator[Path]:
     """Yields an empty folder for what will be `target`, alone; waits for another process that has it.
 
     `install` makes it the target. It is removed if that did not happen, at the latest by the next workspace.
+    Where the target is a link, the folder lies where the link leads.
     """
-    target = target.absolute()
+    target = _resolved(target)
     work, old = target.with_name(f".{target.name}.partial"), _old(target)
-    lock = _lock(work)
-    try:
-        if old.exists() and not target.exists():  # killed between the two renames of `install`
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        _empty(work)
-        yield work
-    finally:
-        if _is_open(work, lock):
-            shutil.rmtree(work)
-        os.close(lock)
+    with _locked(work) as lock:
+        try:
+            if old.exists() and not target.exists():  # killed between two renames of `check_place` or `install`
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            _empty(work)
+            yield work
+        finally:
+            if _is_open(work, lock):
+                shutil.rmtree(work)
+
+
+def check_place(target: Path) -> None:
+    """Raises OSError if `install` could not replace what is there, as a mount point. Call it within the workspace."""
+    target = _resolved(target)
+    if target.exists():
+        target.rename(_old(target))
+        _old(target).rename(target)
 
 
 def install(work: Path, target: Path) -> None:
     """Renames the workspace to its target, replacing what is there."""
-    target = target.absolute()
+    target = _resolved(target)
     if target.exists() and any(target.iterdir()):
         target.rename(_old(target))
     work.rename(target)
     shutil.rmtree(_old(target), ignore_errors=True)
 
 
+def _resolved(target: Path) -> Path:
+    try:
+        target = target.resolve()
+    except RuntimeError:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target)) from None
+    if not target.name:
+        raise OSError(errno.EBUSY, "it is the root of a file system", str(target))
+    return target
+
+
 def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[int]:
+    lock = _lock(work)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def _lock(work: Path) -> int:

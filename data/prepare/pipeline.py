@@ -20,16 +20,19 @@ import numpy as np
 from tqdm import tqdm
 
 from thriftlab.data.corpora import recipes
+from thriftlab.data.corpora.folders import PassOver
 from thriftlab.data.corpora.readers import locate, read
 from thriftlab.data.errors import DataError
+from thriftlab.data.files import printable
 from thriftlab.data.manifest import Manifest, fingerprint, read_manifest, verify_files, write_manifest
 from thriftlab.data.prepare.dedup import HeldOut
 from thriftlab.data.prepare.pool import EMPTY, EXACT, Chosen, Pool, hold_out, spool
 from thriftlab.data.prepare.request import PrepareConfig, difference, request_of
 from thriftlab.data.shards import token_dtype, write_shards, write_tokenizer
 from thriftlab.data.tokens import Tokenizer, encode_document, load_tokenizer, train_bpe
-from thriftlab.data.workspace import install, workspace
+from thriftlab.data.workspace import check_place, install, workspace
 
+Passed = dict[str, dict[str, Any]]  # reason -> how many files, and the names of the first
 NEAR = "near-duplicate of a held-out document"
 
 
@@ -58,13 +61,19 @@ class Summary:
             for name, packages in self.manifest["made"].get("packages", {}).items()
             for package in packages
         ]
+        passed = [
+            f"{name:14}passed over: {tally['count']:,} {reason} ({', '.join(tally['first'])}"
+            f"{', ...' if tally['count'] > len(tally['first']) else ''})"
+            for name, reasons in self.manifest["made"].get("passed_over", {}).items()
+            for reason, tally in reasons.items()
+        ]
         drops = [f"{count:,} {reason}" for reason, count in self.manifest["drops"].items() if count]
         tokenizer = self.manifest["tokenizer"]
         foot = [
             f"dropped documents: {', '.join(drops) or 'none'}",
             f"tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens; data {self.fingerprint[:16]}",
         ]
-        return "\n".join([str(self.path), head, *lines, *origins, *foot, *self.notes])
+        return "\n".join([printable(self.path), head, *lines, *origins, *passed, *foot, *self.notes])
 
 
 def prepare(config: PrepareConfig) -> Summary:
@@ -78,6 +87,7 @@ def prepare(config: PrepareConfig) -> Summary:
         with workspace(config.out) as work:
             if done := _already(config, request):
                 return done
+            _check_place(config.out)
             notes = _build(config, work)
             install(work, config.out)
     except OSError as error:  # readers report their own
@@ -111,6 +121,16 @@ def _already(config: PrepareConfig, request: dict[str, Any]) -> Summary | None:
     return Summary(out, manifest, ("already prepared",))
 
 
+def _check_place(out: Path) -> None:
+    try:
+        check_place(out)
+    except OSError as error:
+        raise DataError(
+            f"{out}: the finished folder could not take its place ({error.strerror}), which a mount point does not "
+            f"allow; choose a folder in it: out={out / 'data'}"
+        ) from None
+
+
 # --- making it -------------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +139,7 @@ def _build(config: PrepareConfig, work: Path) -> tuple[str, ...]:
     started = time.monotonic()
     packages = _gather(config)
     request = request_of(config)  # again, now that packages are there
-    pools, notes = _read(config, work)
+    pools, passed, notes = _read(config, work)
     held_out = {name: _split(name, pool, config) for name, pool in pools.items()}
     train = _decontaminate(pools, held_out, config.near_duplicate)
     texts = (text for name, pool in pools.items() for text in pool.texts(train[name]))
@@ -146,6 +166,7 @@ def _build(config: PrepareConfig, work: Path) -> tuple[str, ...]:
         "made": {
             "request": request,
             "packages": packages,
+            "passed_over": {name: reasons for name, reasons in passed.items() if reasons},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "seconds": seconds,
@@ -162,12 +183,14 @@ def _gather(config: PrepareConfig) -> dict[str, list[dict[str, str]]]:
     return recipes.gather(places, config.downloads)
 
 
-def _read(config: PrepareConfig, work: Path) -> tuple[dict[str, Pool], list[str]]:
-    """The pools that are not empty, and a line for each part of its documentation that this Python came without."""
+def _read(config: PrepareConfig, work: Path) -> tuple[dict[str, Pool], dict[str, Passed], list[str]]:
+    """The pools that are not empty, what was passed over, and a line for each part that this Python came without."""
     seen: set[bytes] = set()
     pools, notes = {}, []
+    passed: dict[str, Passed] = {name: {} for name in config.inputs}
     for name, source in config.inputs.items():
-        documents = read(source.path, name, source.text_key, source.streaming, config.downloads)
+        tell = _tally(passed[name])
+        documents = read(source.path, name, source.text_key, source.streaming, config.downloads, source.format, tell)
         pool = spool(_progress(documents, f"read {name}"), work / f"{name}.spool", config.seed, seen)
         if len(pool.sizes):
             pools[name] = pool
@@ -178,7 +201,17 @@ def _read(config: PrepareConfig, work: Path) -> tuple[dict[str, Pool], list[str]
             raise DataError(f"inputs.{name}: in {source.path} every text is empty or a copy of an earlier one")
     if not pools:
         raise DataError("this Python came without its documentation; name a text of your own: inputs.NAME.path=FILE")
-    return pools, notes
+    return pools, passed, notes
+
+
+def _tally(passed: Passed) -> PassOver:
+    def tell(name: str, reason: str) -> None:
+        tally = passed.setdefault(printable(reason), {"count": 0, "first": []})
+        tally["count"] += 1
+        if tally["count"] <= 3:
+            tally["first"].append(printable(name))
+
+    return tell
 
 
 def _split(name: str, pool: Pool, config: PrepareConfig) -> Chosen:

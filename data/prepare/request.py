@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from thriftlab.data.corpora import embedded, recipes
+from thriftlab.data.corpora.folders import Format, files, formats
 from thriftlab.data.corpora.packages import DOWNLOADS
-from thriftlab.data.corpora.readers import files, locate
+from thriftlab.data.corpora.readers import locate
 from thriftlab.data.shards import SHARD_TOKENS
 from thriftlab.data.tokens import load_tokenizer
 
@@ -32,6 +33,10 @@ class Input(BaseModel):
     text_key: str = Field("text", description="key or column that holds the text, of jsonl, parquet and Hugging Face")
     streaming: bool = Field(True, description="read a Hugging Face dataset while it downloads")
     licence: str = Field("unknown", description="licence of the text, kept in the manifest")
+    format: Format | None = Field(
+        None,
+        description="what the files are read as, whatever their names say; each by its suffix unless given",
+    )
 
 
 def split_commas(value: Any) -> Any:
@@ -130,7 +135,7 @@ def difference(made: PrepareRequest | None, asked: PrepareRequest) -> str | None
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"out", "force", "inputs", "recipe", "leave_out", "downloads"})
     for name, source in config.inputs.items():
-        settings |= {f"inputs.{name}.{key}": value for key, value in source.model_dump().items()}
+        settings |= {f"inputs.{name}.{key}": value for key, value in source.model_dump(exclude_none=True).items()}
     return settings
 
 
@@ -144,7 +149,7 @@ def _content(config: PrepareConfig) -> dict[str, str | None]:
 
 def _stamp(source: Input, downloads: Path) -> str | None:
     """Names, sizes and times of files; of a recipe, names; of the embedded corpus, the Python."""
-    reader, place = locate(source.path)
+    reader, place = locate(source.path, source.format)
     if reader == "recipe":
         return recipes.stamp(place, downloads)
     if reader == "embedded":
@@ -152,6 +157,7 @@ def _stamp(source: Input, downloads: Path) -> str | None:
     path = Path(place.split(":")[0] if reader == "hf" else place)
     if reader == "synthetic" or not path.exists():
         return None
-    listing = [(file.relative_to(path).as_posix(), file.stat()) for file in files(path)]
+    found = [file for file, _ in formats(path, source.format)] if reader == "files" else files(path)
+    listing = [(file.relative_to(path).as_posix(), file.stat()) for file in found]
     text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in listing)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thriftlab.data.corpora import embedded
-from thriftlab.data.corpora.readers import files, normalise, read
+from thriftlab.data.corpora.folders import files
+from thriftlab.data.corpora.readers import normalise, read
 from thriftlab.data.corpora.synthetic import generate
 from thriftlab.data.errors import DataError
 from thriftlab.data.prepare.dedup import SHINGLE, HeldOut, shingles
