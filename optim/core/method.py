@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
-from thriftlab.optim.core.fragments import Fragment, begin, check_placement, rows_here
+from thriftlab.optim.core.fragments import Fragment, begin
 from thriftlab.optim.core.groups import match_groups, named_tensors
 from thriftlab.optim.core.owners import Cost, assign
+from thriftlab.optim.core.sharded import check_placement, closed, fragment_here, opened, rows_here
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
 METHODS: dict[str, type["Method"]] = {}
@@ -138,24 +139,32 @@ class Method(torch.optim.Optimizer):
 
         What is stepped entry by entry is stepped where it lies. Any other tensor has one rank, its owner, that keeps
         its state. Collective over their mesh; ValueError for a placement other than rows over a mesh of one dimension.
-        A rank's `state_dict()` is its own part: save one per rank, and resume with as many.
         """
         for name, p in named:
             check_placement(name, p)
         self.step_rows([pair for pair in named if self.elementwise(tuple(pair[1].shape), group)], group)
-        owners = assign(self.costs(), named[0][1].device_mesh.size())
         for name, p in named:
             if not self.elementwise(tuple(p.shape), group):
-                self.step_owned(name, p, owners[name], group)
+                self.step_owned(name, p, self.owner(name, p), group)
 
     def step_rows(self, named: list[tuple[str, DTensor]], group: dict[str, Any]) -> None:
         """Steps the rows that this rank has, without a word to the others."""
-        named = [(name, p) for name, p in named if p.to_local().numel()]
-        fragments = [Fragment(name, tuple(p.shape), *rows_here(p)) for name, p in named]
+        fragments = [fragment_here(name, p) for name, p in named]
         weights = [p.to_local().view(-1) for _, p in named]
         grads = [p.grad.to_local().reshape(-1) for _, p in named]  # type: ignore[union-attr]
         slopes = [downhill(weight, grad, group["maximize"]) for weight, grad in zip(weights, grads, strict=True)]
-        self.update_fragments(fragments, weights, slopes, [self.state[p] for _, p in named], group)
+        states = [self.state.get(p, {}) for _, p in named]
+        here = [opened(fragment, state, group) for fragment, state in zip(fragments, states, strict=True)]
+        self.update_fragments(fragments, weights, slopes, here, group)
+        for (_, p), state, rows in zip(named, states, here, strict=True):
+            if found := closed(p, rows, state, group):
+                self.state[p] = found
+
+    def owner(self, name: str, p: DTensor) -> int:
+        """The rank that keeps the state of a tensor: written down, for what others cost may change."""
+        if "owner" not in self.state[p]:
+            self.state[p]["owner"] = torch.tensor(assign(self.costs(), p.device_mesh.size())[name])
+        return int(self.state[p]["owner"])
 
     def step_owned(self, name: str, p: DTensor, owner: int, group: dict[str, Any]) -> None:
         """Gathers weight and gradient, steps the whole tensor on its owner; the others take their rows of it."""
@@ -164,8 +173,7 @@ class Method(torch.optim.Optimizer):
         if dist.get_rank(ranks) == owner:
             self.update([name], [weight], [downhill(weight, grad, group["maximize"])], [self.state[p]], group)
         dist.broadcast(weight, group=ranks, group_src=owner)
-        start, stop = rows_here(p)
-        p.to_local().copy_(weight.view(-1)[start:stop].view(p.to_local().shape))
+        p.to_local().copy_(weight[slice(*rows_here(p.shape[0], p))])
 
     # Groups and state, by name.
 

@@ -1,0 +1,166 @@
+"""State of parameters that FSDP2 (`torch.distributed.fsdp.fully_shard`) cuts by rows, and what a state dict shows of it.
+
+Key by key it is the state of one process. A moment with a row for each row of the parameter is a DTensor that lies as
+the parameter does, as in torch.optim. So torch.distributed.checkpoint saves it, and loads it at another number of ranks.
+
+Two surprises. Of chosen rows and single entries the ranks have different numbers, which no DTensor can say: such a
+moment is a plain piece here and is dealt out evenly in a state dict, a collective operation. And torch asks for the keys
+of a checkpoint before it reads one, so idle blocks show zeros and `start` = IDLE instead of nothing.
+"""
+
+from typing import Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.nn.functional import pad
+
+from thriftlab.optim.core.fragments import LOCAL, Fragment, is_moment, place, small_shape
+from thriftlab.optim.state.keys import Spec, State
+
+IDLE = -1  # `start` of a block without moments, in a state dict
+UNKNOWN = "diagnostic."  # what a state says of a whole matrix, and no rank knows
+
+
+def check_placement(name: str, p: DTensor) -> None:
+    if p.device_mesh.ndim != 1 or tuple(p.placements) != (Shard(0),):
+        raise ValueError(
+            f"{name} is a DTensor with placements {tuple(p.placements)} on a mesh of {tuple(p.device_mesh.shape)} "
+            "ranks; sharded parameters are supported where they are cut by rows, (Shard(dim=0),), over a mesh of one "
+            "dimension: call fully_shard with such a mesh, without shard_placement_fn and without tensor parallelism"
+        )
+
+
+def rows_here(rows: int, p: DTensor) -> tuple[int, int]:
+    """Which of so many rows this rank has of a tensor that is cut as `p` is: as many as the first, while there are."""
+    most = -(-rows // p.device_mesh.size())
+    start = min(most * p.device_mesh.get_local_rank(), rows)
+    return start, min(start + most, rows)
+
+
+def fragment_here(name: str, p: DTensor) -> Fragment:
+    """The rows of `p` that this rank has."""
+    row = p.numel() // max(p.shape[0], 1)
+    start, stop = rows_here(p.shape[0], p)
+    return Fragment(name, tuple(p.shape), start * row, stop * row)
+
+
+def like_rows(shape: tuple[int, ...], p: DTensor) -> bool:
+    """Whether a moment of this shape has a row for each row of `p`."""
+    return len(shape) == p.ndim and shape[0] == p.shape[0]
+
+
+def as_dtensor(local: Tensor, shape: tuple[int, ...], p: DTensor) -> DTensor:
+    """A tensor of this shape, cut as `p` is, from the rows that are here; on the device that they are on."""
+    row, rows = torch.Size(shape[1:]), rows_here(shape[0], p)
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+    local = local.view(rows[1] - rows[0], *row)
+    return DTensor(local, DTensorSpec(p.device_mesh, p.placements, tensor_meta=meta), requires_grad=False)  # type: ignore
+
+
+# A step: the state as that of a fragment, and back.
+
+
+def opened(fragment: Fragment, state: State, group: dict[str, Any]) -> State:
+    """The state of the rows that are here: moments are flat views."""
+    here = {key: t.to_local().view(-1) if isinstance(t, DTensor) else t for key, t in state.items()}
+    if here:
+        place(fragment, here, group)
+    return here
+
+
+def closed(p: DTensor, here: State, state: State, group: dict[str, Any]) -> State:
+    """The state of `p` from that of its rows; `state` is the one that was opened."""
+    shape = small_shape(tuple(p.shape), here, group)
+    found = {key: tensor for key, tensor in here.items() if key not in LOCAL}
+    for key, tensor in found.items():
+        if is_moment(key, tensor.shape) and like_rows(shape, p):
+            old = state.get(key)
+            found[key] = old if is_view(tensor, old) and old.shape == shape else as_dtensor(tensor, shape, p)
+    return found
+
+
+def is_view(local: Tensor, tensor: Any) -> TypeGuard[DTensor]:
+    return isinstance(tensor, DTensor) and tensor.to_local().data_ptr() == local.data_ptr()
+
+
+# A state dict: the state of the whole tensor, each moment cut evenly.
+
+
+def shown(p: DTensor, state: State, group: dict[str, Any], spec: Spec) -> State:
+    """What a state dict holds of `p`; `spec`: the state of one process. Collective where ranks have uneven pieces."""
+    shape = small_shape(tuple(p.shape), state, group)
+    saved = {
+        key: dealt_out(tensor, shape, p) if is_moment(key, tensor.shape) and not isinstance(tensor, DTensor) else tensor
+        for key, tensor in state.items()
+    }
+    for key, (size, dtype) in spec.items():
+        if key.startswith(UNKNOWN):
+            saved[key] = torch.tensor(torch.nan)
+        elif is_moment(key, size) and key not in state:
+            rows = rows_here(size[0], p)
+            zeros = torch.zeros(rows[1] - rows[0], *size[1:], dtype=dtype, device=p.device)
+            saved[key], saved["start"] = as_dtensor(zeros, size, p), torch.tensor(IDLE)
+    return saved
+
+
+def dealt_out(piece: Tensor, shape: tuple[int, ...], p: DTensor) -> DTensor:
+    """A tensor of this shape from flat pieces of it, in the order of the ranks, that are of any length."""
+    ranks, count = p.device_mesh.get_group(), torch.tensor([len(piece)], device=piece.device)
+    counts = [torch.zeros_like(count) for _ in range(p.device_mesh.size())]
+    dist.all_gather(counts, count, group=ranks)
+    lengths = [int(count) for count in counts]
+    padded = pad(piece, (0, max(lengths) - len(piece)))
+    pieces = [torch.empty_like(padded) for _ in lengths]
+    if max(lengths):
+        dist.all_gather(pieces, padded, group=ranks)
+    whole = torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)]).view(shape)
+    start, stop = rows_here(shape[0], p)
+    return as_dtensor(whole[start:stop].clone(), shape, p)
+
+
+def without_shown(saved: State) -> State:
+    """A saved state without what `shown` adds to that of one process."""
+    start = saved.get("start")
+    idle = isinstance(start, Tensor) and int(start) == IDLE
+    state = {
+        key: value
+        for key, value in saved.items()
+        if not isinstance(value, Tensor)
+        or not (idle and is_moment(key, value.shape))
+        and not (key.startswith(UNKNOWN) and bool(value.isnan()))
+    }
+    return {**state, "start": torch.tensor(0)} if idle else state
+
+
+def whole(value: Any) -> Any:
+    """A tensor whole, wherever it is cut: then collective."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def taken_up(name: str, p: DTensor, saved: State, group: dict[str, Any]) -> State:
+    """The state of `p` from a saved one that is whole, or cut as a state dict of `p` is; collective where it is cut in
+    another way than the state is kept."""
+    fragment = fragment_here(name, p)
+    here: State = {}
+    for key, value in saved.items():
+        if not (isinstance(value, Tensor) and is_moment(key, value.shape)) and not key.startswith(UNKNOWN):
+            here[key] = value.clone() if isinstance(value, Tensor) else value
+    shape = small_shape(fragment.shape, here, group)
+    first, stop = place(fragment, here, group)
+    for key, value in saved.items():
+        if not (isinstance(value, Tensor) and is_moment(key, value.shape)):
+            continue
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name}: the saved {key} has the shape {tuple(value.shape)}, and {shape} is that of the whole tensor's; "
+                "load a state dict of whole tensors or of DTensors, or what rank_state_dict() gave on as many ranks"
+            )
+        alike = isinstance(value, DTensor) and (value.device_mesh, value.placements) == (p.device_mesh, p.placements)
+        if alike and like_rows(shape, p):
+            here[key] = value.to_local().clone().view(-1)
+        else:
+            here[key] = whole(value).reshape(-1)[first:stop].clone()
+    return closed(p, here, {}, group)
