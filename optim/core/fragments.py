@@ -140,4 +140,3 @@ def take_up(
 
 def is_moment(key: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 0 and not key.startswith("basis.")
-

@@ -21,7 +21,23 @@ from thriftlab.optim.core import hyper
 from thriftlab.optim.core.fragments import Fragment, begin
 from thriftlab.optim.core.groups import match_groups, named_tensors
 from thriftlab.optim.core.owners import Cost, assign
-from thriftlab.optim.core.sharded import check_placement, closed, fragment_here, opened, rows_here
+from thriftlab.optim.core.sharded import (
+    as_local,
+    check_complete,
+    check_placement,
+    check_rank,
+    closed,
+    fragment_here,
+    is_idle,
+    kept_rows,
+    opened,
+    refuse_owned,
+    rows_here,
+    shown,
+    taken_up,
+    taken_whole,
+    this_rank,
+)
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
 METHODS: dict[str, type["Method"]] = {}
@@ -188,11 +204,39 @@ class Method(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name."""
+        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name.
+
+        Of parameters that are DTensors it has DTensors, fit for torch.distributed.checkpoint at any number of ranks; of
+        chosen rows and entries they are made in a collective operation. ValueError where the state of a tensor lies
+        whole at one rank: `rank_state_dict` saves it.
+        """
+        saved = self._packed()
+        for group, indices in zip(self.param_groups, saved["param_groups"], strict=True):
+            for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
+                if isinstance(p, DTensor) and p in self.state:
+                    saved["state"][index] = self._shown(name, p, group)
+        return saved
+
+    def _packed(self) -> dict[str, Any]:
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group.update({key: type(value).__name__ for key, value in group.items() if not _is_data(value)})
         return saved
+
+    def _shown(self, name: str, p: DTensor, group: dict[str, Any]) -> State:
+        """What the state dict of all ranks has of a tensor."""
+        shape = tuple(p.shape)
+        if self.elementwise(shape, group):
+            return shown(p, self.state[p], group, self.spec(shape, p.dtype, **group))
+        refuse_owned(type(self).__name__, name, p)
+        return {key: value for key, value in self.state[p].items() if key != "owner"}
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What this rank keeps, whatever the method: plain tensors, to be saved by every rank in a file of its own.
+        `load_state_dict` takes it back on the same rank of as many."""
+        saved = self._packed()
+        saved["state"] = {index: as_local(state) for index, state in saved["state"].items()}
+        return {**saved, "rank": this_rank()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores every bit that `state_dict()` saved, by name where both sides have names."""
@@ -203,12 +247,33 @@ class Method(torch.optim.Optimizer):
         ]
         for saved, own in zip(groups, objects, strict=True):
             hyper.check(type(self), {**saved, **own})
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        state = self._state_here(state_dict, [{**saved, **own} for saved, own in zip(groups, objects, strict=True)])
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
         for group, saved, own in zip(self.param_groups, groups, objects, strict=True):
             group.update(own)
             for p, index in zip(group["params"], saved["params"], strict=True):
-                for key, value in state_dict["state"].get(index, {}).items():
+                for key, value in state.get(index, {}).items():
                     self.state[p][key] = _restored(value, p)
+
+    def _state_here(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Any, State]:
+        """The saved states as they are kept here: of a parameter that is a DTensor its rows, of any other the whole."""
+        of_rank = check_rank(state_dict)
+        state = dict(state_dict["state"])
+        has_idle = any(is_idle(saved) for saved in state.values())
+        for own, group in zip(self.param_groups, groups, strict=True):
+            for name, p, index in zip(own["names"], own["params"], group["params"], strict=True):
+                if not (saved := state.get(index)):
+                    continue
+                by_entry = self.elementwise(tuple(p.shape), group)
+                if has_idle and by_entry:
+                    check_complete(name, saved, self.spec(tuple(p.shape), p.dtype, **group))
+                if isinstance(p, DTensor) and by_entry:
+                    state[index] = (kept_rows if of_rank else taken_up)(name, p, saved, group)
+                elif not of_rank:
+                    if isinstance(p, DTensor):
+                        refuse_owned(type(self).__name__, name, p)
+                    state[index] = taken_whole(saved)
+        return state
 
 
 def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
@@ -221,7 +286,7 @@ def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the state that is allocated now, 0-dim counters apart."""
-    tensors = (value for state in optimizer.state.values() for value in state.values())
+    tensors = (value for state in optimizer.state.values() for value in as_local(state).values())
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor) and t.ndim)
 
 

@@ -1,14 +1,14 @@
-"""State of parameters that FSDP2 (`torch.distributed.fsdp.fully_shard`) cuts by rows, and what a state dict shows of it.
+"""State of parameters that `torch.distributed.fsdp.fully_shard` (FSDP2) cuts by rows, and what a state dict has of it.
 
 Key by key it is the state of one process. A moment with a row for each row of the parameter is a DTensor that lies as
-the parameter does, as in torch.optim. So torch.distributed.checkpoint saves it, and loads it at another number of ranks.
+the parameter does, as in torch.optim. So torch.distributed.checkpoint saves it, and loads it at any number of ranks.
 
 Two surprises. Of chosen rows and single entries the ranks have different numbers, which no DTensor can say: such a
-moment is a plain piece here and is dealt out evenly in a state dict, a collective operation. And torch asks for the keys
-of a checkpoint before it reads one, so idle blocks show zeros and `start` = IDLE instead of nothing.
+moment is a plain piece here, and a state dict deals it out evenly, a collective operation. And torch wants the keys of
+a checkpoint before it reads one, so idle blocks have zeros and `start` = IDLE in a state dict, not nothing.
 """
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,10 @@ def as_dtensor(local: Tensor, shape: tuple[int, ...], p: DTensor) -> DTensor:
     return DTensor(local, DTensorSpec(p.device_mesh, p.placements, tensor_meta=meta), requires_grad=False)  # type: ignore
 
 
+def lies_like(tensor: DTensor, p: DTensor) -> bool:
+    return (tensor.device_mesh, tensor.placements) == (p.device_mesh, p.placements)
+
+
 # A step: the state as that of a fragment, and back.
 
 
@@ -78,12 +82,9 @@ def closed(p: DTensor, here: State, state: State, group: dict[str, Any]) -> Stat
     for key, tensor in found.items():
         if is_moment(key, tensor.shape) and like_rows(shape, p):
             old = state.get(key)
-            found[key] = old if is_view(tensor, old) and old.shape == shape else as_dtensor(tensor, shape, p)
+            same = isinstance(old, DTensor) and old.shape == shape and old.to_local().data_ptr() == tensor.data_ptr()
+            found[key] = old if same else as_dtensor(tensor, shape, p)  # type: ignore[assignment]
     return found
-
-
-def is_view(local: Tensor, tensor: Any) -> TypeGuard[DTensor]:
-    return isinstance(tensor, DTensor) and tensor.to_local().data_ptr() == local.data_ptr()
 
 
 # A state dict: the state of the whole tensor, each moment cut evenly.
@@ -121,28 +122,52 @@ def dealt_out(piece: Tensor, shape: tuple[int, ...], p: DTensor) -> DTensor:
     return as_dtensor(whole[start:stop].clone(), shape, p)
 
 
-def without_shown(saved: State) -> State:
-    """A saved state without what `shown` adds to that of one process."""
+def is_idle(saved: State) -> bool:
+    """Whether it is what `shown` says of a block without moments."""
     start = saved.get("start")
-    idle = isinstance(start, Tensor) and int(start) == IDLE
-    state = {
-        key: value
-        for key, value in saved.items()
-        if not isinstance(value, Tensor)
-        or not (idle and is_moment(key, value.shape))
-        and not (key.startswith(UNKNOWN) and bool(value.isnan()))
-    }
-    return {**state, "start": torch.tensor(0)} if idle else state
+    return isinstance(start, Tensor) and int(start) == IDLE
+
+
+def of_one_process(saved: State) -> State:
+    """A saved state without what `shown` adds to that of one process."""
+    state = {key: value for key, value in saved.items() if not (key.startswith(UNKNOWN) and bool(value.isnan()))}
+    if not is_idle(saved):
+        return state
+    return {key: value for key, value in state.items() if not is_moment(key, value.shape)} | {"start": torch.tensor(0)}
+
+
+def check_complete(name: str, saved: State, spec: Spec) -> None:
+    """ValueError where moments are missing in a state dict that has them of idle blocks, too."""
+    if missing := [key for key, (shape, _) in spec.items() if is_moment(key, shape) and key not in saved]:
+        raise ValueError(
+            f"{name}: the saved state has no {missing[0]}, though the block was active; torch.distributed.checkpoint "
+            "reads only the keys that the optimizer has before: load into parameters of fully_shard, without "
+            "flatten_optimizer_state_dict"
+        )
+
+
+def refuse_owned(method: str, name: str, p: DTensor) -> None:
+    if p.device_mesh.size() > 1:
+        raise ValueError(
+            f"{method}: the state of {name} lies whole at one rank, and torch.distributed.checkpoint would lose it; "
+            "save rank_state_dict() in a file of each rank and load it on as many ranks, or use `thriftlab train` with "
+            "backend.name=owned or deepspeed, whose checkpoints fit any number of ranks"
+        )
+
+
+def taken_whole(saved: State) -> State:
+    """The state of a whole tensor; collective where the saved one is cut."""
+    return {key: whole(value) for key, value in of_one_process(saved).items()}
 
 
 def whole(value: Any) -> Any:
-    """A tensor whole, wherever it is cut: then collective."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def taken_up(name: str, p: DTensor, saved: State, group: dict[str, Any]) -> State:
-    """The state of `p` from a saved one that is whole, or cut as a state dict of `p` is; collective where it is cut in
-    another way than the state is kept."""
+    """The state of `p` from a saved one that is whole, or cut as in a state dict; collective where it is cut in another
+    way than it is kept."""
+    saved = of_one_process(saved)
     fragment = fragment_here(name, p)
     here: State = {}
     for key, value in saved.items():
@@ -155,12 +180,39 @@ def taken_up(name: str, p: DTensor, saved: State, group: dict[str, Any]) -> Stat
             continue
         if tuple(value.shape) != shape:
             raise ValueError(
-                f"{name}: the saved {key} has the shape {tuple(value.shape)}, and {shape} is that of the whole tensor's; "
+                f"{name}: the saved {key} has the shape {tuple(value.shape)}, and {shape} is that of the whole; "
                 "load a state dict of whole tensors or of DTensors, or what rank_state_dict() gave on as many ranks"
             )
-        alike = isinstance(value, DTensor) and (value.device_mesh, value.placements) == (p.device_mesh, p.placements)
-        if alike and like_rows(shape, p):
+        if isinstance(value, DTensor) and lies_like(value, p) and like_rows(shape, p):
             here[key] = value.to_local().clone().view(-1)
         else:
             here[key] = whole(value).reshape(-1)[first:stop].clone()
     return closed(p, here, {}, group)
+
+
+# The state of one rank alone.
+
+
+def this_rank() -> list[int]:
+    """Rank and number of ranks."""
+    return [dist.get_rank(), dist.get_world_size()] if dist.is_initialized() else [0, 1]
+
+
+def check_rank(state_dict: dict[str, Any]) -> bool:
+    """Whether the state dict is of one rank; ValueError where that is another one."""
+    if (rank := state_dict.get("rank", this_rank())) != this_rank():
+        raise ValueError(
+            f"the state of rank {rank[0]} of {rank[1]} is loaded by rank {this_rank()[0]} of {this_rank()[1]}; what "
+            "rank_state_dict() gave is for the same rank of as many"
+        )
+    return "rank" in state_dict
+
+
+def as_local(state: State) -> State:
+    """What is here of a state."""
+    return {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
+
+
+def kept_rows(name: str, p: DTensor, saved: State, group: dict[str, Any]) -> State:
+    """The state of `p` from what this rank saved of it."""
+    return closed(p, {key: value.flatten() if value.ndim else value for key, value in saved.items()}, {}, group)
