@@ -30,13 +30,14 @@ from thriftlab.optim.core.sharded import (
     fragment_here,
     is_idle,
     kept_rows,
+    of_one_process,
     opened,
     refuse_owned,
     rows_here,
     shown,
     taken_up,
-    taken_whole,
     this_rank,
+    whole,
 )
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
@@ -75,6 +76,10 @@ class Method(torch.optim.Optimizer):
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
         """The `spec` of one tensor of a group as things stand now."""
         return self.spec(tuple(weight.shape), weight.dtype, **group)
+
+    def idle(self, name: str, weight: Tensor, group: dict[str, Any], state: State) -> bool:
+        """Whether a tensor with this state is to have no moments now."""
+        return False
 
     def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
         """Scalars that a method tells of its tensors, by name; `fresh`: only those that the last step found out, mostly
@@ -260,20 +265,24 @@ class Method(torch.optim.Optimizer):
         of_rank = check_rank(state_dict)
         state = dict(state_dict["state"])
         has_idle = any(is_idle(saved) for saved in state.values())
-        for own, group in zip(self.param_groups, groups, strict=True):
-            for name, p, index in zip(own["names"], own["params"], group["params"], strict=True):
-                if not (saved := state.get(index)):
-                    continue
-                by_entry = self.elementwise(tuple(p.shape), group)
-                if has_idle and by_entry:
-                    check_complete(name, saved, self.spec(tuple(p.shape), p.dtype, **group))
-                if isinstance(p, DTensor) and by_entry:
-                    state[index] = (kept_rows if of_rank else taken_up)(name, p, saved, group)
-                elif not of_rank:
-                    if isinstance(p, DTensor):
-                        refuse_owned(type(self).__name__, name, p)
-                    state[index] = taken_whole(saved)
+        for own, indices in zip(self.param_groups, groups, strict=True):
+            group = {**indices, "params": own["params"]}
+            for name, p, index in zip(own["names"], own["params"], indices["params"], strict=True):
+                if saved := state.get(index):
+                    if has_idle and self.elementwise(tuple(p.shape), group):
+                        check_complete(name, saved, self.spec(tuple(p.shape), p.dtype, **group))
+                    state[index] = self._taken(name, p, saved, group, of_rank)
         return state
+
+    def _taken(self, name: str, p: Tensor, saved: State, group: dict[str, Any], of_rank: bool) -> State:
+        """What is kept here of the saved state of a tensor; `of_rank`: this rank saved it."""
+        if not of_rank:
+            saved = of_one_process(saved, self.idle(name, p, group, saved))
+        if isinstance(p, DTensor) and self.elementwise(tuple(p.shape), group):
+            return kept_rows(p, saved, group) if of_rank else taken_up(name, p, saved, group)
+        if isinstance(p, DTensor) and not of_rank:
+            refuse_owned(type(self).__name__, name, p)
+        return {key: whole(value) for key, value in saved.items()}
 
 
 def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:

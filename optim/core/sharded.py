@@ -128,12 +128,15 @@ def is_idle(saved: State) -> bool:
     return isinstance(start, Tensor) and int(start) == IDLE
 
 
-def of_one_process(saved: State) -> State:
-    """A saved state without what `shown` adds to that of one process."""
+def of_one_process(saved: State, idle: bool) -> State:
+    """A saved state without what is not of one process: diagnostics that nobody knew, zeros of an idle block. Where a
+    state of one process was read over one of ours, the zeros have no mark: those of a tensor that is to be `idle` now.
+    """
     state = {key: value for key, value in saved.items() if not (key.startswith(UNKNOWN) and bool(value.isnan()))}
-    if not is_idle(saved):
-        return state
-    return {key: value for key, value in state.items() if not is_moment(key, value.shape)} | {"start": torch.tensor(0)}
+    moments = {key: value for key, value in state.items() if isinstance(value, Tensor) and is_moment(key, value.shape)}
+    if is_idle(saved) or idle and not any(value.any() for value in as_local(moments).values()):
+        state = {key: value for key, value in state.items() if key not in moments}
+    return state | {"start": torch.tensor(0)} if is_idle(saved) else state
 
 
 def check_complete(name: str, saved: State, spec: Spec) -> None:
@@ -141,8 +144,8 @@ def check_complete(name: str, saved: State, spec: Spec) -> None:
     if missing := [key for key, (shape, _) in spec.items() if is_moment(key, shape) and key not in saved]:
         raise ValueError(
             f"{name}: the saved state has no {missing[0]}, though the block was active; torch.distributed.checkpoint "
-            "reads only the keys that the optimizer has before: load into parameters of fully_shard, without "
-            "flatten_optimizer_state_dict"
+            "reads only the keys that the optimizer has before: save and load with full_state_dict=True, or load into "
+            "parameters of fully_shard without flatten_optimizer_state_dict"
         )
 
 
@@ -155,19 +158,14 @@ def refuse_owned(method: str, name: str, p: DTensor) -> None:
         )
 
 
-def taken_whole(saved: State) -> State:
-    """The state of a whole tensor; collective where the saved one is cut."""
-    return {key: whole(value) for key, value in of_one_process(saved).items()}
-
-
 def whole(value: Any) -> Any:
+    """A tensor whole; collective where it is cut."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def taken_up(name: str, p: DTensor, saved: State, group: dict[str, Any]) -> State:
     """The state of `p` from a saved one that is whole, or cut as in a state dict; collective where it is cut in another
     way than it is kept."""
-    saved = of_one_process(saved)
     fragment = fragment_here(name, p)
     here: State = {}
     for key, value in saved.items():
@@ -213,6 +211,6 @@ def as_local(state: State) -> State:
     return {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
 
 
-def kept_rows(name: str, p: DTensor, saved: State, group: dict[str, Any]) -> State:
+def kept_rows(p: DTensor, saved: State, group: dict[str, Any]) -> State:
     """The state of `p` from what this rank saved of it."""
     return closed(p, {key: value.flatten() if value.ndim else value for key, value in saved.items()}, {}, group)
