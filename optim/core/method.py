@@ -23,21 +23,14 @@ from thriftlab.optim.core.groups import match_groups, named_tensors
 from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.optim.core.sharded import (
     as_local,
-    check_complete,
     check_placement,
-    check_rank,
     closed,
     fragment_here,
-    is_idle,
-    kept_rows,
-    of_one_process,
     opened,
-    refuse_owned,
     rows_here,
-    shown,
-    taken_up,
+    show,
+    states_here,
     this_rank,
-    whole,
 )
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
@@ -216,25 +209,8 @@ class Method(torch.optim.Optimizer):
         whole at one rank: `rank_state_dict` saves it.
         """
         saved = self._packed()
-        for group, indices in zip(self.param_groups, saved["param_groups"], strict=True):
-            for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
-                if isinstance(p, DTensor) and p in self.state:
-                    saved["state"][index] = self._shown(name, p, group)
+        show(self, saved)
         return saved
-
-    def _packed(self) -> dict[str, Any]:
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            group.update({key: type(value).__name__ for key, value in group.items() if not _is_data(value)})
-        return saved
-
-    def _shown(self, name: str, p: DTensor, group: dict[str, Any]) -> State:
-        """What the state dict of all ranks has of a tensor."""
-        shape = tuple(p.shape)
-        if self.elementwise(shape, group):
-            return shown(p, self.state[p], group, self.spec(shape, p.dtype, **group))
-        refuse_owned(type(self).__name__, name, p)
-        return {key: value for key, value in self.state[p].items() if key != "owner"}
 
     def rank_state_dict(self) -> dict[str, Any]:
         """What this rank keeps, whatever the method: plain tensors, to be saved by every rank in a file of its own.
@@ -242,6 +218,12 @@ class Method(torch.optim.Optimizer):
         saved = self._packed()
         saved["state"] = {index: as_local(state) for index, state in saved["state"].items()}
         return {**saved, "rank": this_rank()}
+
+    def _packed(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group.update({key: type(value).__name__ for key, value in group.items() if not _is_data(value)})
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores every bit that `state_dict()` saved, by name where both sides have names."""
@@ -252,37 +234,14 @@ class Method(torch.optim.Optimizer):
         ]
         for saved, own in zip(groups, objects, strict=True):
             hyper.check(type(self), {**saved, **own})
-        state = self._state_here(state_dict, [{**saved, **own} for saved, own in zip(groups, objects, strict=True)])
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        merged = [{**saved, **own} for saved, own in zip(groups, objects, strict=True)]
+        state_dict = {**state_dict, "state": states_here(self, state_dict, merged)}
+        super().load_state_dict({**state_dict, "param_groups": groups})
         for group, saved, own in zip(self.param_groups, groups, objects, strict=True):
             group.update(own)
             for p, index in zip(group["params"], saved["params"], strict=True):
-                for key, value in state.get(index, {}).items():
+                for key, value in state_dict["state"].get(index, {}).items():
                     self.state[p][key] = _restored(value, p)
-
-    def _state_here(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Any, State]:
-        """The saved states as they are kept here: of a parameter that is a DTensor its rows, of any other the whole."""
-        of_rank = check_rank(state_dict)
-        state = dict(state_dict["state"])
-        has_idle = any(is_idle(saved) for saved in state.values())
-        for own, indices in zip(self.param_groups, groups, strict=True):
-            group = {**indices, "params": own["params"]}
-            for name, p, index in zip(own["names"], own["params"], indices["params"], strict=True):
-                if saved := state.get(index):
-                    if has_idle and self.elementwise(tuple(p.shape), group):
-                        check_complete(name, saved, self.spec(tuple(p.shape), p.dtype, **group))
-                    state[index] = self._taken(name, p, saved, group, of_rank)
-        return state
-
-    def _taken(self, name: str, p: Tensor, saved: State, group: dict[str, Any], of_rank: bool) -> State:
-        """What is kept here of the saved state of a tensor; `of_rank`: this rank saved it."""
-        if not of_rank:
-            saved = of_one_process(saved, self.idle(name, p, group, saved))
-        if isinstance(p, DTensor) and self.elementwise(tuple(p.shape), group):
-            return kept_rows(p, saved, group) if of_rank else taken_up(name, p, saved, group)
-        if isinstance(p, DTensor) and not of_rank:
-            refuse_owned(type(self).__name__, name, p)
-        return {key: whole(value) for key, value in saved.items()}
 
 
 def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:

@@ -87,7 +87,62 @@ def closed(p: DTensor, here: State, state: State, group: dict[str, Any]) -> Stat
     return found
 
 
-# A state dict: the state of the whole tensor, each moment cut evenly.
+# State dicts of all ranks: the state of the whole tensor, each moment cut evenly.
+
+
+def show(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Puts into a state dict what all ranks have together of the parameters that are DTensors."""
+    for group, indices in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
+            if not (isinstance(p, DTensor) and index in saved["state"]):
+                continue
+            state, shape = saved["state"][index], tuple(p.shape)
+            if optimizer.elementwise(shape, group):
+                saved["state"][index] = shown(p, state, group, optimizer.spec(shape, p.dtype, **group))
+            else:
+                refuse_owned(optimizer, name, p)
+                saved["state"][index] = {key: value for key, value in state.items() if key != "owner"}
+
+
+def states_here(optimizer: Any, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Any, State]:
+    """The states of a state dict as they are kept here, by index: rows of a parameter that is a DTensor, or the whole.
+
+    Args:
+        groups: those that the state dict has, with options of the optimizer's own.
+    """
+    of_rank = check_rank(state_dict)
+    states = dict(state_dict["state"])
+    has_idle = any(is_idle(saved) for saved in states.values())
+    for own, indices in zip(optimizer.param_groups, groups, strict=True):
+        group = {**indices, "params": own["params"]}
+        for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
+            if not (saved := states.get(index)):
+                continue
+            if has_idle and optimizer.elementwise(tuple(p.shape), group):
+                check_complete(name, saved, optimizer.spec(tuple(p.shape), p.dtype, **group))
+            states[index] = state_here(optimizer, name, p, saved, group, of_rank)
+    return states
+
+
+def state_here(optimizer: Any, name: str, p: Tensor, saved: State, group: dict[str, Any], of_rank: bool) -> State:
+    """What is kept here of the saved state of a tensor; `of_rank`: this rank saved it."""
+    if not of_rank:
+        saved = of_one_process(saved, optimizer.idle(name, p, group, saved))
+    if isinstance(p, DTensor) and optimizer.elementwise(tuple(p.shape), group):
+        return kept_rows(p, saved, group) if of_rank else taken_up(name, p, saved, group)
+    if isinstance(p, DTensor) and not of_rank:
+        refuse_owned(optimizer, name, p)
+    return {key: whole(value) for key, value in saved.items()}
+
+
+def refuse_owned(optimizer: Any, name: str, p: DTensor) -> None:
+    """ValueError where the state of a tensor lies at its owner."""
+    if p.device_mesh.size() > 1:
+        raise ValueError(
+            f"{type(optimizer).__name__}: the state of {name} lies whole at one rank, and torch.distributed.checkpoint "
+            "would lose it; save rank_state_dict() in a file of each rank and load it on as many ranks, or use "
+            "`thriftlab train` with backend.name=owned or deepspeed, whose checkpoints fit any number of ranks"
+        )
 
 
 def shown(p: DTensor, state: State, group: dict[str, Any], spec: Spec) -> State:
@@ -146,15 +201,6 @@ def check_complete(name: str, saved: State, spec: Spec) -> None:
             f"{name}: the saved state has no {missing[0]}, though the block was active; torch.distributed.checkpoint "
             "reads only the keys that the optimizer has before: save and load with full_state_dict=True, or load into "
             "parameters of fully_shard without flatten_optimizer_state_dict"
-        )
-
-
-def refuse_owned(method: str, name: str, p: DTensor) -> None:
-    if p.device_mesh.size() > 1:
-        raise ValueError(
-            f"{method}: the state of {name} lies whole at one rank, and torch.distributed.checkpoint would lose it; "
-            "save rank_state_dict() in a file of each rank and load it on as many ranks, or use `thriftlab train` with "
-            "backend.name=owned or deepspeed, whose checkpoints fit any number of ranks"
         )
 
 

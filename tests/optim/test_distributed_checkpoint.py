@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict as 
 
 from tests.tools import gang
 from tests.tools.methods import GAP, MAKERS, frugal, through_a_file
+from thriftlab.optim.core.sharded import IDLE, of_one_process
 
 SAVED, END = GAP + 2, 2 * GAP + 1  # other blocks are active than at first, and others again at the end
 FULL = StateDictOptions(full_state_dict=True)
@@ -203,3 +204,11 @@ def changed(rules):
 @pytest.mark.slow
 def test_tensors_may_freeze_and_come():
     assert gang.ranks(2, changed, ["galore", "columns"]) == [[True, True]] * 2
+
+
+def test_zeros_of_idle_blocks_are_dropped():
+    zeros = {"step": torch.tensor(5), "start": torch.tensor(2), "exp_avg": torch.zeros(2, 3)}
+    assert of_one_process({**zeros, "start": torch.tensor(IDLE)}, idle=False).keys() == {"step", "start"}
+    assert of_one_process(zeros, idle=True).keys() == {"step", "start"}
+    assert of_one_process(zeros, idle=False).keys() == zeros.keys()
+    assert of_one_process({**zeros, "exp_avg": torch.eye(3)}, idle=True).keys() == zeros.keys()
