@@ -129,12 +129,16 @@ class Frugal(SplitOptimizer, name="frugal"):
             if group["stagger"]:
                 raise ValueError("stagger=True: blocks take turns already; it is for the other subspaces")
 
-    def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
+    def idle(self, name: str, weight: Tensor, group: dict[str, Any], state: State) -> bool:
         subspace = subspace_of(group)
-        if isinstance(subspace, Blocks) and is_split(weight, group):
-            steps = int(self.state[weight]["step"]) if self.state.get(weight) else 0
-            if name not in subspace.active(group, max(steps - 1, 0) // group["gap"]):
-                return {**COUNTERS, **rounding_spec(group)}
+        if not (isinstance(subspace, Blocks) and is_split(weight, group)):
+            return False
+        steps = int(state["step"]) if state else 0
+        return name not in subspace.active(group, max(steps - 1, 0) // group["gap"])
+
+    def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
+        if self.idle(name, weight, group, self.state.get(weight, {})):
+            return {**COUNTERS, **rounding_spec(group)}
         return super().expected_spec(name, weight, group)
 
     def remarks(self) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from thriftlab.optim.state.blocks import Blocks
 from thriftlab.optim.state.coordinates import CoordinateSubspace
@@ -89,6 +88,22 @@ def on_fragment(group: dict[str, Any], fragment: Fragment, state: State) -> dict
     return {**group, "subspace": FragmentSubspace(countable(group), fragment, state)}
 
 
+def place(fragment: Fragment, state: State, group: dict[str, Any]) -> tuple[int, int]:
+    """Writes into a state where the fragment lies; which of the whole tensor's moments, flat, are its own."""
+    locate(state, fragment.start, torch.Size(fragment.shape).numel())
+    if not (basis := basis_of(state)):
+        return fragment.start, fragment.stop
+    basis = FragmentSubspace(countable(group), fragment, state).within(basis)
+    state.update({f"basis.{key}": tensor for key, tensor in basis.items()})
+    return int(basis["first"]), int(basis["stop"])
+
+
+def small_shape(shape: tuple[int, ...], state: State, group: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of the moments of a whole tensor."""
+    basis = basis_of(state)
+    return countable(group).small_shape(shape, basis) if basis else shape
+
+
 # What a checkpoint sees: each tensor of a fragment's state as a piece of the whole tensor's.
 
 
@@ -96,9 +111,7 @@ def saved_pieces(
     fragment: Fragment, state: State, group: dict[str, Any]
 ) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
     """(key, shape of the whole, where the piece starts in it, piece [n]), row-major."""
-    shape = fragment.shape
-    if basis := basis_of(state):
-        shape = countable(group).small_shape(shape, basis)
+    shape = small_shape(fragment.shape, state, group)
     for key, tensor in state.items():
         if is_moment(key, tensor.shape):
             yield key, shape, int(state["whole.first"]), tensor.flatten()
@@ -118,12 +131,7 @@ def take_up(
     for key, shape in shapes.items():
         if not is_moment(key, shape) and not key.startswith("diagnostic."):
             state[key] = read(key, 0, None).view(shape).clone()
-    first, stop = fragment.start, fragment.stop
-    locate(state, first, torch.Size(fragment.shape).numel())
-    if basis := basis_of(state):
-        basis = FragmentSubspace(countable(group), fragment, state).within(basis)
-        state.update({f"basis.{key}": tensor for key, tensor in basis.items()})
-        first, stop = int(basis["first"]), int(basis["stop"])
+    first, stop = place(fragment, state, group)
     for key, shape in shapes.items():
         if is_moment(key, shape):
             state[key] = read(key, first, stop).clone()
@@ -132,23 +140,3 @@ def take_up(
 
 def is_moment(key: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 0 and not key.startswith("basis.")
-
-
-# FSDP2 cuts tensors by rows.
-
-
-def rows_here(p: DTensor) -> tuple[int, int]:
-    """Where this rank's rows begin and end in the flat tensor: each rank has as many as the first, while there are."""
-    mesh, row = p.device_mesh, p.numel() // max(p.shape[0], 1)
-    most = -(-p.shape[0] // mesh.size())
-    start = min(most * mesh.get_local_rank(), p.shape[0]) * row
-    return start, start + p.to_local().numel()
-
-
-def check_placement(name: str, p: DTensor) -> None:
-    if p.device_mesh.ndim != 1 or tuple(p.placements) != (Shard(0),):
-        raise ValueError(
-            f"{name} is a DTensor with placements {tuple(p.placements)} on a mesh of {tuple(p.device_mesh.shape)} "
-            "ranks; sharded parameters are supported where they are cut by rows, (Shard(dim=0),), over a mesh of one "
-            "dimension: call fully_shard with such a mesh, without shard_placement_fn and without tensor parallelism"
-        )

@@ -18,9 +18,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
-from thriftlab.optim.core.fragments import Fragment, begin, check_placement, rows_here
+from thriftlab.optim.core.fragments import Fragment, begin
 from thriftlab.optim.core.groups import match_groups, named_tensors
 from thriftlab.optim.core.owners import Cost, assign
+from thriftlab.optim.core.sharded import (
+    as_local,
+    check_placement,
+    closed,
+    fragment_here,
+    opened,
+    rows_here,
+    show,
+    states_here,
+    this_rank,
+)
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
 METHODS: dict[str, type["Method"]] = {}
@@ -58,6 +69,10 @@ class Method(torch.optim.Optimizer):
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
         """The `spec` of one tensor of a group as things stand now."""
         return self.spec(tuple(weight.shape), weight.dtype, **group)
+
+    def idle(self, name: str, weight: Tensor, group: dict[str, Any], state: State) -> bool:
+        """Whether a tensor with this state is to have no moments now."""
+        return False
 
     def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
         """Scalars that a method tells of its tensors, by name; `fresh`: only those that the last step found out, mostly
@@ -138,24 +153,32 @@ class Method(torch.optim.Optimizer):
 
         What is stepped entry by entry is stepped where it lies. Any other tensor has one rank, its owner, that keeps
         its state. Collective over their mesh; ValueError for a placement other than rows over a mesh of one dimension.
-        A rank's `state_dict()` is its own part: save one per rank, and resume with as many.
         """
         for name, p in named:
             check_placement(name, p)
         self.step_rows([pair for pair in named if self.elementwise(tuple(pair[1].shape), group)], group)
-        owners = assign(self.costs(), named[0][1].device_mesh.size())
         for name, p in named:
             if not self.elementwise(tuple(p.shape), group):
-                self.step_owned(name, p, owners[name], group)
+                self.step_owned(name, p, self.owner(name, p), group)
 
     def step_rows(self, named: list[tuple[str, DTensor]], group: dict[str, Any]) -> None:
         """Steps the rows that this rank has, without a word to the others."""
-        named = [(name, p) for name, p in named if p.to_local().numel()]
-        fragments = [Fragment(name, tuple(p.shape), *rows_here(p)) for name, p in named]
+        fragments = [fragment_here(name, p) for name, p in named]
         weights = [p.to_local().view(-1) for _, p in named]
         grads = [p.grad.to_local().reshape(-1) for _, p in named]  # type: ignore[union-attr]
         slopes = [downhill(weight, grad, group["maximize"]) for weight, grad in zip(weights, grads, strict=True)]
-        self.update_fragments(fragments, weights, slopes, [self.state[p] for _, p in named], group)
+        states = [self.state.get(p, {}) for _, p in named]
+        here = [opened(fragment, state, group) for fragment, state in zip(fragments, states, strict=True)]
+        self.update_fragments(fragments, weights, slopes, here, group)
+        for (_, p), state, rows in zip(named, states, here, strict=True):
+            if found := closed(p, rows, state, group):
+                self.state[p] = found
+
+    def owner(self, name: str, p: DTensor) -> int:
+        """The rank that keeps the state of a tensor: written down, for what others cost may change."""
+        if "owner" not in self.state[p]:
+            self.state[p]["owner"] = torch.tensor(assign(self.costs(), p.device_mesh.size())[name])
+        return int(self.state[p]["owner"])
 
     def step_owned(self, name: str, p: DTensor, owner: int, group: dict[str, Any]) -> None:
         """Gathers weight and gradient, steps the whole tensor on its owner; the others take their rows of it."""
@@ -164,8 +187,7 @@ class Method(torch.optim.Optimizer):
         if dist.get_rank(ranks) == owner:
             self.update([name], [weight], [downhill(weight, grad, group["maximize"])], [self.state[p]], group)
         dist.broadcast(weight, group=ranks, group_src=owner)
-        start, stop = rows_here(p)
-        p.to_local().copy_(weight.view(-1)[start:stop].view(p.to_local().shape))
+        p.to_local().copy_(weight[slice(*rows_here(p.shape[0], p))])
 
     # Groups and state, by name.
 
@@ -180,7 +202,24 @@ class Method(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name."""
+        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name.
+
+        Of parameters that are DTensors it has DTensors, fit for torch.distributed.checkpoint at any number of ranks; of
+        chosen rows and entries they are made in a collective operation. ValueError where the state of a tensor lies
+        whole at one rank: `rank_state_dict` saves it.
+        """
+        saved = self._packed()
+        show(self, saved)
+        return saved
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What this rank keeps, whatever the method: plain tensors, to be saved by every rank in a file of its own.
+        `load_state_dict` takes it back on the same rank of as many."""
+        saved = self._packed()
+        saved["state"] = {index: as_local(state) for index, state in saved["state"].items()}
+        return {**saved, "rank": this_rank()}
+
+    def _packed(self) -> dict[str, Any]:
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group.update({key: type(value).__name__ for key, value in group.items() if not _is_data(value)})
@@ -195,6 +234,8 @@ class Method(torch.optim.Optimizer):
         ]
         for saved, own in zip(groups, objects, strict=True):
             hyper.check(type(self), {**saved, **own})
+        merged = [{**saved, **own} for saved, own in zip(groups, objects, strict=True)]
+        state_dict = {**state_dict, "state": states_here(self, state_dict, merged)}
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, saved, own in zip(self.param_groups, groups, objects, strict=True):
             group.update(own)
@@ -213,7 +254,7 @@ def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the state that is allocated now, 0-dim counters apart."""
-    tensors = (value for state in optimizer.state.values() for value in state.values())
+    tensors = (value for state in optimizer.state.values() for value in as_local(state).values())
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor) and t.ndim)
 
 

@@ -95,7 +95,8 @@ class Columns(Slices):
 
     def below(self, position: int, shape: tuple[int, ...], basis: State) -> int:
         row, column = divmod(position, shape[1])
-        return row * len(basis["index"]) + int((basis["index"] < column).sum())
+        before = int((basis["index"] < column).sum()) if column else 0  # without waiting for the device
+        return row * len(basis["index"]) + before
 
 
 class Rows(Slices):

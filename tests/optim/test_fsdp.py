@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.tools import gang
-from tests.tools.methods import MAKERS
+from tests.tools.methods import MAKERS, through_a_file
 from tests.tools.scale import ROWS, batch, distance, make
 
 CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "apollo", "lost+adamw",
@@ -31,8 +31,8 @@ def sharded(cases, steps, dtype):
         fully_shard(model)
         optimizer = regroup(model, MAKERS[rule])
         for step in range(steps):
-            if step == 3:  # through a state dict
-                saved = optimizer.state_dict()
+            if step == 3:  # through a file of each rank
+                saved = through_a_file(optimizer.rank_state_dict())
                 optimizer = regroup(model, MAKERS[rule])
                 optimizer.load_state_dict(saved)
             loss_of(model, step, rank, world).backward()
