@@ -114,8 +114,16 @@ def _has_schema(kind: Any) -> bool:
     return True
 
 
+def _declared(factory: Callable) -> dict[str, inspect.Parameter]:
+    """The hyper-parameters of a class and of those that it inherits from, which it may pass on without naming them."""
+    if not inspect.isclass(factory):
+        return hyperparameters(factory)
+    ours = [kind for kind in factory.__mro__ if "__init__" in vars(kind) and not kind.__module__.startswith("torch.")]
+    return {name: p for kind in reversed(ours[:-1]) for name, p in hyperparameters(kind).items()}
+
+
 @functools.cache
 def _constructor_model(factory: Callable) -> type[BaseModel]:
     """What the constructor accepts: like the configuration, but objects and tensors too."""
-    fields: dict[str, Any] = {name: (p.annotation, None) for name, p in hyperparameters(factory).items()}
+    fields: dict[str, Any] = {name: (p.annotation, None) for name, p in _declared(factory).items()}
     return create_model(factory.__name__, __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
