@@ -76,6 +76,12 @@ class Method(torch.optim.Optimizer):
         """What a state that a tensor of this shape already has must be, where that may differ from a new one's."""
         return self.spec(shape, dtype, **group)
 
+    def check_loaded(
+        self, named: dict[str, Tensor], states: dict[str, State], group: dict[str, Any], own: dict[str, Any]
+    ) -> None:
+        """ValueError where states that are to be loaded do not go together with the tensors of a group; `own` is the
+        group as it was before."""
+
     def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         """ValueError where a tensor has the state of one that the method steps in another way."""
 

@@ -49,9 +49,13 @@ def load_state(optimizer: Any, state_dict: dict[str, Any], load: Callable[[dict[
             raise ValueError(f"the saved state is one of amsgrad=True, which {type(optimizer).__name__} does not have")
         merged = {**saved, **options}
         merged.update(hyper.check(type(optimizer), merged))
+        named = {}
         for name, p, index in zip(saved["names"], group["params"], saved["params"], strict=True):
             if index in state_dict["state"]:
                 states[p] = restored(optimizer, name, p, state_dict["state"][index], {**merged, "params": [p]})
+                named[name] = p
+        whole = {name: p for name, p in named.items() if not is_cut(p, states[p])}
+        optimizer.check_loaded(whole, {name: states[p] for name, p in whole.items()}, merged, group)
     indices = {index for saved in groups for index in saved["params"]}
     others = {key: value for key, value in state_dict["state"].items() if key not in indices}
     with no_hooks(optimizer, "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"):
@@ -81,13 +85,18 @@ def kept_options(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]
 def restored(optimizer: Any, name: str, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> State:
     """A copy of a parameter's saved state; ValueError where it does not fit."""
     state = {key: copied(value, p) for key, value in saved.items()}
-    if isinstance(p, DTensor) or "whole.first" in state:  # a rank's part, of which the shape of `p` says little
+    if is_cut(p, state):
         return state
     spec = spec_of(optimizer, name, p, state, group)
     check_state(name, p, state, spec)
     optimizer.check_kind(name, p, state, group)
     settle(state, spec, casts=True)
     return state
+
+
+def is_cut(p: Tensor, state: State) -> bool:
+    """Whether a state is a rank's part of one, of which the shape of `p` says little."""
+    return isinstance(p, DTensor) or "whole.first" in state
 
 
 def copied(value: Any, p: Tensor) -> Any:

@@ -20,6 +20,7 @@ from thriftlab.optim.core.groups import by_reason
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.state.blocks import Blocks
 from thriftlab.optim.state.carry import carry, overlap, residual_energy
+from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable, other_density
 from thriftlab.optim.state.keys import Spec, State, keyed_generator, keyed_seed
 from thriftlab.optim.state.rules import RULES, Rule, adamw, adamw_spec, decay
 from thriftlab.optim.state.storage import by_entry, kept_spec, key_rounding, make_zero, rounding_spec
@@ -183,6 +184,22 @@ class SplitOptimizer(Method):
             return COUNTERS
         moments = kept_spec(rule_of(group).buffers, small, dtype, group)
         return {**COUNTERS, **moments, **{f"basis.{key}": entry for key, entry in declared.items()}}
+
+    def check_loaded(
+        self, named: dict[str, Tensor], states: dict[str, State], group: dict[str, Any], own: dict[str, Any]
+    ) -> None:
+        subspace = subspace_of(group) if "subspace" in group else None
+        if not isinstance(subspace, CoordinateSubspace) or not is_countable(subspace):
+            return
+        bases = {n: (tuple(p.shape), basis_of(states[n])) for n, p in named.items() if is_split(p, group) and p.numel()}
+        scheduled = own.get("density") != group.get("density")  # one that is not is that of the constructor on both sides
+        odd = other_density(subspace, {name: pair for name, pair in bases.items() if pair[1]}, scheduled)
+        if odd is not None:
+            raise ValueError(
+                f"{odd}: the state's basis is of another shape than the weight {tuple(named[odd].shape)}, or of "
+                f"another density than {subspace.density:g}; load the state of this tensor, with the density that it "
+                "was drawn with in its param_groups"
+            )
 
     def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         refuse_other_kind(name, weight, state, group, is_split(weight, group))

@@ -51,6 +51,10 @@ class CoordinateSubspace:
         """Shape of what `take` gives."""
         raise NotImplementedError
 
+    def count(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
+        """How many are chosen, and of how many, by the density."""
+        raise NotImplementedError
+
     def kept_spec(self, shape: tuple[int, ...], dtype: torch.dtype, basis: State) -> tuple[tuple[int, ...], Spec]:
         """The `spec` of a matrix with this basis; ValueError where it chooses what the matrix does not have."""
         self.check(shape, basis)
@@ -75,6 +79,9 @@ class Slices(CoordinateSubspace):
 
     def where(self, matrix: Tensor, basis: State) -> Tensor:
         return basis["index"].long()
+
+    def count(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
+        return len(basis["index"]), shape[self.dim]
 
     def check(self, shape: tuple[int, ...], basis: State) -> None:
         index = basis["index"]
@@ -153,6 +160,9 @@ class Coordinates(CoordinateSubspace):
     def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
         return (int(basis["chosen"]),)
 
+    def count(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
+        return int(basis["chosen"]), shape[0] * shape[1]
+
     def check(self, shape: tuple[int, ...], basis: State) -> None:
         if has_data(basis["chosen"]) and int(basis["chosen"]) > shape[0] * shape[1]:
             raise ValueError(f"the basis chooses {int(basis['chosen'])} entries of a weight {shape}")
@@ -190,6 +200,23 @@ class Coordinates(CoordinateSubspace):
 
 
 COORDINATES: dict[str, type[CoordinateSubspace]] = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}
+
+
+def other_density(
+    subspace: CoordinateSubspace, bases: dict[str, tuple[tuple[int, ...], State]], scheduled: bool
+) -> str | None:
+    """The name of a matrix whose basis is not of the subspace's density, or None.
+
+    Args:
+        bases: of each matrix, by name, its shape and its basis.
+        scheduled: whether the density may have changed since the refresh, for all alike.
+    """
+    counts = {name: subspace.count(shape, basis) for name, (shape, basis) in bases.items()}
+    odd = [name for name, (chosen, size) in counts.items() if chosen != int(size * subspace.density)]
+    if odd and scheduled:
+        low, high = max(k / n for k, n in counts.values()), min((k + 1) / n for k, n in counts.values())
+        return odd[0] if low >= high else None
+    return odd[0] if odd else None
 
 
 def is_countable(subspace: object) -> bool:
