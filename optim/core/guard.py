@@ -4,11 +4,12 @@ The fused kernel walks raw memory, and torch's own operators broadcast; so a gra
 ValueError with the tensor's name and both shapes. `Method.__init_subclass__` puts the guard around every method.
 
 Shapes and devices are compared at every call. The rest is looked at when one of them has changed: a mark of what was
-found fit is kept by the tensor's name, which costs about two microseconds a tensor and never waits for a device.
+found fit is kept by the tensor's name, which costs a few microseconds a tensor and never waits for a device.
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,25 +25,15 @@ REMEDY = "load the state of this tensor, or begin anew with optimizer.state[para
 
 
 def guarded(update: Callable[..., None]) -> Callable[..., None]:
-    """`update(names, weights, grads, states, group)` that checks first."""
+    """`update` or `update_fragments` that checks first; `parts` are names of tensors or fragments of them."""
+
+    order = [*inspect.signature(update).parameters][1:]
 
     @functools.wraps(update)
-    def call(method, names, weights, grads, states, group) -> None:
-        for name, weight, grad, state in zip(names, weights, grads, states, strict=True):
-            check(method, name, name, weight, grad, state, group)
-        update(method, names, weights, grads, states, with_numbers(group))
-
-    return call
-
-
-def guarded_fragments(update_fragments: Callable[..., None]) -> Callable[..., None]:
-    """`update_fragments(fragments, weights, grads, states, group)` that checks first."""
-
-    @functools.wraps(update_fragments)
-    def call(method, fragments, weights, grads, states, group) -> None:
-        for fragment, weight, grad, state in zip(fragments, weights, grads, states, strict=True):
-            check(method, fragment, fragment.name, weight, grad, state, group)
-        update_fragments(method, fragments, weights, grads, states, with_numbers(group))
+    def call(method, *given, **named) -> None:
+        parts, weights, grads, states, group = (*given, *(named[key] for key in order[len(given) :]))
+        check(method, parts, weights, grads, states, group)
+        update(method, parts, weights, grads, states, with_numbers(group))
 
     return call
 
@@ -56,23 +47,34 @@ def with_numbers(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(
-    method: Any, part: str | Fragment, name: str, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    method: Any,
+    parts: Sequence[str | Fragment],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
 ) -> None:
-    """ValueError or TypeError where one tensor's arguments do not fit; `part` is its name, or the fragment of it."""
-    shape, device = weight.shape, weight.device
-    if grad.shape != shape or grad.device != device or grad.layout is not torch.strided:
-        refuse_gradient(name, weight, grad)
-    mark = [id(state), shape, weight.dtype, device]
-    for value in state.values():
-        if isinstance(value, Tensor):
-            mark += value.shape, value.device
-    if method.fit.get(part) != mark:
-        last = method.fit.get(part, [None, shape, weight.dtype])
-        if isinstance(part, Fragment):
-            check_fragment(part, weight, state)
-        else:
-            check_tensor(method, name, weight, state, group, last if last[0] == id(state) else mark)
-        method.fit[part] = mark
+    """ValueError or TypeError where a tensor's arguments do not fit each other."""
+    fit, strided = method.fit, torch.strided
+    for part, weight, grad, state in zip(parts, weights, grads, states, strict=True):
+        shape, device = weight.shape, weight.device
+        if grad.shape != shape or grad.device != device or grad.layout is not strided:
+            refuse_gradient(name_of(part), weight, grad)
+        mark = [id(state), shape, weight.dtype, device]
+        for value in state.values():
+            if isinstance(value, Tensor):
+                mark += (value.shape, value.device)
+        if fit.get(part) != mark:
+            last = fit.get(part)
+            if isinstance(part, Fragment):
+                check_fragment(part, weight, state)
+            else:
+                check_tensor(method, part, weight, state, group, last if last and last[0] == mark[0] else mark)
+            fit[part] = mark
+
+
+def name_of(part: str | Fragment) -> str:
+    return part.name if isinstance(part, Fragment) else part
 
 
 def check_tensor(method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any], last: list) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from thriftlab.optim.core import hyper
 from thriftlab.optim.core.fragments import Fragment, begin, check_placement, rows_here
 from thriftlab.optim.core.groups import named_tensors, refuse_switches, without_switches
-from thriftlab.optim.core.guard import guarded, guarded_fragments, refuse_kind
+from thriftlab.optim.core.guard import guarded, refuse_kind
 from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.optim.core.saving import load_state, saved_state
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
@@ -42,9 +42,9 @@ class Method(torch.optim.Optimizer):
             raise ValueError(f"there is already a method {name!r}: {METHODS[name].__qualname__}")
         if name is not None:
             METHODS[name] = cls
-        for verb, guard in GUARDS.items():
+        for verb in ("update", "update_fragments"):
             if verb in vars(cls):
-                setattr(cls, verb, guard(vars(cls)[verb]))
+                setattr(cls, verb, guarded(vars(cls)[verb]))
         if "__init__" in vars(cls):
             cls.__init__ = without_switches(cls.__init__)  # type: ignore[method-assign]
 
@@ -145,7 +145,7 @@ class Method(torch.optim.Optimizer):
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 
-    @guarded_fragments
+    @guarded
     def update_fragments(
         self,
         fragments: list[Fragment],
@@ -224,9 +224,6 @@ class Method(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores every bit that `state_dict()` saved, by name where both sides have names."""
         load_state(self, state_dict, super().load_state_dict)
-
-
-GUARDS = {"update": guarded, "update_fragments": guarded_fragments}
 
 
 def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
