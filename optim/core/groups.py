@@ -130,8 +130,8 @@ def match_groups(own: list[dict], saved: list[dict]) -> list[dict]:
         for o, s in zip(own, saved, strict=True):
             if len(o["params"]) != len(s["params"]):
                 raise ValueError(
-                    f"a saved parameter group has {len(s['params'])} parameters, and this optimizer's has "
-                    f"{len(o['params'])}, the first of them {o['names'][:1]}"
+                    f"a saved parameter group has {len(s['params'])} parameters, and the size of the optimizer's is "
+                    f"{len(o['params'])}, from {o['names'][:1]} on"
                 )
         return [{**s, "names": (s if _named(saved) else o)["names"]} for o, s in zip(own, saved, strict=True)]
     by_names = {frozenset(group["names"]): group for group in saved}
