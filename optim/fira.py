@@ -20,7 +20,6 @@ up(alpha N - beta phi R / L), serves both terms.
 from typing import Annotated, Any, Literal
 
 import torch
-import torch
 from pydantic import Field
 from torch import Tensor
 

@@ -76,7 +76,9 @@ def named_tensors(group: dict[str, Any], others: list[dict[str, Any]]) -> dict[s
 def unzipped(pairs: list[Any]) -> tuple[list[str], list[Tensor]]:
     """Names and tensors of `(name, tensor)` pairs."""
     for i, pair in enumerate(pairs):
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+        if not (
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+        ):
             kind = f"a tensor {tuple(pair.shape)}" if isinstance(pair, Tensor) else f"{pair!r:.60}"
             raise TypeError(
                 f"parameter {i} of the group is {kind}; a group has tensors, or (name, tensor) pairs for all of them"

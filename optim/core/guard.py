@@ -88,6 +88,7 @@ def check_tensor(method: Any, name: str, weight: Tensor, state: State, group: di
     for key, value in state.items():
         if isinstance(value, Tensor) and value.ndim:
             refuse_place(name, key, weight, value)
+    method.check_kind(name, weight, state, group)
     spec = spec_of(method, name, weight, state, group)
     check_state(name, weight, state, spec)
     settle(state, spec, casts=last[2] != weight.dtype)
@@ -191,4 +192,3 @@ def refuse_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
 def overlaps(tensor: Tensor) -> bool:
     """Whether entries lie on each other, as those of `expand` do."""
     return not is_dense(tensor) and any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-

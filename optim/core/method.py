@@ -70,9 +70,7 @@ class Method(torch.optim.Optimizer):
         """The `spec` of one tensor of a group as things stand now."""
         return self.spec(tuple(weight.shape), weight.dtype, **group)
 
-    def state_spec(
-        self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]
-    ) -> Spec:
+    def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
         """What a state that a tensor of this shape already has must be, where that may differ from a new one's."""
         return self.spec(shape, dtype, **group)
 

@@ -87,9 +87,9 @@ def restored(optimizer: Any, name: str, p: Tensor, saved: dict[str, Any], group:
     state = {key: copied(value, p) for key, value in saved.items()}
     if is_cut(p, state):
         return state
+    optimizer.check_kind(name, p, state, group)
     spec = spec_of(optimizer, name, p, state, group)
     check_state(name, p, state, spec)
-    optimizer.check_kind(name, p, state, group)
     settle(state, spec, casts=True)
     return state
 

@@ -170,9 +170,7 @@ class SplitOptimizer(Method):
         kept = {**{f"basis.{key}": entry for key, entry in basis.items()}, **moments, **rounding_spec(group)}
         return {**COUNTERS, **kept, **(DIAGNOSTICS if basis else {})}
 
-    def state_spec(
-        self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]
-    ) -> Spec:
+    def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
         if "subspace" not in group or not splits(shape, group):
             return super().state_spec(shape, dtype, state, group)
         subspace, basis = subspace_of(group), basis_of(state)
@@ -192,7 +190,9 @@ class SplitOptimizer(Method):
         if not isinstance(subspace, CoordinateSubspace) or not is_countable(subspace):
             return
         bases = {n: (tuple(p.shape), basis_of(states[n])) for n, p in named.items() if is_split(p, group) and p.numel()}
-        scheduled = own.get("density") != group.get("density")  # one that is not is that of the constructor on both sides
+        scheduled = own.get("density") != group.get(
+            "density"
+        )  # one that is not is that of the constructor on both sides
         odd = other_density(subspace, {name: pair for name, pair in bases.items() if pair[1]}, scheduled)
         if odd is not None:
             raise ValueError(
@@ -235,7 +235,9 @@ def refuse_other_kind(name: str, weight: Tensor, state: State, group: dict[str, 
     """ValueError where a matrix has become split, or is no longer, since it got its state, or has that of AdamW."""
     if "subspace" not in group or "step" not in state or ("start" in state) == split:
         return
-    kind = "full AdamW's (saved by another optimizer, or while the matrix was not split)" if split else "a split matrix's"
+    kind = (
+        "full AdamW's (saved by another optimizer, or while the matrix was not split)" if split else "a split matrix's"
+    )
     raise ValueError(
         f"{name}: with split, rank or density as they are now, the matrix {tuple(weight.shape)} is "
         f"{'split' if split else 'left to full AdamW'}, and its state is {kind}; "
