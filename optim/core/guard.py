@@ -127,8 +127,8 @@ def check_state(name: str, weight: Tensor, state: State, spec: Spec) -> None:
     lacks = [key for key in wanted if key not in kept]
     if lacks and (kept or ("step" in state and "start" not in state)):  # an idle block has counters alone
         raise ValueError(
-            f"{name}: the state has {sorted(state)}, and this method keeps {wanted} of the tensor {tuple(weight.shape)}: it is "
-            f"the state of another method or of another kind of tensor; {REMEDY}"
+            f"{name}: the state has {sorted(state)}, and this method keeps {wanted} of the tensor "
+            f"{tuple(weight.shape)}: it is the state of another method or of another kind of tensor; {REMEDY}"
         )
     for key, (shape, _) in spec.items():
         if isinstance(state.get(key), Tensor) and tuple(state[key].shape) != tuple(shape):

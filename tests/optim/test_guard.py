@@ -113,7 +113,7 @@ def test_weights_may_get_another_dtype(kind):
         model.to(dtype)
         train(model, optimizer, range(2, 5))  # through a refresh
         train(loaded, fresh, range(2, 5))
-        for net, at in ((model, optimizer), (loaded, fresh)):
+        for at in (optimizer, fresh):
             for group in at.param_groups:
                 for name, p in zip(group["names"], group["params"], strict=True):
                     spec = at.expected_spec(name, p, group)
