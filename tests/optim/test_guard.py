@@ -19,6 +19,7 @@ from tests.tools.manners import (
     trained,
     weights,
 )
+from thriftlab.optim import AdamW
 
 
 @every_kind
@@ -194,3 +195,19 @@ def test_foreign_loops(data):
             assert refused in names
             optimizer.state[params[refused]].clear()
         assert all(q.isfinite().all() for q in params.values())
+
+
+def test_moments_with_gaps_are_no_walk_over_memory():
+    """All four alike, but not dense: the fused kernel would write between the entries."""
+    wide = {key: torch.zeros(4, 6) for key in ("weight", "grad", "exp_avg", "exp_avg_sq")}
+    parts = {key: tensor[:, ::2] for key, tensor in wide.items()}
+    p, plain = nn.Parameter(parts["weight"]), nn.Parameter(torch.zeros(4, 3))
+    parts["grad"].fill_(0.5)
+    p.grad, plain.grad = parts["grad"], torch.full((4, 3), 0.5)
+    for key in ("exp_avg", "exp_avg_sq"):
+        wide[key][:, 1::2] = 7
+    optimizers = AdamW([p]), AdamW([plain])
+    optimizers[0].state[p] = {"step": torch.tensor(0.0), "exp_avg": parts["exp_avg"], "exp_avg_sq": parts["exp_avg_sq"]}
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.allclose(p, plain) and not wide["weight"][:, 1::2].any() and (wide["exp_avg"][:, 1::2] == 7).all()
