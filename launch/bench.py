@@ -17,6 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.data.paths import FilePath
 from thriftlab.data.prepare.request import split_commas
 from thriftlab.launch.peers import FLOOR, FLOOR_OF, NO_REFRESH, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
@@ -38,7 +39,7 @@ class OptimBench(Section):
     preset: Literal[tuple(PRESETS)] = Field(  # type: ignore[valid-type]
         "llama-60m", description="whose shapes (model.preset)"
     )
-    out: str | None = Field(None, description="JSON file for every number; null: none")
+    out: FilePath | None = Field(None, description="JSON file for every number; null: none")
 
 
 class Timing:

@@ -18,8 +18,9 @@ from thriftlab.launch.messages import fail, missing_extra, one_line, readers_lef
 SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
 --config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
-over earlier ones, the command line over all. --plugin FILE.py runs a Python file first, which may
-register methods, signals and schedules. Below: key=default, what it means (what it takes).
+over earlier ones, the command line over all, and on it the later of two values of one key.
+--plugin FILE.py runs a Python file first, which may register methods, signals and schedules.
+In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it takes).
 """
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
@@ -262,6 +263,7 @@ def launch(argv: list[str]) -> None:
 )
 def report(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError
+    from thriftlab.data.paths import typed_path
 
     if len(argv) not in (1, 2):
         raise ConfigError("thriftlab report takes the folder of one study: thriftlab report FOLDER [TARGET]")
@@ -270,7 +272,7 @@ def report(argv: list[str]) -> None:
     from thriftlab.launch.report.publish import publish
     from thriftlab.launch.report.results import read_study
 
-    folder, *target = map(Path, argv)
+    folder, *target = map(typed_path, argv)
     study = read_study(folder)
     print(publish(study, target[0]) if target else write_report(study))
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal, sha256
+from thriftlab.data.paths import FilePath, make_folder
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends.replicas import take_up_buffers
@@ -34,11 +35,11 @@ LARGEST = float(np.finfo(np.float16).max)
 class ReferenceConfig(Section):
     """Whose losses are written, and of which windows."""
 
-    run: str = Field(description="folder of the finished run; the losses are those of its last weights")
-    data: str | None = Field(None, description="folder that `thriftlab prepare` made; null: the data of that run")
+    run: FilePath = Field(description="folder of the finished run; the losses are those of its last weights")
+    data: FilePath | None = Field(None, description="folder that `thriftlab prepare` made; null: the data of that run")
     sequence_length: Count | None = Field(None, description="tokens of one window; null: as in that run")
     batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
-    out: str = Field("runs/reference", min_length=1, description="folder for the losses")
+    out: FilePath = Field("runs/reference", min_length=1, description="folder for the losses")
 
 
 def write_reference(asked: ReferenceConfig) -> Path:
@@ -49,7 +50,7 @@ def write_reference(asked: ReferenceConfig) -> Path:
     dataset = open_dataset(asked.data or config.data.path, verify=config.data.verify)
     refuse_other_tokenizer(dataset, config, asked)
     model = load_model(config, dataset, Path(asked.run))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / NAME).unlink(missing_ok=True)  # last written, so that what is half done cannot be taken for whole
     mask_delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
     files = {}

@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import Field
 
 from thriftlab.data.errors import ConfigError, UserError
+from thriftlab.data.paths import FilePath
 from thriftlab.launch.studies.jobs import Unfinished
 from thriftlab.train.config.choice import Section
 from thriftlab.train.config.parse import read, split, validate
@@ -35,7 +36,7 @@ POLL = 0.2
 class LaunchConfig(Section):
     """Which machines, and how."""
 
-    hostfile: str = Field("hosts", description="one line a machine: its name, and slots=N for N processes")
+    hostfile: FilePath = Field("hosts", description="one line a machine: its name, and slots=N for N processes")
     port: Count = Field(29400, description="free port of the first machine")
     restarts: Steps = Field(0, description="times that torchrun starts the ranks again after a crash")
     dry_run: bool = Field(False, description="--dry-run prints what would run on each machine, and runs nothing")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.data.paths import FilePath
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import Count
@@ -130,7 +131,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is read, and how it is cut into windows."""
 
-    path: Plumbing[str] = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
+    path: Plumbing[FilePath] = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
     sequence_length: Count = Field(256, description="tokens of one window")
     sources: dict[str, SourceConfig] = Field(
         {}, description="mixture, data.sources.NAME.weight or .epochs; empty: all sources in proportion to their size"
@@ -241,7 +242,7 @@ class RunConfig(Section):
     """One training run. Every value has a default: `RunConfig()` trains a small model on the embedded corpus."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the order of the data and the methods")
-    out: Plumbing[str] = Field("runs/run", min_length=1, description="folder of the run")
+    out: Plumbing[FilePath] = Field("runs/run", min_length=1, description="folder of the run")
     plugins: Plumbing[tuple[Plugin, ...]] = Field(
         (), description="Python files that are run first and may register methods, signals and schedules"
     )
