@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,10 @@ def typed_path(text: str) -> Path:
 
 
 def make_folder(path: Path) -> None:
-    """UserError where it cannot be made."""
+    """UserError where it cannot be made, or not be written in."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        raise UserError(f"the folder {path} cannot be made: {error.strerror}; choose another one") from None
+        raise UserError(f"nothing can be written in the folder {path}: {error.strerror}; choose another one") from None

@@ -4,7 +4,6 @@ Nothing heavy is imported at the top, so that `thriftlab --help` is quick: each 
 """
 
 import difflib
-import os
 import pkgutil
 import signal
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thriftlab.launch.messages import fail, missing_extra, one_line, readers_left, tell_torchrun
+from thriftlab.launch.messages import fail, missing_extra, one_line, print_anything, readers_left, tell_torchrun
 
 SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
@@ -42,6 +41,7 @@ class Command:
     usage: str
     keys: Keys | None = None
     hidden: bool = False
+    alone: bool = False  # whether several ranks of it at once would be a mistake
 
     def help(self, argv: list[str]) -> str:
         return "\n".join([self.usage, SYNTAX, self.keys(argv)]) if self.keys else self.usage
@@ -50,11 +50,11 @@ class Command:
 COMMANDS: dict[str, Command] = {}  # in the order of their declarations below
 
 
-def command(usage: str, keys: Keys | None = None, hidden: bool = False) -> Callable[[Run], Run]:
+def command(usage: str, keys: Keys | None = None, hidden: bool = False, alone: bool = False) -> Callable[[Run], Run]:
     """Declare a command: a function of its arguments, whose name is that of the command."""
 
     def register(run: Run) -> Run:
-        COMMANDS[run.__name__] = Command(run, usage, keys, hidden)
+        COMMANDS[run.__name__] = Command(run, usage, keys, hidden, alone)
         return run
 
     return register
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 2 for what the user can correct, 128 + n after signal n."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     warnings.formatwarning = one_line
+    print_anything()
     try:
         if name in HELP_FLAGS:
             print(overview())
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not set(HELP_FLAGS).isdisjoint(rest):
             print(COMMANDS[name].help([word for word in rest if word not in HELP_FLAGS]))
         else:
+            if COMMANDS[name].alone:
+                refuse_ranks(name)
             COMMANDS[name].run(rest)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -87,6 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell_torchrun(message)
         return fail(message, getattr(error, "code", 2))
     return 0
+
+
+def refuse_ranks(name: str) -> None:
+    from thriftlab.train.backends import environment
+
+    environment.refuse_ranks(name)
 
 
 def shown() -> dict[str, Command]:
@@ -153,12 +162,13 @@ def train_keys(argv: list[str]) -> str:
     train_keys,
 )
 def train(argv: list[str]) -> None:
+    from thriftlab.train.backends.environment import environment
     from thriftlab.train.config.parse import load
     from thriftlab.train.config.schema import RunConfig
     from thriftlab.train.loop import run, summary
 
     record = run(load(RunConfig, argv))
-    if int(os.environ.get("RANK", 0)) == 0:
+    if environment().rank == 0:
         print(summary(record))
 
 
@@ -174,6 +184,7 @@ def compare_keys(argv: list[str]) -> str:
     Many runs under one budget, paired by seed with those of the first method, and a report.
     METHOD is an update rule, a layer, a signal, or several, as in lost+frugal or frugal+linupper.""",
     compare_keys,
+    alone=True,
 )
 def compare(argv: list[str]) -> None:
     from thriftlab.launch.studies.compare import make_request
@@ -196,6 +207,7 @@ def study_keys(argv: list[str]) -> str:
     """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
     An experiment that is written down: arms, questions, tuning. Without a name: lists the studies.""",
     study_keys,
+    alone=True,
 )
 def study(argv: list[str]) -> None:
     from thriftlab.launch.studies.written import listing, make_request
@@ -220,6 +232,7 @@ thriftlab submit study NAME [--gpus 1] [key=value ...]
         "thriftlab.launch.cluster.slurm:SubmitConfig",
         "Besides these, all keys of `thriftlab train`, `thriftlab compare` or `thriftlab study`:\n\n",
     ),
+    alone=True,
 )
 def submit(argv: list[str]) -> None:
     from thriftlab.launch.cluster import array, slurm
@@ -237,6 +250,7 @@ def submit(argv: list[str]) -> None:
     """thriftlab reference run=FOLDER [data=FOLDER] [out=FOLDER]
     The losses of a finished run's model on all training windows, for signals that compare with it.""",
     keys_of("thriftlab.train.write_reference:ReferenceConfig"),
+    alone=True,
 )
 def reference(argv: list[str]) -> None:
     from thriftlab.train.config.parse import load
@@ -249,6 +263,7 @@ def reference(argv: list[str]) -> None:
     """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
     A run on several machines over ssh, without SLURM. The same command again resumes it.""",
     keys_of("thriftlab.launch.cluster.hosts:LaunchConfig", "Besides these, all keys of `thriftlab train`:\n\n"),
+    alone=True,
 )
 def launch(argv: list[str]) -> None:
     from thriftlab.launch.cluster.hosts import launch
@@ -281,6 +296,7 @@ def report(argv: list[str]) -> None:
     """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
     What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
     keys_of("thriftlab.launch.bench:OptimBench"),
+    alone=True,
 )
 def bench(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError

@@ -59,7 +59,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """
     set_timeout(config.backend.timeout)
     with named_losses(config.out, config.backend.timeout):
-        backend = make_backend(config.backend.name, **config.backend.options())
+        backend = make_backend(config.backend.name, config.backend.device, **config.backend.options())
     try:
         with stop_signals() as received, named_losses(config.out, config.backend.timeout):
             parts = build(config, backend)

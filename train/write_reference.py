@@ -18,6 +18,7 @@ from thriftlab.data.files import replace_atomically, seal, sha256
 from thriftlab.data.paths import FilePath, make_folder
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim.core.hyper import Count
+from thriftlab.train.backends.device import Device, choose
 from thriftlab.train.backends.replicas import take_up_buffers
 from thriftlab.train.build import make_model
 from thriftlab.train.checkpoints.reader import latest
@@ -39,6 +40,7 @@ class ReferenceConfig(Section):
     data: FilePath | None = Field(None, description="folder that `thriftlab prepare` made; null: the data of that run")
     sequence_length: Count | None = Field(None, description="tokens of one window; null: as in that run")
     batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU where torch sees one")
     out: FilePath = Field("runs/reference", min_length=1, description="folder for the losses")
 
 
@@ -49,7 +51,7 @@ def write_reference(asked: ReferenceConfig) -> Path:
     length = asked.sequence_length or config.data.sequence_length
     dataset = open_dataset(asked.data or config.data.path, verify=config.data.verify)
     refuse_other_tokenizer(dataset, config, asked)
-    model = load_model(config, dataset, Path(asked.run))
+    model = load_model(config, dataset, Path(asked.run), choose(asked.device))
     make_folder(out)
     (out / NAME).unlink(missing_ok=True)  # last written, so that what is half done cannot be taken for whole
     mask_delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
@@ -83,13 +85,13 @@ def refuse_other_tokenizer(dataset: Dataset, config: RunConfig, asked: Reference
         )
 
 
-def load_model(config: RunConfig, dataset: Dataset, run: Path) -> GPT:
+def load_model(config: RunConfig, dataset: Dataset, run: Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a finished run with its last weights."""
     found = latest(run / "checkpoints")
     if found is None:
         raise UserError(f"{run}/checkpoints has no checkpoint; run it again to its end")
     model, _ = make_model(config, dataset)
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    model.to_empty(device=device)
     model.tie()
     weights = found.reader("model")
     with torch.no_grad():

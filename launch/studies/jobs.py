@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,13 @@ from typing import Any
 import torch
 
 from thriftlab.data.errors import UserError
+from thriftlab.data.paths import make_folder
+from thriftlab.train.backends.environment import OF_RANKS
 from thriftlab.train.config.schema import PLUMBING, RunConfig, fingerprint
 from thriftlab.train.records.progress import Progress
 from thriftlab.train.records.record import read_record, write_json
 from thriftlab.train.records.stop import stop_signals
+from thriftlab.train.records.tracking import OF_ONE_RUN
 
 TRAINER = (sys.executable, "-m", "thriftlab.launch", "train", "--config")
 POLL_SECONDS = 0.3
@@ -88,7 +91,7 @@ def parsed(line: bytes) -> dict[str, Any]:
 @contextmanager
 def claimed(folder: Path) -> Iterator[int]:
     """A lock on the folder of a study, as a file descriptor. The jobs inherit it, so it outlives a killed study."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,9 +141,9 @@ def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ where to run
 
 
-def slots(jobs: int | None, threads: int | None) -> list[dict[str, str]]:
+def slots(jobs: int | None, threads: int | None, on_gpu: bool = True) -> list[dict[str, str]]:
     """What each place for a job adds to the environment; by default one place a GPU, or as many as the cores allow."""
-    gpus = visible_gpus()
+    gpus = visible_gpus() if on_gpu else []
     count = jobs or len(gpus) or max(1, usable_cores() // (threads or 1))
     common = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
     return [{**common, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
@@ -209,10 +212,15 @@ def start(job: Job, place: dict[str, str], lock: int) -> tuple[Job, subprocess.P
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **place},
+            env={**of_many(os.environ), **place},
             pass_fds=[lock],
             start_new_session=True,
         )
+
+
+def of_many(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a study without what is meant for one run."""
+    return {name: value for name, value in variables.items() if name not in (*OF_ONE_RUN, *OF_RANKS)}
 
 
 def send(running: Iterable[tuple[Job, subprocess.Popen]], number: int) -> None:

@@ -167,7 +167,7 @@ def changed_keys(config):
     return found
 
 
-NEVER = {"out", "data.path", "data.verify", "backend.timeout", "backend.witness", "eval.batch_size"}
+NEVER = {"out", "data.path", "data.verify", "backend.device", "backend.timeout", "backend.witness", "eval.batch_size"}
 NEVER |= {"train.max_skipped_steps"}
 NEVER |= {f"checkpoint.{key}" for key in ("every", "keep", "background")}
 NEVER |= {f"log.{key}" for key in ("every", "wandb", "project", "group", "tensorboard", "progress")}

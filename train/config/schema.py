@@ -20,6 +20,7 @@ from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
+from thriftlab.train.backends.device import Device
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.config.choice import Choice, Plugin, Registry, Section, plugin_sha256
 from thriftlab.train.config.help import is_model
@@ -191,6 +192,7 @@ class BackendConfig(Section):
     name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
         "auto", description="how ranks work together; auto: ddp under torchrun, else single"
     )
+    device: Plumbing[Device] = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU where torch sees one")
     stage: int | None = Field(None, ge=0, le=3, description="deepspeed: stage of ZeRO; null: 1")
     settings: dict[str, Any] = Field({}, description="deepspeed: further keys of its JSON configuration")
     witness: Plumbing[bool] = Field(True, description="first compare several ranks with one process, in two test steps")

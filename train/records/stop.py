@@ -14,6 +14,8 @@ from typing import Any
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically
+from thriftlab.data.paths import make_folder
+from thriftlab.train.backends.environment import environment
 
 
 class Interrupted(UserError):
@@ -38,7 +40,7 @@ def stop_file(out: Path) -> bool:
 def stop_signals() -> Iterator[list[int]]:
     """The numbers of the SIGINTs, SIGTERMs and SIGHUPs that come; a second SIGINT stops at once."""
     received: list[int] = []
-    speaks = int(os.environ.get("RANK", 0)) == 0
+    speaks = environment().rank == 0
 
     def note(number: int, frame: Any) -> None:
         if received and number == signal.SIGINT:
@@ -61,9 +63,10 @@ def status(out: Path, speaks: bool) -> Iterator[None]:
 
     def write(word: str) -> None:
         if speaks:
-            out.mkdir(parents=True, exist_ok=True)
             replace_atomically(out / "status", f"{word}\n".encode())
 
+    if speaks:
+        make_folder(out)
     write("running")
     try:
         yield
