@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(COMMANDS[name].help([word for word in rest if word not in HELP_FLAGS]))
         else:
             if COMMANDS[name].alone:
+                from thriftlab.train.backends.environment import refuse_ranks
+
                 refuse_ranks(name)
             COMMANDS[name].run(rest)
         sys.stdout.flush()
@@ -90,12 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell_torchrun(message)
         return fail(message, getattr(error, "code", 2))
     return 0
-
-
-def refuse_ranks(name: str) -> None:
-    from thriftlab.train.backends import environment
-
-    environment.refuse_ranks(name)
 
 
 def shown() -> dict[str, Command]:
@@ -162,13 +158,13 @@ def train_keys(argv: list[str]) -> str:
     train_keys,
 )
 def train(argv: list[str]) -> None:
-    from thriftlab.train.backends.environment import environment
+    from thriftlab.train.backends.environment import read_environment
     from thriftlab.train.config.parse import load
     from thriftlab.train.config.schema import RunConfig
     from thriftlab.train.loop import run, summary
 
     record = run(load(RunConfig, argv))
-    if environment().rank == 0:
+    if read_environment().rank == 0:
         print(summary(record))
 
 

@@ -18,7 +18,7 @@ from thriftlab.data.files import replace_atomically, seal, sha256
 from thriftlab.data.paths import FilePath, make_folder
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim.core.hyper import Count
-from thriftlab.train.backends.device import Device, choose
+from thriftlab.train.backends.device import Device, choose_device
 from thriftlab.train.backends.replicas import take_up_buffers
 from thriftlab.train.build import make_model
 from thriftlab.train.checkpoints.reader import latest
@@ -51,7 +51,7 @@ def write_reference(asked: ReferenceConfig) -> Path:
     length = asked.sequence_length or config.data.sequence_length
     dataset = open_dataset(asked.data or config.data.path, verify=config.data.verify)
     refuse_other_tokenizer(dataset, config, asked)
-    model = load_model(config, dataset, Path(asked.run), choose(asked.device))
+    model = load_model(config, dataset, Path(asked.run), choose_device(asked.device))
     make_folder(out)
     (out / NAME).unlink(missing_ok=True)  # last written, so that what is half done cannot be taken for whole
     mask_delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None

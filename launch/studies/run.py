@@ -23,7 +23,7 @@ from thriftlab.launch.report.results import STUDY, Trial, Tuning, read_study
 from thriftlab.launch.report.words import answers, table
 from thriftlab.launch.studies.arms import Arm, StudyRequest
 from thriftlab.launch.studies.jobs import Bar, Job, Unfinished, claimed, refuse_other_run, run_all, slots
-from thriftlab.train.backends.device import choose, warn_of_idle_gpu
+from thriftlab.train.backends.device import choose_device, warn_of_idle_gpu
 from thriftlab.train.build import make_model, make_plan
 from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import RunConfig, fingerprint
@@ -147,7 +147,7 @@ def device_of_studies(config: RunConfig) -> str:
             f"CUDA_VISIBLE_DEVICES={asked.partition(':')[2]} to have no other used"
         )
     warn_of_idle_gpu(asked)
-    return choose(asked).type
+    return choose_device(asked).type
 
 
 def make_setting(request: StudyRequest, on_gpu: bool) -> Setting:

@@ -6,7 +6,7 @@ from thriftlab.data.errors import BackendError
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.ddp import DDP
 from thriftlab.train.backends.device import warn_of_idle_gpu
-from thriftlab.train.backends.environment import environment
+from thriftlab.train.backends.environment import read_environment
 from thriftlab.train.backends.owned import Owned
 from thriftlab.train.backends.zero.engine import DeepSpeed
 
@@ -15,7 +15,7 @@ BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (Back
 
 def make_backend(name: str, device: str = "auto", **options: Any) -> Backend:
     """The named backend; "auto" is ddp under torchrun and single otherwise."""
-    rank, world, _ = environment()
+    rank, world, _ = read_environment()
     if name == "auto":
         name = "ddp" if world > 1 else "single"
     if name == "single" and world > 1:

@@ -22,7 +22,7 @@ def is_device(text: str) -> str:
 Device = Annotated[str, AfterValidator(is_device)]
 
 
-def choose(asked: str) -> torch.device:
+def choose_device(asked: str) -> torch.device:
     """The device of a process that is alone. auto: a GPU where torch sees one."""
     if asked == "cpu" or asked == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -36,9 +36,9 @@ def choose(asked: str) -> torch.device:
     return device
 
 
-def choose_own(asked: str, local_rank: int | None) -> torch.device:
+def choose_own_device(asked: str, local_rank: int | None) -> torch.device:
     """The device of one of several ranks: each has a GPU of its own, the one of its number on its machine."""
-    device = choose(asked)
+    device = choose_device(asked)
     if device.type == "cpu":
         return device
     if device.index is not None:
@@ -51,8 +51,8 @@ def choose_own(asked: str, local_rank: int | None) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise BackendError(
-            f"rank {local_rank} of this machine has no GPU of its own: torch sees {count}; start {count} process(es) on "
-            f"it (torchrun --nproc_per_node {count}), or take backend.device=cpu"
+            f"rank {local_rank} of this machine has no GPU of its own: torch sees {count}; start {count} process(es) "
+            f"on it (torchrun --nproc_per_node {count}), or take backend.device=cpu"
         )
     return torch.device("cuda", local_rank)
 

@@ -16,7 +16,7 @@ class Environment(NamedTuple):
     local_rank: int | None = None  # among the ranks of this machine
 
 
-def environment() -> Environment:
+def read_environment() -> Environment:
     """BackendError for what is missing or no number; one process where nothing is said of ranks."""
     if not any(name in os.environ for name in RANKS):
         return Environment()
@@ -52,7 +52,7 @@ def meeting_point() -> tuple[str, int]:
 
 def refuse_ranks(command: str) -> None:
     """BackendError for a command that is not one of several ranks, but was started as one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ or environment().world > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ or read_environment().world > 1:
         raise BackendError(
             f"thriftlab {command} is one process and was started as a rank (WORLD_SIZE = "
             f"{os.environ.get('WORLD_SIZE')} in the environment); start it without torchrun, or after: "

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from thriftlab.data.errors import BackendError
 from thriftlab.train.backends.channel import ALONE, Channel, share
-from thriftlab.train.backends.device import choose, choose_own
-from thriftlab.train.backends.environment import TORCHRUN, environment, meeting_point
+from thriftlab.train.backends.device import choose_device, choose_own_device
+from thriftlab.train.backends.environment import TORCHRUN, meeting_point, read_environment
 from thriftlab.train.backends.rendezvous import meet
 
 
@@ -21,7 +21,7 @@ class Ranks:
     rank, world = 0, 1
 
     def __init__(self, device: str = "auto") -> None:
-        self.device = choose(device)
+        self.device = choose_device(device)
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
 
@@ -54,11 +54,11 @@ class Distributed(Ranks):
     can_layerwise = False
 
     def __init__(self, device: str = "auto") -> None:
-        self.rank, self.world, local_rank = environment()
+        self.rank, self.world, local_rank = read_environment()
         if "RANK" not in os.environ:
             raise BackendError(f"backend {self.name} needs torchrun: {TORCHRUN}")
         host, port = meeting_point()
-        self.device = choose_own(device, local_rank)
+        self.device = choose_own_device(device, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         collectives = "nccl" if self.device.type == "cuda" else "gloo"

@@ -15,7 +15,7 @@ from typing import Any
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically
 from thriftlab.data.paths import make_folder
-from thriftlab.train.backends.environment import environment
+from thriftlab.train.backends.environment import read_environment
 
 
 class Interrupted(UserError):
@@ -40,7 +40,7 @@ def stop_file(out: Path) -> bool:
 def stop_signals() -> Iterator[list[int]]:
     """The numbers of the SIGINTs, SIGTERMs and SIGHUPs that come; a second SIGINT stops at once."""
     received: list[int] = []
-    speaks = environment().rank == 0
+    speaks = read_environment().rank == 0
 
     def note(number: int, frame: Any) -> None:
         if received and number == signal.SIGINT:

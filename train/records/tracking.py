@@ -62,7 +62,8 @@ class Tracker:
                 action(mirror)
             except Exception as error:  # whatever it is, it is not worth the run
                 self.mirrors.remove(mirror)
-                _warn(f"{type(mirror).__name__} stopped mirroring ({_first_line(error)}); training goes on, see metrics.jsonl")
+                what = f"{type(mirror).__name__} stopped mirroring ({_first_line(error)})"
+                _warn(f"{what}; training goes on, see metrics.jsonl")
 
 
 def tracker(

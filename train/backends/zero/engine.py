@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from thriftlab.data.errors import BackendError
 from thriftlab.optim.core import fragments
 from thriftlab.train.backends.base import Backend, as_method
-from thriftlab.train.backends.device import choose
+from thriftlab.train.backends.device import choose_device
 from thriftlab.train.backends.optim_state import state_trees, unpack_optimizer
 from thriftlab.train.backends.pieces import Piece, Pieces, TensorReader, whole
 from thriftlab.train.backends.ranks import Distributed
@@ -66,7 +66,7 @@ class DeepSpeed(Distributed, Backend):
     def __init__(self, stage: int = 1, settings: dict[str, Any] | None = None, device: str = "auto"):
         self.stage, self.settings = stage, settings or {}
         config = merged(engine_settings(stage, "fp32"), self.settings)
-        load_deepspeed(cuda=choose(device).type == "cuda")
+        load_deepspeed(cuda=choose_device(device).type == "cuda")
         refuse_unknown(config)  # before ranks meet
         super().__init__(device)
 

@@ -117,8 +117,7 @@ class Exchange:
         mine = [name for name in names if owner[name] == self.rank]
         outgoing = [[t for n in names if owner[n] == r and n in pieces for t in pieces[n]] for r in self.others()]
         incoming = [
-            [h.stop - h.start for n in mine for h in holders[n] if h.rank == r for _ in range(2)]
-            for r in self.others()
+            [h.stop - h.start for n in mine for h in holders[n] if h.rank == r for _ in range(2)] for r in self.others()
         ]
         received = self.all_to_all(outgoing, incoming, like)
         sizes = [holders[name][-1].stop for name in mine]
