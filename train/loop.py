@@ -28,6 +28,7 @@ from thriftlab.train.backends.replicas import buffers, take_up_buffers
 from thriftlab.train.build import Run, build
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.checkpoints.writer import Writer
+from thriftlab.train.config.differences import differences, what_changed
 from thriftlab.train.config.schema import RunConfig, method_name
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log
@@ -233,7 +234,7 @@ def restore(run: Run) -> tuple[Counters, str | None]:
         return Counters(), None
     if found.meta["fingerprint"] != run.fingerprint:
         raise UserError(
-            f"{run.out} holds a run with another configuration or other data (compare its config.json); "
+            f"{run.out} holds a run with another configuration or other data ({what_changed(run.out, run.config)}); "
             f"choose another out=, or remove that folder to start anew"
         )
     run.backend.load(found.reader("model"), found.reader("optim"), found.meta["optim"])
@@ -249,7 +250,10 @@ def finished(run: Run) -> Record | None:
         return None
     entry = Record.from_json(read_record(path))
     if entry.fingerprint != run.fingerprint:
-        raise UserError(f"{run.out} holds a finished run with another configuration or other data; choose another out=")
+        raise UserError(
+            f"{run.out} holds a finished run with another configuration or other data "
+            f"({differences(entry.config, run.config)}); choose another out="
+        )
     return entry
 
 

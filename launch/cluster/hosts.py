@@ -148,12 +148,11 @@ def remote_command(c: LaunchConfig, hosts: dict[str, int], host: str, meeting: s
 
 
 def why_failed(remote: ssh.Remote) -> str:
-    host, code = remote.host, remote.process.returncode
-    if code == 255:
+    host, code, words = remote.host, remote.process.returncode, remote.last_words
+    if code == 255 or words.startswith("ssh: "):
         return (
-            f"{host}: ssh could not connect, or the connection broke (exit code 255): {remote.last_words}; "
-            f"try: ssh {host} true"
+            f"{host}: ssh could not connect, or the connection broke (exit code {code}): {words}; try: ssh {host} true"
         )
     if code < 0:
-        return f"{host}: ssh was ended here by signal {-code}; it had said: {remote.last_words}"
-    return f"{host}: {remote.last_words}; its torchrun ended with exit code {code}, see above"
+        return f"{host}: {words}; its ssh was ended by signal {-code}"
+    return f"{host}: {words}; its torchrun ended with exit code {code}, see above"

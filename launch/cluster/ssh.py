@@ -71,7 +71,7 @@ class Remote:
 
     @property
     def last_words(self) -> str:
-        return self.said[0].decode(errors="replace") if self.said else "nothing"
+        return self.said[0].decode(errors="replace").removeprefix("error: ") if self.said else "it said nothing"
 
 
 def is_error(line: bytes) -> bool:

@@ -23,7 +23,8 @@ import torch
 from thriftlab.data.errors import UserError
 from thriftlab.data.paths import make_folder
 from thriftlab.train.backends.environment import OF_RANKS
-from thriftlab.train.config.schema import PLUMBING, RunConfig, fingerprint
+from thriftlab.train.config.differences import differences
+from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.records.progress import Progress
 from thriftlab.train.records.record import read_record, write_json
 from thriftlab.train.records.stop import stop_signals
@@ -121,21 +122,6 @@ def refuse_other_run(job: Job, data_fingerprint: str) -> None:
             f"{job.folder} holds another run ({differences(config, job.config)}); "
             f"choose another out=, or move that folder away"
         )
-
-
-def differences(past: dict[str, Any], config: RunConfig) -> str:
-    """The first keys that differ, as words; "other data" if none does."""
-    old, new = dict(leaves(past)), dict(leaves(config.model_dump(mode="json")))
-    keys = [key for key in old | new if old.get(key) != new.get(key) and not key.startswith(PLUMBING)]
-    return ", ".join(f"{key}: {old.get(key)} there, {new.get(key)} now" for key in keys[:4]) or "other data"
-
-
-def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from leaves(value, f"{key}.{name}" if key else name)
-    else:
-        yield key, tree
 
 
 # ------------------------------------------------------------------------------------------------------ where to run

@@ -285,16 +285,22 @@ def marked(model: type[BaseModel], mark: str, prefix: str = "") -> Iterator[str]
 PLUMBING, SPEED = tuple(marked(RunConfig, "plumbing")), tuple(marked(RunConfig, "speed"))
 
 
+def counted(config: RunConfig) -> dict[str, Any]:
+    """The values that determine the result of a run, or its speed where that counts."""
+    tree = config.model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
+    for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
+        *sections, leaf = key.split(".")
+        del functools.reduce(dict.__getitem__, sections, tree)[leaf]
+    return tree
+
+
 def fingerprint(config: RunConfig, data_fingerprint: str) -> str:
     """sha256 of everything that determines the result of a run, up to the order in which floating-point sums are taken.
 
     The data count by their own fingerprint and plugins by their content, not by where they lie. Under a budget of
     seconds the speed is part of the result, so what changes only the speed counts as well.
     """
-    tree = config.model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
-    for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
-        *sections, leaf = key.split(".")
-        del functools.reduce(dict.__getitem__, sections, tree)[leaf]
+    tree = counted(config)
     if reference := tree["signal"].get("reference"):  # likewise
         tree["signal"]["reference"] = read_reference(reference)
     tree |= {"data_fingerprint": data_fingerprint, "plugin_sha256": [plugin_sha256(path) for path in config.plugins]}
