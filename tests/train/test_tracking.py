@@ -187,10 +187,10 @@ def test_an_empty_variable_is_none(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, value", [("WANDB_BASE_URL", "api.wandb.ai"), ("WANDB_HTTP_TIMEOUT", "soon")])
-def test_an_environment_that_wandb_refuses_stops_nothing(tmp_path, name, value):
-    printed = run_mirror("online", tmp_path, **{name: value})
-    assert printed.count("RuntimeWarning") == 1 and f"{value!r}" in printed and "training goes on" in printed
+def test_an_address_that_wandb_refuses_stops_nothing(tmp_path):
+    printed = run_mirror("online", tmp_path, WANDB_BASE_URL="api.wandb.ai")
+    assert printed.count("RuntimeWarning") == 1 and "base_url = 'api.wandb.ai'" in printed
+    assert "training goes on" in printed
 
 
 # ------------------------------------------------------------------------------------------------------ TensorBoard
