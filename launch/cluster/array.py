@@ -16,6 +16,7 @@ from pathlib import Path
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal, unseal, write_json
+from thriftlab.data.paths import make_folder
 from thriftlab.launch.cluster.slurm import Batch, SubmitConfig, processes, refuse_busy, submit_batches
 from thriftlab.launch.report.results import STUDY
 from thriftlab.launch.studies import compare, written
@@ -56,7 +57,7 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
     batches.append(Batch("runs", folders(runs), known, at_once, settle, report))
     if not c.dry_run:
         refuse_busy(out, [run for batch in batches for run in batch.runs])
-        (out / REQUEST).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((out / REQUEST).parent)
         write_json(out / REQUEST, {"gpus": c.gpus, "request": asked.to_json()})
         write_plan(setting, asked, drafts, at_once, {})
     submit_batches(c, out, batches)

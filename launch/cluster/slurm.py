@@ -24,6 +24,7 @@ from pydantic import AfterValidator, Field
 
 from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.data.files import write_json
+from thriftlab.data.paths import make_folder
 from thriftlab.data.shards import open_dataset
 from thriftlab.launch.studies.arms import is_method
 from thriftlab.launch.studies.compare import CompareConfig
@@ -144,7 +145,7 @@ class Batch:
     def script(self, c: SubmitConfig, home: Path) -> str:
         """The text of its script, which lies in the folder `home`."""
         several = len(self.runs) > 1
-        return Script(Path(__file__).with_name("job.sbatch").read_text()).substitute(
+        return Script(Path(__file__).with_name("job.sbatch").read_text(encoding="utf-8")).substitute(
             options=sbatch_lines(
                 c, self, f"{home}/".replace("%", "%%") + ("slurm-%A_%a.out" if several else "slurm-%j.out")
             ),
@@ -213,6 +214,7 @@ def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[Batch]) -> None
     if c.dry_run:
         return print("\n".join(scripts), end="")
     refuse_busy(out, [run for batch in batches for run in batch.runs])
+    make_folder(home)
     snapshot(home / "code")
     numbers: list[str] = []
     try:
@@ -220,7 +222,7 @@ def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[Batch]) -> None
             for job in batch.known:
                 job.folder.mkdir(parents=True, exist_ok=True)
                 write_json(job.folder / "config.json", keep_plugins(job.config, home).model_dump(mode="json"))
-            (home / f"{batch.name}.sbatch").write_text(text)
+            (home / f"{batch.name}.sbatch").write_text(text, encoding="utf-8")
             numbers.append(sbatch(home / f"{batch.name}.sbatch", numbers[-1:]))
             print(
                 f"submitted job {numbers[-1]}: {batch.name}, {len(batch.runs)} run(s); log: {home}/slurm-{numbers[-1]}*"
@@ -232,7 +234,7 @@ def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[Batch]) -> None
 def sbatch(path: Path, after: Sequence[str]) -> str:
     """The number of the job. UserError with SLURM's message where it refuses."""
     wait = [f"--dependency=afterany:{number}" for number in after]
-    done = subprocess.run(["sbatch", "--parsable", *wait, str(path)], capture_output=True, text=True)
+    done = subprocess.run(["sbatch", "--parsable", *wait, str(path)], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise UserError(f"SLURM refused {path}: {done.stderr.strip().removeprefix('sbatch: error: ')}")
     return done.stdout.strip().split(";")[0]

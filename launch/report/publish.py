@@ -11,6 +11,7 @@ from typing import Any
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically
+from thriftlab.data.paths import make_folder
 from thriftlab.launch.report.figures import Picture, pictures
 from thriftlab.launch.report.page import markdown, template
 from thriftlab.launch.report.results import STUDY, Result, Study, value_at
@@ -34,7 +35,7 @@ def publish(study: Study, target: Path) -> Path:
     """
     if target.exists() and not (target / STUDY).exists() and any(target.iterdir()):
         raise UserError(f"{target} holds something else than a study; choose another folder")
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for old in target.glob("*.svg"):
         old.unlink()
     figures = {f"{slug(picture.title)}.svg": picture for picture in pictures(study)}
