@@ -6,10 +6,16 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The CPU build. With an NVIDIA GPU: make run TORCH=torch==2.13.0
-TORCH ?= torch==2.13.0+cpu
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The build with CUDA where there is an NVIDIA GPU, else the one without. To choose: make run TORCH=torch==2.13.0+cpu
+GPU := $(shell { command -v nvidia-smi || ls -d /proc/driver/nvidia; } 2>/dev/null)
+TORCH ?= torch==2.13.0$(if $(GPU),,+cpu)
+CPU_BUILD := $(findstring +cpu,$(TORCH))
+TORCH_INDEX ?= $(if $(CPU_BUILD),https://download.pytorch.org/whl/cpu)
+TORCH_STAMP := $(VENV)/.torch-$(subst :,-,$(subst /,-,$(subst =,-,$(TORCH))))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+HAS_TORCH := $(BIN)/python -c 'import torch'
+HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))'
 
 .PHONY: run test quick lint types slurm clean
 
@@ -39,13 +45,22 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 
-# torch first and by itself, from wherever pip looks; from PyTorch's own index where that has no CPU build.
-$(VENV)/.torch: constraints.txt | $(BIN)/python
+# torch first and by itself, from wherever pip looks. Without CUDA: from PyTorch's own index where that has no such build.
+# With CUDA: what pip calls torch==2.13.0 may be a build without, from another index or from before, so it is looked at.
+$(TORCH_STAMP): constraints.txt | $(BIN)/python
 	@echo "installing $(TORCH) into $(VENV) (the first time takes minutes) ..."
+ifneq ($(CPU_BUILD),)
 	@$(PIP) "$(TORCH)" -c constraints.txt 2>/dev/null || $(PIP) "$(TORCH)" -c constraints.txt --extra-index-url $(TORCH_INDEX)
+else
+	@! $(HAS_TORCH) 2>/dev/null || $(HAS_CUDA) || $(BIN)/python -m pip uninstall --quiet --yes torch
+	@$(PIP) "$(TORCH)" -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
+	@$(HAS_CUDA) || { echo "error: pip has no build of $(TORCH) with CUDA, which this machine's GPU needs; name an index that has \
+	one: make run TORCH_INDEX=https://download.pytorch.org/whl/cuNNN; or take the CPU: make run TORCH=torch==2.13.0+cpu"; exit 1; }
+endif
+	@rm -f $(VENV)/.torch*
 	@touch $@
 
-$(VENV)/.ready: pyproject.toml $(VENV)/.torch
+$(VENV)/.ready: pyproject.toml $(TORCH_STAMP)
 	@echo "installing thriftlab into $(VENV) ..."
 	@$(PIP) -e ".[train]" -c constraints.txt
 	@touch $@

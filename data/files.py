@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -55,9 +56,11 @@ def unwritten(error: OSError, path: Path | str) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """A folder with all its parents, if it is not there."""
+    """A folder with all its parents, if it is not there, in which something can be written."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 def append(file: FileIO, content: bytes) -> None:

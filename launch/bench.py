@@ -17,6 +17,8 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.data.files import make_folder
+from thriftlab.data.paths import FilePath
 from thriftlab.data.prepare.request import split_commas
 from thriftlab.launch.peers import FLOOR, FLOOR_OF, NO_REFRESH, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
@@ -38,7 +40,7 @@ class OptimBench(Section):
     preset: Literal[tuple(PRESETS)] = Field(  # type: ignore[valid-type]
         "llama-60m", description="whose shapes (model.preset)"
     )
-    out: str | None = Field(None, description="JSON file for every number; null: none")
+    out: FilePath | None = Field(None, description="JSON file for every number; null: none")
 
 
 class Timing:
@@ -79,6 +81,8 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
     unknown = set(options.methods) - set(METHODS)
     if unknown:
         raise ConfigError(f"methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(sorted(METHODS))}")
+    if options.out:
+        make_folder(Path(options.out).parent)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -94,7 +98,7 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
     }  # fmt: skip
     print(table(result))
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1))
+        Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
 
 

@@ -4,7 +4,6 @@ Nothing heavy is imported at the top, so that `thriftlab --help` is quick: each 
 """
 
 import difflib
-import os
 import pkgutil
 import signal
 import sys
@@ -13,13 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thriftlab.launch.messages import fail, missing_extra, no_room_or_right, one_line, readers_left, tell_torchrun
+from thriftlab.launch.messages import (
+    fail,
+    missing_extra,
+    no_room_or_right,
+    one_line,
+    print_anything,
+    readers_left,
+    tell_torchrun,
+)
 
 SYNTAX = """
 key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
 --config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
-over earlier ones, the command line over all. --plugin FILE.py runs a Python file first, which may
-register methods, signals and schedules. Below: key=default, what it means (what it takes).
+over earlier ones, the command line over all, and on it the later of two values of one key.
+--plugin FILE.py runs a Python file first, which may register methods, signals and schedules.
+In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it takes).
 """
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
@@ -41,6 +49,7 @@ class Command:
     usage: str
     keys: Keys | None = None
     hidden: bool = False
+    alone: bool = False  # whether several ranks of it at once would be a mistake
 
     def help(self, argv: list[str]) -> str:
         return "\n".join([self.usage, SYNTAX, self.keys(argv)]) if self.keys else self.usage
@@ -49,11 +58,13 @@ class Command:
 COMMANDS: dict[str, Command] = {}  # in the order of their declarations below
 
 
-def command(usage: str, keys: Keys | None = None, hidden: bool = False) -> Callable[[Action], Action]:
+def command(
+    usage: str, keys: Keys | None = None, hidden: bool = False, alone: bool = False
+) -> Callable[[Action], Action]:
     """Declare a command: a function of its arguments, whose name is that of the command."""
 
     def register(run: Action) -> Action:
-        COMMANDS[run.__name__] = Command(run, usage, keys, hidden)
+        COMMANDS[run.__name__] = Command(run, usage, keys, hidden, alone)
         return run
 
     return register
@@ -63,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 2 for what the user can correct, 128 + n after signal n."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     warnings.formatwarning = one_line
+    print_anything()
     try:
         if name in HELP_FLAGS:
             print(overview())
@@ -72,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not set(HELP_FLAGS).isdisjoint(rest):
             print(COMMANDS[name].help([word for word in rest if word not in HELP_FLAGS]))
         else:
+            if COMMANDS[name].alone:
+                from thriftlab.train.backends.environment import refuse_ranks
+
+                refuse_ranks(name)
             COMMANDS[name].run(rest)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -152,12 +168,13 @@ def train_keys(argv: list[str]) -> str:
     train_keys,
 )
 def train(argv: list[str]) -> None:
+    from thriftlab.train.backends.environment import read_environment
     from thriftlab.train.config.parse import load
     from thriftlab.train.config.schema import RunConfig
     from thriftlab.train.loop import run, summary
 
     record = run(load(RunConfig, argv))
-    if int(os.environ.get("RANK", 0)) == 0:
+    if read_environment().rank == 0:
         print(summary(record))
 
 
@@ -173,6 +190,7 @@ def compare_keys(argv: list[str]) -> str:
     Many runs under one budget, paired by seed with those of the first method, and a report.
     METHOD is an update rule, a layer, a signal, or several, as in lost+frugal or frugal+linupper.""",
     compare_keys,
+    alone=True,
 )
 def compare(argv: list[str]) -> None:
     from thriftlab.launch.studies.compare import make_request
@@ -195,6 +213,7 @@ def study_keys(argv: list[str]) -> str:
     """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
     An experiment that is written down: arms, questions, tuning. Without a name: lists the studies.""",
     study_keys,
+    alone=True,
 )
 def study(argv: list[str]) -> None:
     from thriftlab.launch.studies.written import listing, make_request
@@ -219,6 +238,7 @@ thriftlab submit study NAME [--gpus 1] [key=value ...]
         "thriftlab.launch.cluster.slurm:SubmitConfig",
         "Besides these, all keys of `thriftlab train`, `thriftlab compare` or `thriftlab study`:\n\n",
     ),
+    alone=True,
 )
 def submit(argv: list[str]) -> None:
     from thriftlab.launch.cluster import array, slurm
@@ -236,6 +256,7 @@ def submit(argv: list[str]) -> None:
     """thriftlab reference run=FOLDER [data=FOLDER] [out=FOLDER]
     The losses of a finished run's model on all training windows, for signals that compare with it.""",
     keys_of("thriftlab.train.write_reference:ReferenceConfig"),
+    alone=True,
 )
 def reference(argv: list[str]) -> None:
     from thriftlab.train.config.parse import load
@@ -248,6 +269,7 @@ def reference(argv: list[str]) -> None:
     """thriftlab launch --hostfile FILE [--restarts 3] [--dry-run] [key=value ...]
     A run on several machines over ssh, without SLURM. The same command again resumes it.""",
     keys_of("thriftlab.launch.cluster.hosts:LaunchConfig", "Besides these, all keys of `thriftlab train`:\n\n"),
+    alone=True,
 )
 def launch(argv: list[str]) -> None:
     from thriftlab.launch.cluster.hosts import launch
@@ -262,6 +284,7 @@ def launch(argv: list[str]) -> None:
 )
 def report(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError
+    from thriftlab.data.paths import typed_path
 
     if len(argv) not in (1, 2):
         raise ConfigError("thriftlab report takes the folder of one study: thriftlab report FOLDER [TARGET]")
@@ -270,7 +293,7 @@ def report(argv: list[str]) -> None:
     from thriftlab.launch.report.publish import publish
     from thriftlab.launch.report.results import read_study
 
-    folder, *target = map(Path, argv)
+    folder, *target = map(typed_path, argv)
     study = read_study(folder)
     print(publish(study, target[0]) if target else write_report(study))
 
@@ -279,6 +302,7 @@ def report(argv: list[str]) -> None:
     """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
     What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
     keys_of("thriftlab.launch.bench:OptimBench"),
+    alone=True,
 )
 def bench(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError

@@ -4,6 +4,7 @@
 what to install.
 """
 
+import io
 import json
 import os
 import re
@@ -25,6 +26,16 @@ def one_line(
     return (
         f"warning: {message}\n" if category is RuntimeWarning else WITH_PLACE(message, category, filename, lineno, line)
     )
+
+
+def print_anything() -> None:
+    """What a terminal cannot show is replaced by `?`; where there is none, as after `>&-`, nothing is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def readers_left() -> bool:

@@ -30,6 +30,7 @@ from thriftlab.train.backends.replicas import buffers, take_up_buffers
 from thriftlab.train.build import Run, build
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.checkpoints.writer import Writer
+from thriftlab.train.config.differences import differences, what_changed
 from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log, finish
@@ -48,7 +49,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """
     set_timeout(config.backend.timeout)
     with named_losses(config.out, config.backend.timeout):
-        backend = make_backend(config.backend.name, **config.backend.options())
+        backend = make_backend(config.backend.name, config.backend.device, **config.backend.options())
     try:
         with stop_signals() as received, named_losses(config.out, config.backend.timeout):
             parts = build(config, backend)
@@ -244,7 +245,7 @@ def restore(run: Run) -> tuple[Counters, str | None]:
         return Counters(), None
     if found.meta.get("fingerprint") != run.fingerprint:
         raise UserError(
-            f"{run.out} holds a run with another configuration or other data (compare its config.json); "
+            f"{run.out} holds a run with another configuration or other data ({what_changed(run.out, run.config)}); "
             f"choose another out=, or remove that folder to start anew"
         )
     try:
@@ -265,7 +266,10 @@ def finished(run: Run) -> Record | None:
         return None
     entry = Record.from_json(read_record(path))
     if entry.fingerprint != run.fingerprint:
-        raise UserError(f"{run.out} holds a finished run with another configuration or other data; choose another out=")
+        raise UserError(
+            f"{run.out} holds a finished run with another configuration or other data "
+            f"({differences(entry.config, run.config)}); choose another out="
+        )
     if run.chief:
         correct_status(run.out)
     return entry

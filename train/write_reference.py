@@ -17,8 +17,10 @@ from tqdm import tqdm
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import replace_atomically, seal, sha256, writing
 from thriftlab.data.lock import claimed
+from thriftlab.data.paths import FilePath
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim.core.hyper import Count
+from thriftlab.train.backends.device import Device, choose_device
 from thriftlab.train.backends.replicas import take_up_buffers
 from thriftlab.train.build import make_model
 from thriftlab.train.checkpoints.reader import latest
@@ -36,11 +38,12 @@ LARGEST = float(np.finfo(np.float16).max)
 class ReferenceConfig(Section):
     """Whose losses are written, and of which windows."""
 
-    run: str = Field(description="folder of the finished run; the losses are those of its last weights")
-    data: str | None = Field(None, description="folder that `thriftlab prepare` made; null: the data of that run")
+    run: FilePath = Field(description="folder of the finished run; the losses are those of its last weights")
+    data: FilePath | None = Field(None, description="folder that `thriftlab prepare` made; null: the data of that run")
     sequence_length: Count | None = Field(None, description="tokens of one window; null: as in that run")
     batch_size: Count = Field(32, description="windows of one forward; changes the speed and not the number")
-    out: str = Field("runs/reference", min_length=1, description="folder for the losses")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU where torch sees one")
+    out: FilePath = Field("runs/reference", min_length=1, description="folder for the losses")
 
 
 def write_reference(asked: ReferenceConfig) -> Path:
@@ -50,7 +53,7 @@ def write_reference(asked: ReferenceConfig) -> Path:
     length = asked.sequence_length or config.data.sequence_length
     dataset = open_dataset(asked.data or config.data.path, verify=config.data.verify)
     refuse_other_tokenizer(dataset, config, asked)
-    model = load_model(config, dataset, Path(asked.run))
+    model = load_model(config, dataset, Path(asked.run), choose_device(asked.device))
     with claimed(out):
         (out / NAME).unlink(missing_ok=True)  # last written, so that what is half done cannot be taken for whole
         mask_delimiter = dataset.tokenizer.delimiter if config.data.document_mask else None
@@ -96,13 +99,13 @@ def refuse_other_tokenizer(dataset: Dataset, config: RunConfig, asked: Reference
         )
 
 
-def load_model(config: RunConfig, dataset: Dataset, run: Path) -> GPT:
+def load_model(config: RunConfig, dataset: Dataset, run: Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a finished run with its last weights."""
     found = latest(run / "checkpoints")
     if found is None:
         raise UserError(f"{run}/checkpoints has no checkpoint; run it again to its end")
     model, _ = make_model(config, dataset)
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    model.to_empty(device=device)
     model.tie()
     weights = found.reader("model")
     with torch.no_grad():

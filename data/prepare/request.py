@@ -15,10 +15,18 @@ from thriftlab.data.corpora import embedded, recipes
 from thriftlab.data.corpora.folders import Format, files, formats
 from thriftlab.data.corpora.packages import DOWNLOADS
 from thriftlab.data.corpora.readers import locate
+from thriftlab.data.paths import Expanded, FilePath, expanded
 from thriftlab.data.shards import SHARD_TOKENS
 from thriftlab.data.tokens import load_tokenizer
 
 PrepareRequest = dict[str, dict[str, Any]]
+
+
+def _expand_place(path: Any) -> Any:
+    """As in paths.py; what stands behind hf: may be a folder, too."""
+    if isinstance(path, str) and path.startswith("hf:"):
+        return f"hf:{expanded(path.removeprefix('hf:'))}"
+    return expanded(path) if isinstance(path, str) else path
 
 
 class Input(BaseModel):
@@ -26,7 +34,7 @@ class Input(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(
+    path: Annotated[str, BeforeValidator(_expand_place)] = Field(
         description="file, folder, hf:NAME[:CONFIG[:SPLIT]], embedded[:PART], synthetic[:KEY=VALUE,...], "
         "recipe:NAME:DOMAIN"
     )
@@ -61,12 +69,14 @@ class PrepareConfig(BaseModel):
     leave_out: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
         (), description="domains of the recipe to do without, as javadoc,spam"
     )
-    downloads: Path = Field(DOWNLOADS, description="where packages of a recipe are kept, and looked for first")
-    out: Path = Field(Path("prepared/embedded"), description="folder to make")
+    downloads: Annotated[Path, Expanded] = Field(
+        DOWNLOADS, description="where packages of a recipe are kept, and looked for first"
+    )
+    out: Annotated[Path, Expanded] = Field(Path("prepared/embedded"), description="folder to make")
     inputs: dict[str, Input] = Field(
         default_factory=_embedded, min_length=1, description="sources by name; the embedded corpus unless given"
     )
-    tokenizer: str = Field(
+    tokenizer: FilePath = Field(
         "bytes", description="bytes, gpt2, bpe:VOCABULARY (trained on the training text) or a tokenizer.json"
     )
     holdout: float = Field(0.05, gt=0, lt=0.5, description="share of the documents held out for validation")

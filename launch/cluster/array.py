@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from thriftlab.data.errors import UserError
-from thriftlab.data.files import replace_atomically, seal, unseal, write_json
+from thriftlab.data.files import make_folder, replace_atomically, seal, unseal, write_json
 from thriftlab.launch.cluster.slurm import JobBatch, SubmitConfig, processes, refuse_busy, submit_batches
 from thriftlab.launch.report.results import STUDY
 from thriftlab.launch.studies import compare, written
@@ -24,6 +24,7 @@ from thriftlab.launch.studies.jobs import Job, refuse_other_run
 from thriftlab.launch.studies.run import Draft, Setting, make_drafts, make_setting, take_turns, tune, write_plan
 from thriftlab.train.config.choice import Plugins
 from thriftlab.train.config.parse import Settings
+from thriftlab.train.records.tracking import OF_ONE_RUN
 
 REQUEST = Path("jobs", "request.json")
 REQUESTS: dict[str, Callable[[Settings], StudyRequest]] = {
@@ -47,14 +48,15 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
         raise UserError(f"{out} is done; thriftlab report {out} writes its report again")
 
     thriftlab = f"{shlex.quote(sys.executable)} -m thriftlab.launch"
-    settle = f'{thriftlab} settle {shlex.quote(str(out / REQUEST))} "$run" || exit 1' if waiting else ""
+    apart = f"unset {' '.join(OF_ONE_RUN)}"
+    settle = f'{apart}\n{thriftlab} settle {shlex.quote(str(out / REQUEST))} "$run" || exit 1' if waiting else apart
     report = f"{thriftlab} report {shlex.quote(str(out))}"
     known = [job for job in runs if job.arm not in waiting]
-    batches = [JobBatch("trials", folders(trials), trials, at_once)] if trials else []
+    batches = [JobBatch("trials", folders(trials), trials, at_once, apart)] if trials else []
     batches.append(JobBatch("runs", folders(runs), known, at_once, settle, report))
     if not c.dry_run:
         refuse_busy(out, [run for batch in batches for run in batch.runs])
-        (out / REQUEST).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((out / REQUEST).parent)
         write_json(out / REQUEST, {"gpus": c.gpus, "request": asked.to_json()})
         write_plan(setting, asked, drafts, at_once, {})
     submit_batches(c, out, batches)

@@ -23,7 +23,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from thriftlab.data.errors import ConfigError, UserError
-from thriftlab.data.files import write_json
+from thriftlab.data.files import make_folder, write_json
 from thriftlab.data.shards import open_dataset
 from thriftlab.launch.studies.arms import is_method
 from thriftlab.launch.studies.compare import CompareConfig
@@ -144,7 +144,7 @@ class JobBatch:
     def script(self, c: SubmitConfig, home: Path) -> str:
         """The text of its script, which lies in the folder `home`."""
         several = len(self.runs) > 1
-        return Script(Path(__file__).with_name("job.sbatch").read_text()).substitute(
+        return Script(Path(__file__).with_name("job.sbatch").read_text(encoding="utf-8")).substitute(
             options=sbatch_lines(
                 c, self, f"{home}/".replace("%", "%%") + ("slurm-%A_%a.out" if several else "slurm-%j.out")
             ),
@@ -213,6 +213,7 @@ def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[JobBatch]) -> N
     if c.dry_run:
         return print("\n".join(scripts), end="")
     refuse_busy(out, [run for batch in batches for run in batch.runs])
+    make_folder(home)
     snapshot(home / "code")
     numbers: list[str] = []
     try:
@@ -220,7 +221,7 @@ def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[JobBatch]) -> N
             for job in batch.known:
                 job.folder.mkdir(parents=True, exist_ok=True)
                 write_json(job.folder / "config.json", keep_plugins(job.config, home).model_dump(mode="json"))
-            (home / f"{batch.name}.sbatch").write_text(text)
+            (home / f"{batch.name}.sbatch").write_text(text, encoding="utf-8")
             numbers.append(sbatch(home / f"{batch.name}.sbatch", numbers[-1:]))
             print(
                 f"submitted job {numbers[-1]}: {batch.name}, {len(batch.runs)} run(s); log: {home}/slurm-{numbers[-1]}*"
@@ -232,7 +233,7 @@ def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[JobBatch]) -> N
 def sbatch(path: Path, after: Sequence[str]) -> str:
     """The number of the job. UserError with SLURM's message where it refuses."""
     wait = [f"--dependency=afterany:{number}" for number in after]
-    done = subprocess.run(["sbatch", "--parsable", *wait, str(path)], capture_output=True, text=True)
+    done = subprocess.run(["sbatch", "--parsable", *wait, str(path)], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise UserError(f"SLURM refused {path}: {done.stderr.strip().removeprefix('sbatch: error: ')}")
     return done.stdout.strip().split(";")[0]

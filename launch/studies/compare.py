@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, create_model
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.data.paths import FilePath
 from thriftlab.data.prepare.request import split_commas
 from thriftlab.launch.studies.arms import Arm, StudyRequest, is_method, known_methods, present
 from thriftlab.train.config.choice import Plugins, Section
@@ -36,7 +37,7 @@ class CompareConfig(Section):
         description="learning rates, as 3e-4,1e-3: every method first picks its own in short trials; null: none",
     )
     jobs: int | None = Field(None, ge=1, description="runs at the same time; null: one a GPU, or what the cores allow")
-    out: str = Field("runs/compare", min_length=1, description="folder of the study")
+    out: FilePath = Field("runs/compare", min_length=1, description="folder of the study")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ import torch
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, write_json, writing
-from thriftlab.train.config.schema import PLUMBING, RunConfig, fingerprint
+from thriftlab.train.backends.environment import OF_RANKS
+from thriftlab.train.config.differences import differences
+from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.records.progress import Progress
 from thriftlab.train.records.record import read_record
 from thriftlab.train.records.stop import stop_signals
+from thriftlab.train.records.tracking import OF_ONE_RUN
 
 TRAINER = (sys.executable, "-m", "thriftlab.launch", "train", "--config")
 POLL_SECONDS = 0.3
@@ -104,27 +107,12 @@ def refuse_other_run(job: Job, data_fingerprint: str) -> None:
         )
 
 
-def differences(past: dict[str, Any], config: RunConfig) -> str:
-    """The first keys that differ, as words; "other data" if none does."""
-    old, new = dict(leaves(past)), dict(leaves(config.model_dump(mode="json")))
-    keys = [key for key in old | new if old.get(key) != new.get(key) and not key.startswith(PLUMBING)]
-    return ", ".join(f"{key}: {old.get(key)} there, {new.get(key)} now" for key in keys[:4]) or "other data"
-
-
-def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from leaves(value, f"{key}.{name}" if key else name)
-    else:
-        yield key, tree
-
-
 # ------------------------------------------------------------------------------------------------------ where to run
 
 
-def slots(jobs: int | None, threads: int | None) -> list[dict[str, str]]:
+def slots(jobs: int | None, threads: int | None, on_gpu: bool = True) -> list[dict[str, str]]:
     """What each place for a job adds to the environment; by default one place a GPU, or as many as the cores allow."""
-    gpus = visible_gpus()
+    gpus = visible_gpus() if on_gpu else []
     count = jobs or len(gpus) or max(1, usable_cores() // (threads or 1))
     common = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
     return [{**common, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
@@ -193,10 +181,15 @@ def start(job: Job, place: dict[str, str], lock: int) -> tuple[Job, subprocess.P
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **place},
+            env={**of_many(os.environ), **place},
             pass_fds=[lock],
             start_new_session=True,
         )
+
+
+def of_many(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a study without what is meant for one run."""
+    return {name: value for name, value in variables.items() if name not in (*OF_ONE_RUN, *OF_RANKS)}
 
 
 def send(running: Iterable[tuple[Job, subprocess.Popen]], number: int) -> None:

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from thriftlab.data.errors import BackendError
 from thriftlab.data.files import replace_atomically, seal
 from thriftlab.data.lock import claimed
 from thriftlab.data.shards import Dataset, open_dataset
@@ -25,6 +24,7 @@ from thriftlab.launch.report.results import STUDY, Trial, Tuning, read_study
 from thriftlab.launch.report.words import answers, table
 from thriftlab.launch.studies.arms import Arm, StudyRequest
 from thriftlab.launch.studies.jobs import Bar, Job, Unfinished, refuse_other_run, run_all, slots
+from thriftlab.train.backends.device import choose_device, warn_of_idle_gpu
 from thriftlab.train.build import make_model, make_plan
 from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import RunConfig, fingerprint
@@ -44,10 +44,12 @@ def run_study(request: StudyRequest) -> Path:
     Errors: UserError for what the user can correct, before anything runs; Unfinished (`code` 130 after Ctrl-C, 1 if
     runs failed, then with the report of the others).
     """
-    setting = make_setting(request, torch.cuda.is_available())
+    config = shared_config(request.base)
+    on_gpu = device_of_studies(config) == "cuda"
+    setting = make_setting(request, on_gpu)
     with claimed(setting.out) as lock:
         try:
-            failures = run_arms(setting, request, slots(request.jobs, setting.threads), lock)
+            failures = run_arms(setting, request, slots(request.jobs, setting.threads, on_gpu), lock)
         except Unfinished as stopped:
             raise Unfinished(f"{stopped}\nresume with: {typed_command()}", stopped.code) from None
         study = read_study(setting.out)
@@ -129,9 +131,29 @@ def drop_nones(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value is not None}
 
 
+def shared_config(base: dict[str, Any]) -> RunConfig:
+    """What the runs of a study share, as that of a run."""
+    settings = Settings()
+    for key, value in base.items():
+        settings.put((key,), value, "study")
+    return validate(RunConfig, settings)
+
+
+def device_of_studies(config: RunConfig) -> str:
+    """cuda, where each run gets a GPU of its own, or cpu. BackendError for one GPU by its number."""
+    asked = config.backend.device
+    if ":" in asked:
+        raise BackendError(
+            f"backend.device = {asked} is one GPU, and each run of a study gets its own; use backend.device=cuda, and "
+            f"CUDA_VISIBLE_DEVICES={asked.partition(':')[2]} to have no other used"
+        )
+    warn_of_idle_gpu(asked)
+    return choose_device(asked).type
+
+
 def make_setting(request: StudyRequest, on_gpu: bool) -> Setting:
     base = request.base
-    dataset = open_dataset(base.get("data", {}).get("path") or RunConfig().data.path, verify=False)
+    dataset = open_dataset(shared_config(base).data.path, verify=False)
     threads = base.get("train", {}).get("threads") or (None if on_gpu else 1)
     return Setting(
         base, drop_nones(request.budget), Path(request.out), dataset, threads, request.trial_fraction,

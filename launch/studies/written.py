@@ -27,11 +27,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.data.paths import FilePath
 from thriftlab.launch.studies.arms import Arm, Contrast, StudyRequest
 from thriftlab.launch.studies.compare import Grid
 from thriftlab.train.config.choice import Plugins, Section
+from thriftlab.train.config.files import read_file
 from thriftlab.train.config.help import describe, nearest
-from thriftlab.train.config.parse import COMMAND_LINE, Settings, read_file, validate
+from thriftlab.train.config.parse import COMMAND_LINE, Settings, validate
 from thriftlab.train.config.schema import RunConfig
 
 Seeds = Annotated[int, Field(ge=1)]
@@ -86,7 +88,7 @@ class StudyOptions(Section):
 
     seeds: Seeds | None = Field(None, description="runs of every arm; null: as the study has it")
     jobs: int | None = Field(None, ge=1, description="runs at the same time; null: one a GPU, or what the cores allow")
-    out: str | None = Field(None, min_length=1, description="folder of the study; null: runs/NAME")
+    out: FilePath | None = Field(None, min_length=1, description="folder of the study; null: runs/NAME")
 
 
 def describe_keys() -> str:

@@ -64,7 +64,7 @@ class Factored(Layer):
         if self.bias is not None:
             self.bias.zero_() if bias is None else self.bias.copy_(bias)
         if self.init_gain is not None:
-            self.lr_out.mul_(self.gain(weight, generator))
+            self.lr_out.mul_(self.gain(weight, generator).item())
 
     def load_branches(self, weight: Tensor, generator: torch.Generator) -> None:
         """Fill the factors, and the channels if there are any, from a weight in float64."""
@@ -76,18 +76,20 @@ class Factored(Layer):
         self.lr_in.copy_(s[:, None] ** share * right[: self.rank])
         self.lr_out.copy_(left[:, : self.rank] * s ** (1 - share))
 
-    def gain(self, weight: Tensor, generator: torch.Generator) -> float:
-        """What `lr_out` is multiplied by, so that `init_gain` holds; "dense": measured on normal noise."""
+    def gain(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """What `lr_out` is multiplied by, so that `init_gain` holds; "dense": measured on normal noise, where the
+        weight is: on the CPU, as the noise, wherever the layer is, so that it is the same number everywhere."""
         if self.init_gain != "dense":
-            return self.init_gain / self.gamma  # type: ignore[operator]
+            return torch.tensor(self.init_gain / self.gamma, dtype=torch.float64)  # type: ignore[operator]
         x = torch.randn(PROBES, self.in_features, generator=generator, dtype=torch.float64).to(weight.device)
-        low = self.gamma * ACTS[self.act][0](x @ self.lr_in.double().T) @ self.lr_out.double().T
+        down, up = self.lr_in.to(weight), self.lr_out.to(weight)
+        low = self.gamma * ACTS[self.act][0](x @ down.T) @ up.T
         sparse = torch.zeros_like(low)
-        if self.sp_weight is not None:
-            sparse = (1 - self.gamma) * x[:, self.sp_index] @ self.sp_weight.double().T
+        if self.sp_weight is not None and self.sp_index is not None:
+            sparse = (1 - self.gamma) * x[:, self.sp_index.to(x.device)] @ self.sp_weight.to(weight).T
         # |g low + sparse|^2 = |x W^T|^2
         a, b, c = low.square().sum(), (low * sparse).sum(), sparse.square().sum() - (x @ weight.T).square().sum()
-        return ((b.square() - a * c).clamp(min=0).sqrt() - b).item() / max(a.item(), 1e-300)
+        return ((b.square() - a * c).clamp(min=0).sqrt() - b) / a.clamp(min=1e-300)
 
     def flops_per_token(self) -> int:
         return 6 * (self.rank * (self.in_features + self.out_features) + self.channels * self.out_features)

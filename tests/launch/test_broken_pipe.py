@@ -1,11 +1,14 @@
-"""`thriftlab ... | head` ends quietly, as other tools do."""
+"""`thriftlab ... | head` ends quietly, as other tools do; what a terminal cannot show is replaced."""
 
+import io
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from tests.tools.tiny import tiny_config
+from thriftlab.data.errors import UserError
 from thriftlab.data.files import write_json
 from thriftlab.launch import cli
 
@@ -44,3 +47,29 @@ def test_another_broken_pipe_is_a_defect_and_keeps_its_traceback(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(broken, ""))
     with pytest.raises(BrokenPipeError):
         cli.main(["train"])
+
+
+def speak(argv):
+    print("0.5 ± 0.1", "a −", "\udcff")
+    print(warnings.formatwarning("π", RuntimeWarning, "", 0), file=sys.stderr)
+    raise UserError("no file é")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_that_cannot_show_everything(encoding, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(speak, ""))
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict"))
+    assert cli.main(["train"]) == 2
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    printed, said = (stream.buffer.getvalue().decode(encoding) for stream in (sys.stdout, sys.stderr))
+    assert printed.startswith("0.5 ? 0.1 a ?" if encoding == "ascii" else "0.5 ± 0.1 a ") and "?" in printed
+    assert "error: no file " in said
+
+
+def test_nowhere_to_print(monkeypatch):
+    """As after `>&- 2>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["--help"]) == 0 and cli.main(["nothing"]) == 2

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,11 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.tools import gang, namespaces
 from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
+from thriftlab.data.errors import ConfigError
 from thriftlab.launch import cli
+from thriftlab.launch.cluster import hosts
 
 LAUNCH = """
 from thriftlab.launch import cli
@@ -61,6 +66,101 @@ def test_mistakes_of_a_hostfile(text, message, capsys):
     Path("hosts").unlink() if text is None else Path("hosts").write_text(text)
     assert cli.main(["launch"]) == 2
     assert message in capsys.readouterr().err
+
+
+FORMS = {
+    "node1": ("node1", 1), "node1 slots=2": ("node1", 2), "node1:2": ("node1", 2), "10.0.0.7:4": ("10.0.0.7", 4),
+    "me@node1\tslots=2": ("me@node1", 2), "me@node-1.a.b:16 # first": ("me@node-1.a.b", 16),
+    "[fd00::1]": ("fd00::1", 1), "[fd00::1] slots=2": ("fd00::1", 2), "me@[fd00::1]:2": ("me@fd00::1", 2),
+    "node1 slots=2 max_slots=4": ("node1", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", FORMS)
+def test_forms_of_a_hostfile(line):
+    Path("hosts").write_text(f"\ufeff# mine\r\n\r\n  {line}  \r\n", encoding="utf-8")
+    assert hosts.read_hosts(Path("hosts")) == dict([FORMS[line]])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["node1:", "node1 2", "node1 slots=two", "node1 slots=0", "node1:0", "node1:2 slots=2", "fd00::1", "fd00::1:2",
+     "[fd00::1", "-oProxyCommand=x", "a@-o", "node1, node2", "node1;node2", "node1 slots=2 cores=3", "node1\u0662"],
+)  # fmt: skip
+def test_what_is_no_line_of_a_hostfile_is_refused_with_the_forms_that_are(line):
+    Path("hosts").write_text(f"node0\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        hosts.read_hosts(Path("hosts"))
+    assert f"hosts, line 2: {line!r}; " in str(caught.value) and "[fd00::1] slots=8" in str(caught.value)
+
+
+@given(st.text("ab1:.[]@= -#\n\u0662slots", max_size=30) | st.binary(max_size=20))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+def test_any_hostfile_is_read_or_refused(desk, content):
+    (desk / "hosts").write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        found = hosts.read_hosts(desk / "hosts")
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(count > 0 and name[0] not in "-[" for name, count in found.items())
+
+
+def test_addresses_of_ipv6_and_paths_are_as_ssh_and_torchrun_want_them(capsys, monkeypatch, desk):
+    monkeypatch.setenv("HOME", str(desk))
+    Path("hosts").write_text("me@[fd00::1]\n[fd00::2]:1\n")
+    (desk / "run.yaml").write_text("data: {path: ~/data}\ntrain: {batch_size: 6}\noptim: {include: [mlp$]}\n")
+    assert cli.main(["launch", "--dry-run", "--config", "~/run.yaml", "out=~/x"]) == 0
+    first, second = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
+    assert (first[4], second[4]) == ("me@fd00::1", "fd00::2")
+    assert "'--rdzv-endpoint=[fd00::1]:29400'" in second[5] and "--local-addr=fd00::2" in second[5]
+    assert shlex.split(second[5])[-4:] == [
+        f"config={desk}/run.yaml", "out=~/x", f"data.path={desk}/data", f"out={desk}/x"
+    ]  # fmt: skip
+
+
+REFUSED = "echo 'ssh: connect to host x port 22: Connection refused' >&2; exit 1"
+ENDS = {  # what runs in the place of ssh; $4 is the machine -> what is said of it
+    "at once": (REFUSED, "nodeA: ssh could not connect.*exit code 1.: ssh: connect to host x port 22: Connection refu"),
+    "the second alone": (f"[ $4 = nodeA ] && exit 0; {REFUSED}", "nodeB: ssh could not connect"),
+    "later": (f"sleep 0.3; {REFUSED}", "node.: ssh could not connect"),
+    "255": ("echo no route; exit 255", "nodeA: ssh could not connect, .*exit code 255.: no route; try: ssh node. true"),
+    "an error": (
+        "echo 'error: no data'; echo '======'; echo 'Connection to x closed.' >&2; exit 1",
+        "nodeA: no data; its torchrun ended with exit code 1, see above; the same command",
+    ),
+    "silence": ("exit 3", "nodeA: it said nothing; its torchrun ended with exit code 3"),
+    "a signal": ("echo started; kill -9 $$", "nodeA: started; its ssh was ended by signal 9"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("several", [False, True])
+def test_how_ssh_ends_is_how_the_launch_ends(how, several, fake_ssh, capsys):
+    (script, message), several = ENDS[how], several or how == "the second alone"
+    Path("hosts").write_text("nodeA\nnodeB\n" if several else "nodeA\n")
+    fake_ssh(script)
+    assert cli.main(["launch", "train.batch_size=6"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and re.search(message.replace("nodeA", "node.") if several else message, said[0])
+
+
+def test_what_runs_there_passes_through(fake_ssh, capsys):
+    Path("hosts").write_text("nodeA\n")
+    fake_ssh("printf 'one\\ntwo \\xc2\\xb1\\n'; echo three >&2; exit 0")
+    assert cli.main(["launch"]) == 0
+    assert capsys.readouterr() == ("one\ntwo \xb1\n", "three\n")
+
+
+def test_without_an_ssh_that_runs(desk, fake_ssh, capsys, monkeypatch):
+    fake_ssh("")
+    (desk / "ssh").write_bytes(b"\x7fELF")
+    monkeypatch.setenv("PATH", str(desk))
+    assert cli.main(["launch", "train.batch_size=6"]) == 2
+    assert "nodeA: " in (said := capsys.readouterr().err) and "cannot be run: Exec format error" in said
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.main(["launch", "train.batch_size=6"]) == 2
+    assert "thriftlab launch needs ssh, and there is none here" in capsys.readouterr().err
 
 
 def come(path, process):

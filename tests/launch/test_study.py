@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tools.moments import before_each_write, put_back, state_of, states_of
 from tests.tools.tiny import tiny_config
@@ -27,7 +28,7 @@ from thriftlab.launch.studies import run as study
 from thriftlab.launch.studies.arms import Arm, StudyRequest
 from thriftlab.launch.studies.jobs import Unfinished, slots, usable_cores
 from thriftlab.launch.studies.run import TRIAL_SEED, take_turns, trial_budget
-from thriftlab.train.config.schema import SEAMS
+from thriftlab.train.config.schema import SEAMS, RunConfig
 
 STAND_IN = Path(__file__).parents[1] / "tools" / "stand_in_trainer.py"
 
@@ -433,3 +434,32 @@ def test_a_small_study_with_the_real_trainer(tiny_data, tmp_path, capsys):
     for result in frugal.done:  # same weights, same batch: the first loss is equal to the bit
         assert [line["loss"] for line in result.metrics if line["step"] == 1][0] == first[result.seed]
     assert "95 % CI" in capsys.readouterr().out
+
+
+def test_a_study_gives_each_run_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert study.device_of_studies(RunConfig()) == "cuda"
+    assert study.device_of_studies(RunConfig(backend={"device": "cpu"})) == "cpu"
+    assert len(slots(None, None)) == 2 and "CUDA_VISIBLE_DEVICES" not in slots(2, 1, on_gpu=False)[0]
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
+        study.device_of_studies(RunConfig(backend={"device": "cuda:1"}))
+
+
+def test_what_is_meant_for_one_run_is_not_handed_on(tmp_path, monkeypatch):
+    """An id in wandb, or a rank: with it, all runs of a study would be one run, or wait for each other."""
+    code = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + '.env', 'w'))"
+    monkeypatch.setattr(jobs, "TRAINER", (sys.executable, "-c", code))
+    kept = {"WANDB_PROJECT": "p", "WANDB_RUN_GROUP": "g", "WANDB_MODE": "offline", "WANDB_API_KEY": "k"}
+    for name in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "RANK",
+                 "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # fmt: skip
+        monkeypatch.setenv(name, "1")
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    job = jobs.Job("a", RunConfig(out=str(tmp_path / "a")), "", None)
+    with claimed(tmp_path) as lock:
+        assert jobs.start(job, {"OMP_NUM_THREADS": "1"}, lock)[1].wait() == 0
+    found = json.loads((tmp_path / "a" / "config.json.env").read_text())
+    ours = {key: value for key, value in found.items() if key.startswith("WANDB_") or "RANK" in key or "MASTER" in key}
+    assert ours == kept and "WORLD_SIZE" not in found and found["OMP_NUM_THREADS"] == "1"

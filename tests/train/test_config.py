@@ -22,6 +22,7 @@ GOLDEN = Path(__file__).with_name("golden_surface.txt")
 TEXT = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="\x85\u2028\u2029"), min_size=1
 )
+PATH = TEXT.filter(lambda path: path[0] != "~" and "$" not in path)  # which a shell would have replaced
 RATE = st.floats(1e-8, 1e3)
 COUNT = st.integers(1, 2**40)
 
@@ -32,12 +33,12 @@ def section(**fields):
 
 RUNS = section(
     seed=st.integers(0, 2**63 - 1),
-    out=TEXT,
+    out=PATH,
     model=section(
         preset=st.sampled_from(["nano", "micro", None]), rope_theta=st.floats(1.5, 1e6), qk_norm=st.booleans()
     ),
     data=section(
-        path=TEXT,
+        path=PATH,
         sequence_length=COUNT,
         verify=st.booleans(),
         sources=st.dictionaries(TEXT, st.one_of(*(st.fixed_dictionaries({key: RATE}) for key in ("weight", "epochs")))),
@@ -167,7 +168,7 @@ def changed_keys(config):
     return found
 
 
-NEVER = {"out", "data.path", "data.verify", "backend.timeout", "backend.witness", "eval.batch_size"}
+NEVER = {"out", "data.path", "data.verify", "backend.device", "backend.timeout", "backend.witness", "eval.batch_size"}
 NEVER |= {"train.max_skipped_steps"}
 NEVER |= {f"checkpoint.{key}" for key in ("every", "keep", "background")}
 NEVER |= {f"log.{key}" for key in ("every", "wandb", "project", "group", "tensorboard", "progress")}

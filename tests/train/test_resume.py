@@ -97,10 +97,10 @@ def test_a_finished_run_is_not_run_again(tiny_data, tmp_path):
 
 def test_a_folder_with_another_run_is_refused(tiny_data, tmp_path):
     run(tiny_config(tiny_data, tmp_path / "out"))
-    with pytest.raises(UserError, match="choose another out"):
+    with pytest.raises(UserError, match=r"\(seed: 0 there, 1 now\); choose another out"):
         run(tiny_config(tiny_data, tmp_path / "out", seed=1))
     (tmp_path / "out" / "record.json").unlink()
-    with pytest.raises(UserError, match="choose another out"):
+    with pytest.raises(UserError, match=r"\(seed: 0 there, 1 now\); choose another out"):
         run(tiny_config(tiny_data, tmp_path / "out", seed=1))
 
 

@@ -135,7 +135,70 @@ def test_the_environment_chooses_between_online_and_offline(monkeypatch):
         assert wandb_mode(section("disabled")) == "disabled"
 
 
+BROKEN = {  # where wandb fails -> what it is there
+    "import": None,
+    "setup": "setup",
+    "settings": "Settings",
+    "init": "init",
+    "define_metric": "define_metric",
+    "log": "log",
+    "finish": "finish",
+}
+
+
+def fake_wandb(broken):
+    """A module that fails in one of its functions."""
+
+    def does(name):
+        def call(*args, **kwargs):
+            if name == broken:
+                raise RuntimeError(f"{name} is broken\nand says more")
+            return module
+
+        return call
+
+    module = SimpleNamespace(api_key="k" * 40, **{name: does(name) for name in [*BROKEN.values(), "teardown"] if name})
+    module.settings = module
+    return module
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_wandb_may_fail_anywhere_and_warns_once(where, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(BROKEN[where]) if where != "import" else None)
+    monkeypatch.setenv("WANDB_RUN_ID", "")
+    with pytest.warns(RuntimeWarning, match="training goes on") as caught:
+        mirror = tracker(section("online"), tmp_path, "run", {}, "abc")
+        for step in (1, 2):
+            mirror.log({"step": step}, step)
+        mirror.finish()
+    assert len(caught) == 1 and "\n" not in str(caught[0].message) and mirror.mirrors == []
+
+
+@pytest.mark.parametrize("name", ["WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_INIT_TIMEOUT", "WANDB_MODE"])
+def test_an_empty_variable_is_none(name, tmp_path, monkeypatch):
+    module, asked = fake_wandb(""), {}
+    module.init = lambda **words: asked.update(words) or module
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv(name, "")
+    tracker(section("online"), tmp_path, "run", {}, "abc").finish()
+    assert (asked["id"], asked["project"], asked["mode"]) == ("abc", "tests", "online")
+
+
+@pytest.mark.slow
+def test_an_address_that_wandb_refuses_stops_nothing(tmp_path):
+    printed = run_mirror("online", tmp_path, WANDB_BASE_URL="api.wandb.ai")
+    assert printed.count("RuntimeWarning") == 1 and "base_url = 'api.wandb.ai'" in printed
+    assert "training goes on" in printed
+
+
 # ------------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def test_tensorboard_that_cannot_write_warns_once(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file")
+    with pytest.warns(RuntimeWarning, match="TensorBoard does not start: .*; training goes on without it") as caught:
+        assert tracker(section(tensorboard=True), tmp_path, "run", {}).mirrors == []
+    assert len(caught) == 1
 
 
 def test_tensorboard_has_the_scalars_against_tokens(tmp_path):

@@ -162,6 +162,39 @@ def test_settings_that_cannot_be_are_refused_before_ranks_meet(stage, theirs, me
 
 
 @pytest.mark.parametrize(
+    "theirs, message",
+    [
+        ({"zero_optimisation": {}}, "knows no key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"steps_per_print": 5, "foo": 1}, "DeepSpeed knows no key 'foo'"),
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com = True: Extra inputs"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "zero_optimization.reduce_bucket_size = 'big': Input"),
+        ({"flops_profiler": {"enable": True}}, "knows no key 'flops_profiler.enable'; did you mean 'enabled'?"),
+        ({"aio": {"x": 1}}, "DeepSpeed knows no key 'aio.x'"),
+        ({"tensorboard": {"x": 1}}, "tensorboard.x = 1: Extra inputs"),
+        ({"flops_profiler": 3}, "DeepSpeed says"),
+    ],
+)
+def test_settings_that_deepspeed_does_not_know_are_refused_in_one_line(theirs, message):
+    with pytest.raises(BackendError) as caught:
+        make_backend("deepspeed", stage=2, settings=theirs)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_settings_that_deepspeed_knows_get_as_far_as_the_ranks():
+    theirs = {
+        "wall_clock_breakdown": True,
+        "flops_profiler": {"enabled": False},
+        "compile": {},
+        "data_efficiency": {"enabled": False},
+    }
+    for stage in range(4):
+        with pytest.raises(BackendError, match="needs torchrun"):
+            make_backend(
+                "deepspeed", stage=stage, settings={**theirs, **OVERLAP, "data_efficiency": {"enabled": False}}
+            )
+
+
+@pytest.mark.parametrize(
     "backend", [{"name": "ddp", "stage": 1}, {"stage": 2}, {"name": "owned", "settings": {"a": 1}}]
 )
 def test_a_stage_belongs_to_a_backend_that_has_stages(backend):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from thriftlab.data.errors import BackendError
 from thriftlab.train.backends.channel import ALONE, Channel, share
+from thriftlab.train.backends.device import choose_device, choose_own_device
+from thriftlab.train.backends.environment import TORCHRUN, meeting_point, read_environment
 from thriftlab.train.backends.rendezvous import meet
 
 
@@ -18,8 +20,10 @@ class Ranks:
     name: str
     rank, world = 0, 1
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, device: str = "auto") -> None:
+        self.device = choose_device(device)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over ranks, in place."""
@@ -49,18 +53,16 @@ class Distributed(Ranks):
 
     can_layerwise = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: str = "auto") -> None:
+        self.rank, self.world, local_rank = read_environment()
         if "RANK" not in os.environ:
-            raise BackendError(
-                f"backend {self.name} needs torchrun: torchrun --nproc_per_node 2 -m thriftlab.launch train ..."
-            )
+            raise BackendError(f"backend {self.name} needs torchrun: {TORCHRUN}")
+        host, port = meeting_point()
+        self.device = choose_own_device(device, local_rank)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         collectives = "nccl" if self.device.type == "cuda" else "gloo"
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = meet(self.rank, self.world)
+        store = meet(host, port, self.rank, self.world)
         dist.init_process_group(collectives, store=store, rank=self.rank, world_size=self.world)
 
     def sum(self, tensor: Tensor) -> Tensor:

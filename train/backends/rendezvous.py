@@ -35,16 +35,22 @@ def set_timeout(seconds: float) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
 
 
-def meet(rank: int, world: int) -> dist.Store:
+def meet(host: str, port: int, rank: int, world: int) -> dist.Store:
     """A store that these ranks share with nobody else, dead or alive. Returns when all of them are here."""
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not by_torchrun,
-        timeout=distributed_c10d.default_pg_timeout,
-        multi_tenant=True,
-    )
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=rank == 0 and not by_torchrun,
+            timeout=distributed_c10d.default_pg_timeout,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        raise LostRank(
+            f"rank {rank} cannot meet the others at MASTER_ADDR = {host}, MASTER_PORT = {port}: "
+            f"{str(error).splitlines()[0]}; name the machine of rank 0 and a free port of it"
+        ) from None
     me = uuid.uuid4().hex
     store.set(f"hello/{rank}", me)
     if rank == 0:

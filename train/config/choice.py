@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
+from thriftlab.data.paths import FilePath
 from thriftlab.optim.core.hyper import model_of
 
 config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
@@ -89,7 +90,7 @@ def plugin_sha256(path: str) -> str:
         raise PydanticCustomError("plugin", "{error}", {"error": error.strerror or str(error)}) from None
 
 
-Plugin = Annotated[str, AfterValidator(load_plugin)]
+Plugin = Annotated[FilePath, AfterValidator(load_plugin)]
 
 
 class Plugins(Section):

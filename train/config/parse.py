@@ -2,33 +2,25 @@
 
     load(RunConfig, ["--config", "base.yaml", "optim.name=frugal", "--optim.gap=50", "--train.clip", "None"])
 
-Later wins: file after file, then the command line. pydantic-settings does not serve: it builds its arguments before a
-plugin could register a method, knows neither `data.sources.web.weight=2` nor the Python text of dicts and tuples that a
-wandb agent writes, and forgets which source a bad value came from.
+Later wins: file after file, then the command line, key after key; within a file a key is given once. pydantic-settings
+does not serve: it builds its arguments before a plugin could register a method, knows neither
+`data.sources.web.weight=2` nor the Python text of dicts and tuples that a wandb agent writes, and forgets which source
+a bad value came from.
 """
 
 import ast
-import json
-import tomllib
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.train.config.files import read_file, read_yaml
 from thriftlab.train.config.mistakes import KeyPath, explain, sources
 
 Model = TypeVar("Model", bound=BaseModel)
 COMMAND_LINE = "command line"
-PARSERS: dict[str, Callable[[str], Any]] = {
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-    ".json": json.loads,
-    ".toml": tomllib.loads,
-}
 
 
 class Settings:
@@ -128,8 +120,12 @@ def parse(key: str, value: str) -> Any:
         return None if value in ("None", "none", "null") else value
     try:
         python = python_literal(value)
-        return yaml.safe_load(value) if python is None else python
-    except yaml.YAMLError:
+        if python is not None:
+            return python
+        return read_yaml(f"{COMMAND_LINE}, {key} = {value!r}", value)
+    except ConfigError:
+        raise
+    except Exception:  # PyYAML raises anything where a tag does not fit
         raise ConfigError(f"{COMMAND_LINE}: {key} = {value!r} is not a list; brackets do not close or fit") from None
 
 
@@ -138,24 +134,6 @@ def python_literal(text: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):
             value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
     return value if repr(value) == text or text.startswith("(") else None
-
-
-def read_file(file: str) -> dict[Any, Any]:
-    path = Path(file)
-    if path.suffix not in PARSERS:
-        raise ConfigError(f"{file}: a configuration file ends in {', '.join(PARSERS)}")
-    try:
-        content = PARSERS[path.suffix](path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{file}{line}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # JSON, TOML and UTF-8 say the place in their message
-        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict | None):
-        raise ConfigError(f"{file}: keys and values are expected, not {content!r:.40}")
-    return content or {}

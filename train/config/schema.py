@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from thriftlab.data.errors import ConfigError
+from thriftlab.data.paths import FilePath
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
+from thriftlab.train.backends.device import Device
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.config.choice import Choice, Plugin, Registry, Section, plugin_sha256
 from thriftlab.train.config.help import is_model
@@ -130,7 +132,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is read, and how it is cut into windows."""
 
-    path: Plumbing[str] = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
+    path: Plumbing[FilePath] = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
     sequence_length: Count = Field(256, description="tokens of one window")
     sources: dict[str, SourceConfig] = Field(
         {}, description="mixture, data.sources.NAME.weight or .epochs; empty: all sources in proportion to their size"
@@ -190,6 +192,7 @@ class BackendConfig(Section):
     name: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]
         "auto", description="how ranks work together; auto: ddp under torchrun, else single"
     )
+    device: Plumbing[Device] = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU where torch sees one")
     stage: int | None = Field(None, ge=0, le=3, description="deepspeed: stage of ZeRO; null: 1")
     settings: dict[str, Any] = Field({}, description="deepspeed: further keys of its JSON configuration")
     witness: Plumbing[bool] = Field(True, description="first compare several ranks with one process, in two test steps")
@@ -241,7 +244,7 @@ class RunConfig(Section):
     """One training run. Every value has a default: `RunConfig()` trains a small model on the embedded corpus."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the order of the data and the methods")
-    out: Plumbing[str] = Field("runs/run", min_length=1, description="folder of the run")
+    out: Plumbing[FilePath] = Field("runs/run", min_length=1, description="folder of the run")
     plugins: Plumbing[tuple[Plugin, ...]] = Field(
         (), description="Python files that are run first and may register methods, signals and schedules"
     )
@@ -282,16 +285,22 @@ def marked(model: type[BaseModel], mark: str, prefix: str = "") -> Iterator[str]
 PLUMBING, SPEED = tuple(marked(RunConfig, "plumbing")), tuple(marked(RunConfig, "speed"))
 
 
+def counted(config: RunConfig) -> dict[str, Any]:
+    """The values that determine the result of a run, or its speed where that counts."""
+    tree = config.model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
+    for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
+        *sections, leaf = key.split(".")
+        del functools.reduce(dict.__getitem__, sections, tree)[leaf]
+    return tree
+
+
 def fingerprint(config: RunConfig, data_fingerprint: str) -> str:
     """sha256 of everything that determines the result of a run, up to the order in which floating-point sums are taken.
 
     The data count by their own fingerprint and plugins by their content, not by where they lie. Under a budget of
     seconds the speed is part of the result, so what changes only the speed counts as well.
     """
-    tree = config.model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
-    for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
-        *sections, leaf = key.split(".")
-        del functools.reduce(dict.__getitem__, sections, tree)[leaf]
+    tree = counted(config)
     if reference := tree["signal"].get("reference"):  # likewise
         tree["signal"]["reference"] = read_reference(reference)
     tree |= {"data_fingerprint": data_fingerprint, "plugin_sha256": [plugin_sha256(path) for path in config.plugins]}

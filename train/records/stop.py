@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from thriftlab.data.errors import UserError
-from thriftlab.data.files import replace_atomically
+from thriftlab.data.files import make_folder, replace_atomically
+from thriftlab.train.backends.environment import read_environment
 
 
 class Interrupted(UserError):
@@ -38,7 +39,7 @@ def stop_file(out: Path) -> bool:
 def stop_signals() -> Iterator[list[int]]:
     """The numbers of the SIGINTs, SIGTERMs and SIGHUPs that come; a second SIGINT stops at once."""
     received: list[int] = []
-    speaks = int(os.environ.get("RANK", 0)) == 0
+    speaks = read_environment().rank == 0
 
     def note(number: int, frame: Any) -> None:
         if received and number == signal.SIGINT:
@@ -63,6 +64,8 @@ def status(out: Path, speaks: bool) -> Iterator[None]:
         if speaks:
             replace_atomically(out / "status", f"{word}\n".encode())
 
+    if speaks:
+        make_folder(out)
     write("running")
     try:
         yield

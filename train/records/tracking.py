@@ -7,13 +7,20 @@ is logged against `tokens`.
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+
+from pydantic import ValidationError
 
 from thriftlab.data.errors import UserError
 
 INIT_SECONDS = "30"  # patience with wandb's server at the start, where WANDB_INIT_TIMEOUT does not say
 FINISH_SECONDS = "60"  # and at the end; what was not sent stays in OUT/wandb for `wandb sync`
+OF_ONE_RUN = (  # variables that say which run it is, or where it goes on: not for the runs of a study
+    "WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_RUN_DIR",
+    "WANDB_RUN_STORAGE_ID", "WANDB_SWEEP_PARAM_PATH",
+)  # fmt: skip
 
 
 class LogSection(Protocol):
@@ -55,7 +62,8 @@ class Tracker:
                 action(mirror)
             except Exception as error:  # whatever it is, it is not worth the run
                 self.mirrors.remove(mirror)
-                _warn(f"{type(mirror).__name__} stopped mirroring ({error}); training goes on, see metrics.jsonl")
+                what = f"{type(mirror).__name__} stopped mirroring ({_first_line(error)})"
+                _warn(f"{what}; training goes on, see metrics.jsonl")
 
 
 def tracker(
@@ -72,9 +80,9 @@ def tracker(
     """
     mirrors: list[Mirror] = []
     if enabled and log.tensorboard:
-        mirrors.append(TensorBoard(Path(out) / "tensorboard"))
+        mirrors += start_tensorboard(Path(out) / "tensorboard")
     if enabled and (mode := wandb_mode(log)) != "disabled":
-        mirrors += [Wandb(run) for run in start_wandb(mode, log, Path(out), name, config, run_id)]
+        mirrors += start_wandb(mode, log, Path(out), name, config, run_id)
     return Tracker(mirrors)
 
 
@@ -94,6 +102,17 @@ def _warn(message: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def start_tensorboard(folder: Path) -> list[Mirror]:
+    """UserError if TensorBoard is not installed; none, with a warning, if it cannot write there."""
+    try:
+        return [TensorBoard(folder)]
+    except UserError:
+        raise
+    except Exception as error:
+        _warn(f"TensorBoard does not start: {_first_line(error)}; training goes on without it, see metrics.jsonl")
+        return []
 
 
 class TensorBoard:
@@ -145,40 +164,65 @@ def wandb_mode(log: LogSection) -> Any:
 
 def start_wandb(
     mode: Any, log: LogSection, out: Path, name: str, config: dict[str, Any], run_id: str | None
-) -> list[Any]:
-    """One run, online if it can be, else offline; none if wandb cannot even write a file."""
-    import wandb
+) -> list[Mirror]:
+    """One mirror, online if it can be, else offline; none if wandb cannot even write a file. One warning at most."""
+    for variable in [key for key, value in os.environ.items() if key.startswith("WANDB_") and not value]:
+        del os.environ[variable]  # empty is unset, which wandb does not take it for
+    problem = ""
+    try:
+        import wandb
 
-    if mode == "online" and not _has_key(wandb):
-        _warn("wandb has no API key (`wandb login`, or WANDB_API_KEY); the run is logged offline, in OUT/wandb")
-        mode = "offline"
-    out.mkdir(parents=True, exist_ok=True)
+        if mode == "online" and not _has_key(wandb):
+            problem, mode = "has no API key (`wandb login`, or WANDB_API_KEY)", "offline"
+        out.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # also what wandb raises while it is imported
+        _warn(f"wandb does not start: {_first_line(error)}; training goes on without it, see metrics.jsonl")
+        return []
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
-            settings = wandb.Settings(
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS)),
-                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
-                console="off",
-                silent=attempt == "offline",
-            )
-            return [
-                wandb.init(
-                    mode=attempt,
-                    dir=str(out),
-                    project=os.environ.get("WANDB_PROJECT", log.project),
-                    group=log.group,
-                    name=name,
-                    id=os.environ.get("WANDB_RUN_ID", run_id),
-                    resume="allow",
-                    job_type="train",
-                    config=flatten(config, "."),
-                    settings=settings,
-                )
-            ]
+            mirror = Wandb(_init(wandb, attempt, log, out, name, config, run_id))
         except Exception as error:  # wandb's own errors, and what its network or disk raise through it
-            _warn(f"wandb ({attempt}) failed: {error}; training goes on{' offline' if attempt != 'offline' else ''}")
-            wandb.teardown()  # the failed run would hold its id
+            problem = f"{problem}, then {attempt}: " if problem else f"({attempt}) failed: "
+            problem += _first_line(error)
+            with suppress(Exception):
+                wandb.teardown()  # the failed run would hold its id
+        else:
+            if problem:
+                _warn(f"wandb {problem}; training goes on, mirrored {attempt} in {out}/wandb")
+            return [mirror]
+    _warn(f"wandb {problem}; training goes on without it, see metrics.jsonl")
     return []
+
+
+def _init(
+    wandb: Any, mode: str, log: LogSection, out: Path, name: str, config: dict[str, Any], run_id: str | None
+) -> Any:
+    settings = wandb.Settings(
+        init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS)),
+        finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+        console="off",
+        silent=mode == "offline",
+    )
+    return wandb.init(
+        mode=mode,
+        dir=str(out),
+        project=os.environ.get("WANDB_PROJECT", log.project),
+        group=log.group,
+        name=name,
+        id=os.environ.get("WANDB_RUN_ID", run_id),
+        resume="allow",
+        job_type="train",
+        config=flatten(config, "."),
+        settings=settings,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """Of its message, after those that pydantic puts before it."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))} = {first['input']!r}: {first['msg']}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _has_key(wandb: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from thriftlab.data.paths import FilePath
 from thriftlab.train.signals.base import Signal
 from thriftlab.train.signals.reweight import bounds, normalised
 
@@ -33,7 +34,7 @@ class Curriculum(Signal, name="curriculum"):
         self,
         until: Annotated[float, Field(gt=0, le=1)] = 0.5,
         first: Annotated[Literal["easy", "hard"], Field()] = "easy",
-        reference: Annotated[str | None, Field()] = None,
+        reference: Annotated[FilePath | None, Field()] = None,
     ):
         self.until, self.first, self.reference = until, first, reference
 

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from thriftlab.data.paths import FilePath
 from thriftlab.optim.core.hyper import Search
 from thriftlab.train.signals.base import Signal, State, domain_means
 
@@ -35,7 +36,7 @@ class DoReMi(Signal, name="doremi"):
 
     def __init__(
         self,
-        reference: Annotated[str, Field()],
+        reference: Annotated[FilePath, Field()],
         eta: Annotated[float, Field(gt=0), Search(0.05, 2.0)] = 1.0,
         smoothing: Annotated[float, Field(ge=0, le=1)] = 1e-3,
     ):

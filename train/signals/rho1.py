@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from thriftlab.data.paths import FilePath
 from thriftlab.optim.core.hyper import Search
 from thriftlab.train.signals.base import Signal
 
@@ -29,7 +30,7 @@ class Rho1(Signal, name="rho1"):
 
     def __init__(
         self,
-        reference: Annotated[str, Field()],
+        reference: Annotated[FilePath, Field()],
         keep: Annotated[float, Field(gt=0, le=1), Search(0.3, 1.0, scale="linear")] = 0.6,
     ):
         self.reference, self.keep = reference, keep

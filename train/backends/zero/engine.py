@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from thriftlab.data.errors import BackendError
 from thriftlab.optim.core import fragments
 from thriftlab.train.backends.base import Backend, as_method
+from thriftlab.train.backends.device import choose_device
 from thriftlab.train.backends.optim_state import state_trees, unpack_optimizer
 from thriftlab.train.backends.pieces import Piece, Pieces, TensorReader, whole
 from thriftlab.train.backends.ranks import Distributed
 from thriftlab.train.backends.zero.exchange import CHUNK
 from thriftlab.train.backends.zero.layout import VERSION
 from thriftlab.train.backends.zero.optimizer import ShardedMethod
+from thriftlab.train.backends.zero.settings import refuse_unknown
 
 BF16 = "weights and gradients stay fp32; use train.precision=bf16"
 OFFLOAD = "owners could not step what is not on their device; use a higher stage, or a method with less state"
@@ -61,11 +63,12 @@ class DeepSpeed(Distributed, Backend):
     whole_weights = False
     chunk = CHUNK  # entries of whole matrices that one rank has at once beside its own
 
-    def __init__(self, stage: int = 1, settings: dict[str, Any] | None = None):
+    def __init__(self, stage: int = 1, settings: dict[str, Any] | None = None, device: str = "auto"):
         self.stage, self.settings = stage, settings or {}
-        merged(engine_settings(stage, "fp32"), self.settings)  # refused before ranks meet
-        load_deepspeed(cuda=torch.cuda.is_available())
-        super().__init__()
+        config = merged(engine_settings(stage, "fp32"), self.settings)
+        load_deepspeed(cuda=choose_device(device).type == "cuda")
+        refuse_unknown(config)  # before ranks meet
+        super().__init__(device)
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"

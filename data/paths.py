@@ -1,0 +1,38 @@
+"""Paths that a user wrote: `~` and `$NAME` as a shell would have expanded them, and folders that can be made."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from thriftlab.data.errors import ConfigError
+
+
+def expanded(path: str) -> str:
+    """The path with `~`, `~NAME`, `$NAME` and `${NAME}` replaced. ValueError for one that nothing is known of."""
+    full = os.path.expandvars(os.path.expanduser(path))
+    if "\0" in full:
+        raise ValueError("a path has no NUL character")
+    if full.startswith("~"):
+        raise ValueError(f"there is no home folder {full.split('/')[0]}; write the path in full, or ./~ for that name")
+    if unknown := re.search(r"\$(\w+|\{\w+\})", full):
+        raise ValueError(f"{unknown[0]} is not set in the environment; set it, or write the path in full")
+    return full
+
+
+def expanded_text(value: object) -> object:
+    return expanded(value) if isinstance(value, str) else value
+
+
+Expanded = BeforeValidator(expanded_text)
+FilePath = Annotated[str, Expanded]
+
+
+def typed_path(text: str) -> Path:
+    """As `expanded`, of a word of the command line that is no value of a key. ConfigError."""
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise ConfigError(f"{text}: {error}") from None
