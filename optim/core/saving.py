@@ -17,28 +17,26 @@ from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
 from thriftlab.optim.core.groups import match_groups
-from thriftlab.optim.core.guard import check_state, settle, spec_of
-from thriftlab.optim.core.sharded import show, states_here
+from thriftlab.optim.core.guard import fitting_spec, settle
+from thriftlab.optim.core.sharded import states_here
 from thriftlab.optim.state.keys import State
 
 
-def saved_state(optimizer: Any, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `save`, torch's `state_dict`, gives, with the names of types in place of objects, as the hooks leave it."""
+def saved_state(
+    optimizer: Any, save: Callable[[], dict[str, Any]], show: Callable[[Any, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """What `save`, torch's `state_dict`, gives, with the names of types in place of objects and what `show` makes of
+    tensors that are cut, as the hooks leave it."""
     for hook in [*optimizer._optimizer_state_dict_pre_hooks.values()]:
         hook(optimizer)
     with no_hooks(optimizer, "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"):
-        saved = named_types(save())
+        saved = save()
     show(optimizer, saved)
+    for group in saved["param_groups"]:
+        group.update({key: type(value).__name__ for key, value in group.items() if not is_data(value)})
     for hook in [*optimizer._optimizer_state_dict_post_hooks.values()]:
         changed = hook(optimizer, saved)
         saved = saved if changed is None else changed
-    return saved
-
-
-def named_types(saved: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with the names of types in place of objects."""
-    for group in saved["param_groups"]:
-        group.update({key: type(value).__name__ for key, value in group.items() if not is_data(value)})
     return saved
 
 
@@ -50,21 +48,17 @@ def load_state(optimizer: Any, state_dict: dict[str, Any], load: Callable[[dict[
         state_dict = state_dict if changed is None else changed
     groups = match_groups(optimizer.param_groups, state_dict["param_groups"])
     own = [kept_options(group, saved) for group, saved in zip(optimizer.param_groups, groups, strict=True)]
-    merged_groups = [{**saved, **options} for saved, options in zip(groups, own, strict=True)]
-    for merged in merged_groups:
-        if merged.get("amsgrad"):
-            raise ValueError(f"the saved state is one of amsgrad=True, which {type(optimizer).__name__} does not have")
-        merged.update(hyper.check(type(optimizer), merged))
-    kept = states_here(optimizer, state_dict, merged_groups)
+    every = [merged(optimizer, saved, options) for saved, options in zip(groups, own, strict=True)]
+    found = states_here(optimizer, state_dict, every)
     states: dict[Tensor, State] = {}
-    for group, saved, merged in zip(optimizer.param_groups, groups, merged_groups, strict=True):
+    for group, saved in zip(optimizer.param_groups, every, strict=True):
         named = {}
         for name, p, index in zip(saved["names"], group["params"], saved["params"], strict=True):
-            if index in kept:
-                states[p] = restored(optimizer, name, p, kept[index], {**merged, "params": [p]})
+            if index in found:
+                states[p] = restored(optimizer, name, p, found[index], {**saved, "params": [p]})
                 named[name] = p
         whole = {name: p for name, p in named.items() if not is_cut(p, states[p])}
-        optimizer.check_loaded(whole, {name: states[p] for name, p in whole.items()}, merged, group)
+        optimizer.check_loaded(whole, {name: states[p] for name, p in whole.items()}, saved, group)
     indices = {index for saved in groups for index in saved["params"]}
     others = {key: value for key, value in state_dict["state"].items() if key not in indices}
     with no_hooks(optimizer, "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"):
@@ -91,15 +85,20 @@ def kept_options(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]
     return {key: v for key, v in group.items() if not is_data(v) or key not in saved}
 
 
+def merged(optimizer: Any, saved: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with `options` of our own, checked."""
+    if saved.get("amsgrad"):
+        raise ValueError(f"the saved state is one of amsgrad=True, which {type(optimizer).__name__} does not have")
+    group = {**saved, **options}
+    return {**group, **hyper.check(type(optimizer), group)}
+
+
 def restored(optimizer: Any, name: str, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> State:
     """A copy of a parameter's saved state; ValueError where it does not fit."""
     state = {key: copied(value, p) for key, value in saved.items()}
     if is_cut(p, state):
         return state
-    optimizer.check_kind(name, p, state, group)
-    spec = spec_of(optimizer, name, p, state, group)
-    check_state(name, p, state, spec)
-    settle(state, spec, casts=True)
+    settle(state, fitting_spec(optimizer, name, p, state, group), casts=True)
     return state
 
 
