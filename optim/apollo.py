@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms
+from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms, scaled_norms
 from thriftlab.optim.core.split import OnRefresh
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype
@@ -75,7 +75,7 @@ class Apollo(Projected, name="apollo"):
         small = subspace_of(group).down(grad, basis_of(state))
         dim = int(keeps_rows(small, grad)) if group["granularity"] == "channel" else None
         phi = norms(direction(small, state, age, group), dim) / (norms(small, dim) + TINY)
-        norm = norms(phi * norms(grad, dim), None)
+        norm = norms(scaled_norms(phi, norms(grad, dim)), None)
         limit = growth_limit(norm / correction(age, group), state, group["gamma"])
         weight.addcmul_(grad, phi * (-group["lr"] * math.sqrt(group["scale"])) / limit)
 

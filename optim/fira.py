@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms
+from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms, scaled_norms
 from thriftlab.optim.core.split import OnRefresh
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype, wide
@@ -80,7 +80,7 @@ class Fira(Projected, name="fira"):
         dim = int(keeps_rows(small, grad))
         length = norms(small, dim)
         phi = norms(normalized, dim) / (length + TINY)
-        norm = norms(phi * residual_norms(grad, small, length, beta, subspace, basis), None)
+        norm = norms(scaled_norms(phi, residual_norms(grad, small, length, beta, subspace, basis)), None)
         limit = growth_limit(norm if exact else norm / correction(age, group), state, group["gamma"])
 
         free = phi / limit * (group["alpha"] if exact else 1.0)
@@ -96,8 +96,9 @@ def residual_norms(grad: Tensor, small: Tensor, length: Tensor, beta: float, sub
     """|G - beta up(R)| of each channel, by |G| and `length` = |R| alone where the basis is orthonormal to rounding."""
     dim = int(keeps_rows(small, grad))
     if getattr(subspace, "orthonormal", False) and grad.dtype == wide(grad.dtype):
-        squared = norms(grad, dim).square_().sub_(length.square(), alpha=2 * beta - beta**2)
-        return squared.clamp_(min=0).sqrt_()
+        whole = norms(grad, dim)
+        squared = whole.square().sub_(length.square(), alpha=2 * beta - beta**2)
+        return torch.where(squared.isfinite(), squared.clamp(min=0).sqrt_(), whole)  # 1e20 has no square in fp32
     residual = grad.clone()
     add_up(residual, small, subspace, basis, -beta)
     return norms(residual, dim)

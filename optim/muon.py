@@ -69,6 +69,11 @@ class Muon(SplitOptimizer, name="muon"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()))
+        del self.defaults["betas"]  # by which schedulers that cycle the momentum would know it from SGD's
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        first = {"betas": self.param_groups[0]["betas"]} if self.param_groups else {}
+        super().add_param_group({**first, **param_group})
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -1,8 +1,10 @@
 """Parameter groups: chosen by name, completed with names, matched with those of a file; and names in words."""
 
 import difflib
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,28 +44,98 @@ def near(pattern: str, names: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(words, names, n=3, cutoff=0.0)
 
 
-def named_tensors(group: dict[str, Any], start: int) -> dict[str, list]:
-    """`params` and `names` of a group of tensors or `(name, tensor)` pairs; without names they count from `start`."""
+def named_tensors(group: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, list]:
+    """`params` and `names` of a group of tensors or `(name, tensor)` pairs; without names they count on from `others`.
+
+    What torch would call `param_names` is there as well, as it was given. Such names need not be unique, since two
+    modules have like ones; from the second on, `names` has "weight#2" for "weight".
+    """
     if isinstance(group["params"], set):
         raise TypeError("parameters in a set have no order; use a list")
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    names = group.get("names")
-    if params and isinstance(params[0], tuple):
-        names, params = map(list, zip(*params, strict=True))
-    names = [str(start + i) for i in range(len(params))] if names is None else list(names)
-    if len(names) != len(params):
-        raise ValueError(f"a parameter group has {len(params)} parameters and {len(names)} names")
+    local, params = unzipped(params) if any(not isinstance(p, Tensor) for p in params) else (None, params)
+    local = group.get("param_names") if local is None else local
+    taken = [name for other in others for name in other["names"]]
+    if group.get("names") is not None:
+        names = list(group["names"])
+    elif local is not None:
+        names = unique(list(local), taken)
+    else:
+        names = [str(len(taken) + i) for i in range(len(params))]
+    for given in (names, local if local is not None else names):
+        if len(given) != len(params):
+            raise ValueError(f"a parameter group has {len(params)} parameters and {len(given)} names")
     if len({id(p) for p in params}) < len(params):
         raise ValueError("a parameter group lists a parameter twice; list a tied parameter once")
-    return {"params": params, "names": names}
+    if len({*taken, *names}) < len(taken) + len(names):
+        doubles = {name for name in names if [*taken, *names].count(name) > 1}
+        raise ValueError(f"two parameters have one name: {sorted(doubles)}")
+    return {"params": params, "names": names, **({} if local is None else {"param_names": list(local)})}
+
+
+def unzipped(pairs: list[Any]) -> tuple[list[str], list[Tensor]]:
+    """Names and tensors of `(name, tensor)` pairs."""
+    for i, pair in enumerate(pairs):
+        if not (
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+        ):
+            kind = f"a tensor {tuple(pair.shape)}" if isinstance(pair, Tensor) else f"{pair!r:.60}"
+            raise TypeError(
+                f"parameter {i} of the group is {kind}; a group has tensors, or (name, tensor) pairs for all of them"
+            )
+    return [name for name, _ in pairs], [p for _, p in pairs]
+
+
+def unique(names: list[str], taken: list[str]) -> list[str]:
+    """The names with "#2", "#3" ... behind those that are there already."""
+    found: list[str] = []
+    for name in names:
+        count, candidate = 1, name
+        while candidate in taken or candidate in found:
+            count += 1
+            candidate = f"{name}#{count}"
+        found.append(candidate)
+    return found
+
+
+SWITCHES = ("foreach", "fused", "capturable", "differentiable", "amsgrad")  # of torch's optimizers
+
+
+def refuse_switches(kind: type, values: dict[str, Any]) -> None:
+    """ValueError for a switch of torch's optimizers that is on; off it says what is the case."""
+    if on := [switch for switch in SWITCHES if values.get(switch)]:
+        raise ValueError(f"{kind.__name__}: {on[0]}={values[on[0]]!r} is not supported; leave it out")
+
+
+def without_switches(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that also takes torch's switches, where it does not have them itself, if they are off."""
+    own = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def call(self: Any, *args: Any, **values: Any) -> None:
+        switches = {key: values.pop(key) for key in SWITCHES if key in values and key not in own}
+        refuse_switches(type(self), switches)
+        init(self, *args, **values)
+
+    return call
 
 
 def match_groups(own: list[dict], saved: list[dict]) -> list[dict]:
-    """The saved groups in the order of our own: by name where both have names, else by position as in torch."""
+    """The saved groups in the order of our own: by name where both have names, else by position as in torch.
+
+    Where our own are positions, the saved names are taken over, for randomness depends on them.
+    """
     if len(own) != len(saved):
         raise ValueError(f"the saved optimizer state has {len(saved)} parameter groups, this optimizer has {len(own)}")
+    saved = with_names(saved)
     if not (_named(own) and _named(saved)):
-        return [{**s, "names": o["names"]} for o, s in zip(own, saved, strict=True)]
+        for o, s in zip(own, saved, strict=True):
+            if len(o["params"]) != len(s["params"]):
+                raise ValueError(
+                    f"a saved parameter group has {len(s['params'])} parameters, and the size of the optimizer's is "
+                    f"{len(o['params'])}, from {o['names'][:1]} on"
+                )
+        return [{**s, "names": (s if _named(saved) else o)["names"]} for o, s in zip(own, saved, strict=True)]
     by_names = {frozenset(group["names"]): group for group in saved}
     groups = []
     for group in own:
@@ -74,6 +146,18 @@ def match_groups(own: list[dict], saved: list[dict]) -> list[dict]:
         index = dict(zip(found["names"], found["params"], strict=True))
         groups.append({**found, "names": group["names"], "params": [index[name] for name in group["names"]]})
     return groups
+
+
+def with_names(groups: list[dict]) -> list[dict]:
+    """Saved groups whose `names` are torch's `param_names` where there are no others."""
+    taken: list[str] = []
+    found = []
+    for group in groups:
+        if "names" not in group and "param_names" in group:
+            group = {**group, "names": unique(list(group["param_names"]), taken)}
+        taken += group.get("names", [])
+        found.append(group)
+    return found
 
 
 def _named(groups: list[dict]) -> bool:

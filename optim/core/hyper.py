@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
+from torch import Tensor
 
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, Field(ge=1)]
@@ -79,13 +80,30 @@ def model_of(factory: Callable, name: str, base: type[Model] = BaseModel) -> typ
 def check(factory: Callable, values: dict[str, Any]) -> dict[str, Any]:
     """The hyper-parameters among `values`, validated; ValueError names the hyper-parameter and its bound."""
     model = _constructor_model(factory)
-    known = {name: value for name, value in values.items() if name in model.model_fields}
+    known = {name: one_element(factory, name, v) for name, v in values.items() if name in model.model_fields}
     try:
-        return {name: getattr(model(**known), name) for name in known}
+        checked = model(**known)
     except ValidationError as error:
         wrong = {str(e["loc"][0]): e for e in reversed(error.errors())}
         lines = [f"{name}={known.get(name)!r}: {e['msg']}" for name, e in sorted(wrong.items())]
         raise ValueError(f"{factory.__name__}: " + "; ".join(lines)) from None
+    return {name: value if has_tensors(value) else getattr(checked, name) for name, value in known.items()}
+
+
+def has_tensors(value: Any) -> bool:
+    """Whether a pair, as of betas, has tensors, which may be filled with other numbers during training."""
+    return isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value)
+
+
+def one_element(factory: Callable, name: str, value: Any) -> Any:
+    """The value, a tensor of one element as a 0-dim view of it; ValueError for one of more."""
+    if has_tensors(value):
+        return tuple(one_element(factory, name, item) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"{factory.__name__}: {name} is a tensor of shape {tuple(value.shape)}; give one number")
+    return value.view(())
 
 
 def descriptions(factory: Callable) -> dict[str, str]:
@@ -114,8 +132,16 @@ def _has_schema(kind: Any) -> bool:
     return True
 
 
+def _declared(factory: Callable) -> dict[str, inspect.Parameter]:
+    """The hyper-parameters of a class and of those that it inherits from, which it may pass on without naming them."""
+    if not inspect.isclass(factory):
+        return hyperparameters(factory)
+    ours = [kind for kind in factory.__mro__ if "__init__" in vars(kind) and not kind.__module__.startswith("torch.")]
+    return {name: p for kind in reversed(ours[:-1]) for name, p in hyperparameters(kind).items()}
+
+
 @functools.cache
 def _constructor_model(factory: Callable) -> type[BaseModel]:
     """What the constructor accepts: like the configuration, but objects and tensors too."""
-    fields: dict[str, Any] = {name: (p.annotation, None) for name, p in hyperparameters(factory).items()}
+    fields: dict[str, Any] = {name: (p.annotation, None) for name, p in _declared(factory).items()}
     return create_model(factory.__name__, __config__=ConfigDict(arbitrary_types_allowed=True), **fields)

@@ -5,8 +5,7 @@ randomness is keyed by (seed, name, count), counters are 0-dim tensors in the st
 blocks are active) depends on the group's names and the count. So whoever holds a whole matrix, its gradient and its
 state may make the call, and a sharded run equals one process.
 
-The surprise: torch's own `load_state_dict` casts state to the parameter's dtype (int32 indices to bfloat16, too) and
-matches parameters by position. Here dtypes stay as saved, and names decide where both sides have them.
+What does not fit is refused before it is stepped, in one place (guard.py); state is saved and loaded in saving.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,18 +18,19 @@ from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
 from thriftlab.optim.core.fragments import Fragment, begin
-from thriftlab.optim.core.groups import match_groups, named_tensors
+from thriftlab.optim.core.groups import named_tensors, refuse_switches, without_switches
+from thriftlab.optim.core.guard import guarded, refuse_kind
 from thriftlab.optim.core.owners import Cost, assign
+from thriftlab.optim.core.saving import load_state, saved_state
 from thriftlab.optim.core.sharded import (
     as_local,
     check_placement,
     closed,
     fragment_here,
+    keep_own,
     opened,
     rows_here,
     show,
-    states_here,
-    this_rank,
 )
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
@@ -52,9 +52,19 @@ class Method(torch.optim.Optimizer):
             raise ValueError(f"there is already a method {name!r}: {METHODS[name].__qualname__}")
         if name is not None:
             METHODS[name] = cls
+        for verb in ("update", "update_fragments"):
+            if verb in vars(cls):
+                setattr(cls, verb, guarded(vars(cls)[verb]))
+        if "__init__" in vars(cls):
+            cls.__init__ = without_switches(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
+        self.fit: dict[Any, list] = {}  # what the guard has found fit
         super().__init__(params, {"maximize": False, **defaults})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.fit = {}
 
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
@@ -73,6 +83,19 @@ class Method(torch.optim.Optimizer):
     def idle(self, name: str, weight: Tensor, group: dict[str, Any], state: State) -> bool:
         """Whether a tensor with this state is to have no moments now."""
         return False
+
+    def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
+        """What a state that a tensor of this shape already has must be, where that may differ from a new one's."""
+        return self.spec(shape, dtype, **group)
+
+    def check_loaded(
+        self, named: dict[str, Tensor], states: dict[str, State], group: dict[str, Any], own: dict[str, Any]
+    ) -> None:
+        """ValueError where states that are to be loaded do not go together with the tensors of a group; `own` is the
+        group as it was before."""
+
+    def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+        """ValueError where a tensor has the state of one that the method steps in another way."""
 
     def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
         """Scalars that a method tells of its tensors, by name; `fresh`: only those that the last step found out, mostly
@@ -128,9 +151,13 @@ class Method(torch.optim.Optimizer):
         names, weights = [name for name, _ in due], [p for _, p in due]
         grads = [downhill(p, p.grad, group["maximize"]) for p in weights if p.grad is not None]
         self.update(names, weights, grads, [self.state[p] for p in weights], group)
+        for p in weights:
+            if not self.state[p]:
+                del self.state[p]  # nothing is kept, and so there is no entry
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 
+    @guarded
     def update_fragments(
         self,
         fragments: list[Fragment],
@@ -193,13 +220,21 @@ class Method(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. Its hyper-parameters are checked; parameters without names are named by their position."""
-        group = {**param_group, **named_tensors(param_group, start=sum(len(g["params"]) for g in self.param_groups))}
-        names = [name for other in (*self.param_groups, group) for name in other["names"]]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two parameters have one name: {sorted({n for n in names if names.count(n) > 1})}")
+        group = {**param_group, **named_tensors(param_group, self.param_groups)}
+        for name, p in zip(group["names"], group["params"], strict=True):
+            if isinstance(p, Tensor):
+                refuse_kind(name, p)
+        refuse_switches(type(self), {key: value for key, value in group.items() if key not in self.defaults})
         group.update(hyper.check(type(self), {**self.defaults, **group}))
         self.check_group({**self.defaults, **group})
-        super().add_param_group(group)
+        own_names = group.pop("param_names", None)  # torch wants them in all groups or in none
+        held = [other.pop("param_names", None) for other in self.param_groups]
+        try:
+            super().add_param_group(group)
+        finally:
+            for other, theirs in zip([*self.param_groups, group], [*held, own_names], strict=False):
+                if theirs is not None:
+                    other["param_names"] = theirs
 
     def state_dict(self) -> dict[str, Any]:
         """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name.
@@ -208,46 +243,23 @@ class Method(torch.optim.Optimizer):
         chosen rows and entries they are made in a collective operation. ValueError where the state of a tensor lies
         whole at one rank: `rank_state_dict` saves it.
         """
-        saved = self._packed()
-        show(self, saved)
-        return saved
+        return saved_state(self, super().state_dict, show)
 
     def rank_state_dict(self) -> dict[str, Any]:
         """What this rank keeps, whatever the method: plain tensors, to be saved by every rank in a file of its own.
         `load_state_dict` takes it back on the same rank of as many."""
-        saved = self._packed()
-        saved["state"] = {index: as_local(state) for index, state in saved["state"].items()}
-        return {**saved, "rank": this_rank()}
-
-    def _packed(self) -> dict[str, Any]:
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            group.update({key: type(value).__name__ for key, value in group.items() if not _is_data(value)})
-        return saved
+        return saved_state(self, super().state_dict, keep_own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores every bit that `state_dict()` saved, by name where both sides have names."""
-        groups = match_groups(self.param_groups, state_dict["param_groups"])
-        objects = [  # and hyper-parameters that are younger than the file
-            {key: value for key, value in group.items() if not _is_data(value) or key not in saved}
-            for group, saved in zip(self.param_groups, groups, strict=True)
-        ]
-        for saved, own in zip(groups, objects, strict=True):
-            hyper.check(type(self), {**saved, **own})
-        merged = [{**saved, **own} for saved, own in zip(groups, objects, strict=True)]
-        state_dict = {**state_dict, "state": states_here(self, state_dict, merged)}
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        for group, saved, own in zip(self.param_groups, groups, objects, strict=True):
-            group.update(own)
-            for p, index in zip(group["params"], saved["params"], strict=True):
-                for key, value in state_dict["state"].get(index, {}).items():
-                    self.state[p][key] = _restored(value, p)
+        load_state(self, state_dict, super().load_state_dict)
 
 
 def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
-    """The gradient of what is minimised, in the memory layout of the weight."""
-    if grad.is_sparse:
-        raise TypeError("sparse gradients are not supported; make the embedding with sparse=False")
+    """The gradient of what is minimised, in the memory layout of the weight; one that does not fit is left as it is,
+    for `update` to refuse it by name."""
+    if grad.layout is not torch.strided or grad.shape != weight.shape or grad.device != weight.device:
+        return grad
     grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
     return -grad if maximize else grad
 
@@ -270,15 +282,3 @@ def predicted_state_bytes(optimizer: Method, keeps: Callable[[str], bool] = lamb
         for name, p in zip(group["names"], group["params"], strict=True)
         if p.requires_grad and keeps(name)
     )
-
-
-def _is_data(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | list | tuple | dict | Tensor)
-
-
-def _restored(value: Tensor, p: Tensor) -> Tensor:
-    """A copy of a saved tensor on the device of `p`, fp32 beside fp32 in its layout; counters on the CPU."""
-    alike = value.shape == p.shape and value.ndim and value.dtype == p.dtype in (torch.float32, torch.float64)
-    if alike and not isinstance(p, DTensor):
-        return torch.empty_like(p).copy_(value)
-    return value.to(p.device if value.ndim else "cpu", copy=True)

@@ -68,12 +68,19 @@ def norms(matrix: Tensor, dim: int | None) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=dim, keepdim=dim is not None, dtype=wide(matrix.dtype))
 
 
+def scaled_norms(phi: Tensor, norm: Tensor) -> Tensor:
+    """phi * norm, and 0 where phi is: a norm beyond the largest number is of a channel whose direction is 0."""
+    return torch.where(phi == 0, phi, phi * norm)
+
+
 def growth_limit(norm: Tensor, state: State, gamma: float) -> Tensor:
     """L >= 1, such that norm / L is at most gamma times its value at the step before (Fira, 2410.01623).
 
-    A norm of zero leaves no trace: the next one is held against the last that was not zero.
+    A norm of zero leaves no trace: the next one is held against the last that was not zero. Nor does one beyond the
+    largest number, by which the step is divided away.
     """
     last = state["limiter"].to(norm.device) if "limiter" in state else torch.full_like(norm, torch.inf)
-    state["diagnostic.limiter"] = factor = (norm / (last + TINY)).clamp_(min=gamma) / gamma
-    state["limiter"] = torch.where(norm > 0, norm / factor, last)
+    ratio = torch.where(norm == last, 1.0, norm / (last + TINY))  # both infinite: nothing to hold it against
+    state["diagnostic.limiter"] = factor = ratio.clamp_(min=gamma) / gamma
+    state["limiter"] = torch.where((norm > 0) & norm.isfinite(), norm / factor, last)
     return factor

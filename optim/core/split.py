@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from thriftlab.optim.core.fragments import Fragment, begin, on_fragment
 from thriftlab.optim.core.groups import by_reason
 from thriftlab.optim.core.method import Method
+from thriftlab.optim.state.blocks import Blocks
 from thriftlab.optim.state.carry import carry, overlap, residual_energy
+from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable, other_density
 from thriftlab.optim.state.keys import Spec, State, keyed_generator, keyed_seed
 from thriftlab.optim.state.rules import RULES, Rule, adamw, adamw_spec, decay
 from thriftlab.optim.state.storage import by_entry, kept_spec, key_rounding, make_zero, rounding_spec
@@ -168,6 +170,40 @@ class SplitOptimizer(Method):
         kept = {**{f"basis.{key}": entry for key, entry in basis.items()}, **moments, **rounding_spec(group)}
         return {**COUNTERS, **kept, **(DIAGNOSTICS if basis else {})}
 
+    def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
+        if "subspace" not in group or not splits(shape, group):
+            return super().state_spec(shape, dtype, state, group)
+        subspace, basis = subspace_of(group), basis_of(state)
+        if isinstance(subspace, Blocks):
+            small, declared = shape, {}
+        elif basis and hasattr(subspace, "kept_spec"):
+            small, declared = subspace.kept_spec(shape, dtype, basis)
+        else:  # no basis yet, or one's own, which alone knows what it makes of a matrix
+            return COUNTERS
+        moments = kept_spec(rule_of(group).buffers, small, dtype, group)
+        return {**COUNTERS, **moments, **{f"basis.{key}": entry for key, entry in declared.items()}}
+
+    def check_loaded(
+        self, named: dict[str, Tensor], states: dict[str, State], group: dict[str, Any], own: dict[str, Any]
+    ) -> None:
+        subspace = subspace_of(group) if "subspace" in group else None
+        if not isinstance(subspace, CoordinateSubspace) or not is_countable(subspace):
+            return
+        bases = {n: (tuple(p.shape), basis_of(states[n])) for n, p in named.items() if is_split(p, group) and p.numel()}
+        scheduled = own.get("density") != group.get(
+            "density"
+        )  # one that is not is that of the constructor on both sides
+        odd = other_density(subspace, {name: pair for name, pair in bases.items() if pair[1]}, scheduled)
+        if odd is not None:
+            raise ValueError(
+                f"{odd}: the state's basis is of another shape than the weight {tuple(named[odd].shape)}, or of "
+                f"another density than {subspace.density:g}; load the state of this tensor, with the density that it "
+                "was drawn with in its param_groups"
+            )
+
+    def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+        refuse_other_kind(name, weight, state, group, is_split(weight, group))
+
     def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
         """Of each matrix with a subspace, by name, 0-dim tensors: of the last refresh `residual`, the part of the
         gradient's energy outside of the new subspace, and `overlap` of the new with the old one, 1 if it stayed; of
@@ -196,13 +232,17 @@ class SplitOptimizer(Method):
 
 
 def refuse_other_kind(name: str, weight: Tensor, state: State, group: dict[str, Any], split: bool) -> None:
-    """ValueError where a matrix has become split, or is no longer, since it got its state."""
-    if "subspace" in group and "step" in state and ("start" in state) != split:
-        raise ValueError(
-            f"{name}: with rank or density as they are now, the matrix {tuple(weight.shape)} is "
-            f"{'split' if split else 'left to full AdamW'}, and its state is of the other kind; "
-            f"set them back, or begin anew with optimizer.state[parameter].clear()"
-        )
+    """ValueError where a matrix has become split, or is no longer, since it got its state, or has that of AdamW."""
+    if "subspace" not in group or "step" not in state or ("start" in state) == split:
+        return
+    kind = (
+        "full AdamW's (saved by another optimizer, or while the matrix was not split)" if split else "a split matrix's"
+    )
+    raise ValueError(
+        f"{name}: with split, rank or density as they are now, the matrix {tuple(weight.shape)} is "
+        f"{'split' if split else 'left to full AdamW'}, and its state is {kind}; "
+        "set them back, or begin anew with optimizer.state[parameter].clear()"
+    )
 
 
 def rule_of(group: dict[str, Any]) -> Rule:

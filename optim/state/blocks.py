@@ -32,6 +32,8 @@ class Blocks:
         """The state-full matrices of a group after refresh `count`."""
         named = zip(group["names"], group["params"], strict=True)
         sizes = {name: p.numel() for name, p in named if group["split"] and p.ndim == 2}
+        if not sizes:  # and nothing to ask an `order` of one's own about
+            return set()
         return active_blocks(
             list(sizes), group["density"], group["order"], group["seed"], count,
             group["unit"], group["balance"], list(sizes.values()),

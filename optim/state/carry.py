@@ -36,11 +36,12 @@ def carry(
     else:
         if group["on_refresh"] == "keep" and not getattr(subspace, "arbitrary_signs", False):
             return
-        change = transfer(subspace, old, new, grad)
+        change, rows = transfer(subspace, old, new, grad), keeps_rows(state[buffers[0]], grad)
         if group["on_refresh"] == "keep":
-            change = torch.where(change.diagonal() < 0, -1.0, 1.0).diag()
-        rows = keeps_rows(state[buffers[0]], grad)
-        moved = [turn(load(state, b), change.square() if b in SECOND_MOMENTS else change, rows) for b in buffers]
+            signs = torch.where(change.diagonal() < 0, -1.0, 1.0)
+            moved = [load(state, b) if b in SECOND_MOMENTS else flip(load(state, b), signs, rows) for b in buffers]
+        else:
+            moved = [turn(load(state, b), change.square() if b in SECOND_MOMENTS else change, rows) for b in buffers]
     make_zero(buffers, subspace.down(grad, new), state, group)
     for buffer, moment in zip(buffers, moved, strict=True):
         store(state, buffer, load(state, buffer).copy_(moment))
@@ -78,6 +79,12 @@ def overlap(subspace: AnySubspace, old: State, new: State, grad: Tensor) -> Tens
         change = transfer(subspace, old, new, grad).float()
         return change.square().sum() / max(len(change), 1)
     return torch.zeros((), device=grad.device)
+
+
+def flip(moment: Tensor, signs: Tensor, rows: bool) -> Tensor:
+    """The coordinates of each row, or of each column, with their signs changed where `signs` is -1."""
+    signs = signs.to(moment.dtype)
+    return moment * signs if rows else moment * signs[:, None]
 
 
 def turn(moment: Tensor, change: Tensor, rows: bool) -> Tensor:

@@ -10,7 +10,7 @@ equal strata of the flat matrix: exactly k, every entry equally likely, with nei
 import torch
 from torch import Tensor
 
-from thriftlab.optim.state.keys import Spec, State, hash63
+from thriftlab.optim.state.keys import Spec, State, has_data, hash63
 
 
 class CoordinateSubspace:
@@ -51,6 +51,18 @@ class CoordinateSubspace:
         """Shape of what `take` gives."""
         raise NotImplementedError
 
+    def count(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
+        """How many are chosen, and of how many, by the density."""
+        raise NotImplementedError
+
+    def kept_spec(self, shape: tuple[int, ...], dtype: torch.dtype, basis: State) -> tuple[tuple[int, ...], Spec]:
+        """The `spec` of a matrix with this basis; ValueError where it chooses what the matrix does not have."""
+        self.check(shape, basis)
+        return self.small_shape(shape, basis), {}
+
+    def check(self, shape: tuple[int, ...], basis: State) -> None:
+        """ValueError where a basis chooses what a matrix of this shape does not have; reads the basis on the host."""
+
     def down(self, matrix: Tensor, basis: State) -> Tensor:
         return self.take(matrix, self.where(matrix, basis))
 
@@ -67,6 +79,14 @@ class Slices(CoordinateSubspace):
 
     def where(self, matrix: Tensor, basis: State) -> Tensor:
         return basis["index"].long()
+
+    def count(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
+        return len(basis["index"]), shape[self.dim]
+
+    def check(self, shape: tuple[int, ...], basis: State) -> None:
+        index = basis["index"]
+        if has_data(index) and len(index) and int(index.max()) >= shape[self.dim]:
+            raise ValueError(f"the basis chooses index {int(index.max())} in dimension {self.dim} of a weight {shape}")
 
     def take(self, matrix: Tensor, where: Tensor) -> Tensor:
         return matrix.index_select(self.dim, where)
@@ -141,6 +161,13 @@ class Coordinates(CoordinateSubspace):
     def small_shape(self, shape: tuple[int, ...], basis: State) -> tuple[int, ...]:
         return (int(basis["chosen"]),)
 
+    def count(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
+        return int(basis["chosen"]), shape[0] * shape[1]
+
+    def check(self, shape: tuple[int, ...], basis: State) -> None:
+        if has_data(basis["chosen"]) and int(basis["chosen"]) > shape[0] * shape[1]:
+            raise ValueError(f"the basis chooses {int(basis['chosen'])} entries of a weight {shape}")
+
     def circle(self, shape: tuple[int, ...], basis: State) -> tuple[int, int]:
         """Entries, and by how much their circle is turned: where some strata are longer, all entries are to be equally
         likely."""
@@ -174,6 +201,23 @@ class Coordinates(CoordinateSubspace):
 
 
 COORDINATES: dict[str, type[CoordinateSubspace]] = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}
+
+
+def other_density(
+    subspace: CoordinateSubspace, bases: dict[str, tuple[tuple[int, ...], State]], scheduled: bool
+) -> str | None:
+    """The name of a matrix whose basis is not of the subspace's density, or None.
+
+    Args:
+        bases: of each matrix, by name, its shape and its basis.
+        scheduled: whether the density may have changed since the refresh, for all alike.
+    """
+    counts = {name: subspace.count(shape, basis) for name, (shape, basis) in bases.items()}
+    odd = [name for name, (chosen, size) in counts.items() if chosen != int(size * subspace.density)]
+    if odd and scheduled:
+        low, high = max(k / n for k, n in counts.values()), min((k + 1) / n for k, n in counts.values())
+        return odd[0] if low >= high else None
+    return odd[0] if odd else None
 
 
 def is_countable(subspace: object) -> bool:

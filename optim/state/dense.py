@@ -48,7 +48,8 @@ class DenseSubspace:
         return {"vectors": vectors.clone(memory_format=torch.contiguous_format)}
 
     def down(self, grad: Tensor, basis: State) -> Tensor:
-        return grad @ basis["vectors"] if is_tall(grad) else basis["vectors"].T @ grad
+        vectors = basis["vectors"].to(grad.dtype)  # a weight may change its dtype between two refreshes
+        return grad @ vectors if is_tall(grad) else vectors.T @ grad
 
     def up(self, small: Tensor, basis: State) -> Tensor:
         left, right = self.factors(small, basis)
@@ -60,11 +61,17 @@ class DenseSubspace:
 
     def factors(self, small: Tensor, basis: State) -> tuple[Tensor, Tensor]:
         """up(small) as a product; [r, n] of a wide matrix has n > m >= r, so the shape of `small` tells the side."""
-        vectors = basis["vectors"]
+        vectors = basis["vectors"].to(small.dtype)
         return (small, vectors.T) if small.shape[1] == vectors.shape[1] else (vectors, small)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], Spec]:
-        rank = self.size(shape)
+        return self.spec_of_rank(self.size(shape), shape, dtype)
+
+    def kept_spec(self, shape: tuple[int, ...], dtype: torch.dtype, basis: State) -> tuple[tuple[int, ...], Spec]:
+        """The `spec` of a matrix with this basis, whose rank may be another than that of the next one."""
+        return self.spec_of_rank(basis["vectors"].shape[-1], shape, dtype)
+
+    def spec_of_rank(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], Spec]:
         small = (shape[0], rank) if shape[0] >= shape[1] else (rank, shape[1])
         return small, {"vectors": ((min(shape), rank), dtype)}
 

@@ -8,9 +8,15 @@ import hashlib
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 State = dict[str, Tensor]  # of one parameter
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shapes and dtypes of a state
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether there is anything to read or to point to: not in meta and fake tensors, and not in empty ones."""
+    return tensor.numel() > 0 and not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def spec_bytes(spec: Spec) -> int:

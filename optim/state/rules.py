@@ -52,6 +52,11 @@ class Rule:
     def direction(self, grad: Tensor, state: State, age: int, group: dict[str, Any]) -> Tensor:
         """Moves the moments in `state` and returns N, a new tensor like `grad`."""
         moments = [load(state, name) for name in self.buffers]
+        if moments[0].shape != grad.shape:
+            raise ValueError(
+                f"the subspace makes {tuple(grad.shape)} of a gradient, and its moments are {tuple(moments[0].shape)}: "
+                "`down` must give one shape from refresh to refresh"
+            )
         direction = self.advance(grad.to(moments[0].dtype), moments, age, group)
         for name, moment in zip(self.buffers, moments, strict=True):
             store(state, name, moment)

@@ -50,6 +50,20 @@ def make_zero(names: tuple[str, ...], like: Tensor, state: State, group: dict[st
         state[key] = torch.zeros_like(like) if alike else torch.zeros(shape, dtype=dtype, device=like.device)
 
 
+def convert(state: State, key: str, dtype: torch.dtype) -> None:
+    """Keeps a floating tensor, or the codes of a moment, in another dtype."""
+    kept = state[key]
+    if kept.dtype == dtype or not (kept.is_floating_point() or f"{key}.scale" in state):
+        return
+    numbers = load(state, key) if kept.dtype == torch.uint8 else kept
+    if dtype == torch.uint8:
+        codes, state[f"{key}.scale"] = quantise(numbers.reshape(-1), positive=key in SECOND_MOMENTS)
+        state[key] = codes.view(kept.shape)
+    else:
+        state[key] = numbers.to(dtype)
+        state.pop(f"{key}.scale", None)
+
+
 def drop(names: tuple[str, ...], state: State) -> None:
     """Forgets moments."""
     for name in names:
@@ -59,7 +73,7 @@ def drop(names: tuple[str, ...], state: State) -> None:
 
 def prune(state: State, share: float) -> None:
     """Zeroes this share of the entries of each moment, the smallest; for moments that are kept entry by entry."""
-    for moment in (tensor for tensor in state.values() if tensor.ndim):
+    for moment in (tensor for tensor in state.values() if isinstance(tensor, Tensor) and tensor.ndim):
         sizes = moment.abs()
         if count := round(share * moment.numel()):
             moment.masked_fill_(sizes <= sizes.flatten().sort().values[count - 1], 0)

@@ -101,5 +101,17 @@ def steps_before(age: int, like: Tensor) -> Tensor:
 
 
 def one_layout(weight: Tensor, *others: Tensor) -> bool:
-    """Whether all lie alike in memory, and so without gaps: moments come from `zeros_like`, which leaves none."""
-    return all(other.stride() == weight.stride() for other in others)
+    """Whether all lie alike in memory, and without gaps."""
+    return is_dense(weight) and all(other.stride() == weight.stride() for other in others)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a walk over the memory meets every entry once: no gaps, no entries on each other."""
+    if tensor.is_contiguous():
+        return True
+    size = 1
+    for stride, length in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride != size:
+            return False
+        size *= length
+    return True

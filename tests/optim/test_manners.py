@@ -1,0 +1,167 @@
+"""The manners of torch's optimizers, for every registered method: what torch does without an error is done or refused.
+
+`test_optim.py` of torch is the model, torch's AdamW is among the optimizers as control, and a new method is held to all
+of it without a line here. State is in test_saving.py, what does not fit in test_guard.py.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from tests.tools.manners import Net, every_method, every_own, give_gradients, same, through_a_file, train, trained
+from thriftlab.optim import Frugal
+from thriftlab.optim.core.hyper import hyperparameters
+
+
+@every_method
+def test_torchs_switches_may_be_off_and_are_refused_when_on(kind):
+    method, hyper = kind
+    off = dict.fromkeys(("foreach", "fused"), None) | dict.fromkeys(("capturable", "differentiable", "amsgrad"), False)
+    model = Net()
+    optimizer = method([{"params": model.parameters(), "foreach": False}], **hyper, **off)
+    train(model, optimizer, range(2))
+    if method is not torch.optim.AdamW:
+        for switch in off:
+            with pytest.raises(ValueError, match=f"{switch}=True is not supported"):
+                method(Net().parameters(), **hyper, **{switch: True})
+            with pytest.raises(ValueError, match=f"{switch}=True is not supported"):
+                optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], switch: True})
+
+
+@every_method
+def test_groups_are_given_in_every_way_that_torch_knows(kind):
+    method, hyper = kind
+    first, second = Net(), Net()
+    both = method([{"params": net.named_parameters()} for net in (first, second)], **hyper)  # with equal names
+    assert [group["param_names"] for group in both.param_groups] == [["a", "b", "bias", "scalar"]] * 2
+    reference, single = trained(kind, 0)
+    for step in range(6):
+        for net in (first, second, reference):
+            give_gradients(net.parameters(), step)
+        both.step()
+        single.step()
+    assert same(first, reference)
+    again = method([{"params": net.named_parameters()} for net in (Net(), Net())], **hyper)
+    again.load_state_dict(through_a_file(both.state_dict()))
+
+    named = method([{"params": [p], "param_names": [name]} for name, p in Net().named_parameters()], **hyper)
+    assert [group["param_names"] for group in named.param_groups] == [["a"], ["b"], ["bias"], ["scalar"]]
+    p, q = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2, 3))
+    for params in ([("w", p), q], [q, ("w", p)], [{"params": [("w", p), q]}]):
+        with pytest.raises((TypeError, ValueError), match="pairs for all of them|names|Tensors"):
+            method(params, **hyper)
+
+
+@every_own
+def test_hyper_parameters_are_checked_whatever_the_signature(kind):
+    method, hyper = kind
+
+    class Mine(method):
+        def __init__(self, params, **kw):
+            super().__init__(params, **kw)
+
+    p = nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="Mine: lr=-1"):
+        Mine([p], **{**hyper, "lr": -1})
+    with pytest.raises(ValueError, match="weight_decay=-1"):
+        Mine([{"params": [p], "weight_decay": -1}], **hyper)
+    for kind in (method, Mine):
+        with pytest.raises(ValueError, match=r"lr is a tensor of shape \(2,\)"):
+            kind([p], **{**hyper, "lr": torch.tensor([0.1, 0.2])})
+
+
+@every_own
+def test_numbers_may_be_tensors_that_are_filled_later(kind):
+    method, hyper = kind
+    plain, tensors = Net(), Net()
+    betas = {"betas": (0.5, 0.75)} if "betas" in hyperparameters(method) else {}
+    held = {key: tuple(map(torch.tensor, pair)) for key, pair in betas.items()}
+    rate = torch.tensor([0.5])
+    a, b = (
+        method(plain.parameters(), **{**hyper, **betas}),
+        method(tensors.parameters(), **{**hyper, "lr": rate, **held}),
+    )
+    for beta in held.get("betas", ()):
+        beta.fill_(0.25)
+    a.param_groups[0].update({key: (0.25, 0.25) for key in betas}, lr=0.03125)
+    rate.fill_(0.03125)
+    train(plain, a, range(5))
+    train(tensors, b, range(5))
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(plain.parameters(), tensors.parameters(), strict=True))
+
+
+SCHEDULES = {
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, base_momentum=0.5, max_momentum=0.75),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9, base_momentum=0.5, max_momentum=0.75),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "chained": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.CosineAnnealingLR(o, 5)], milestones=[2]
+    ),
+}
+
+
+@every_method
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedulers_find_what_they_move(kind, schedule):
+    method, hyper = kind
+    model, optimizer = trained(kind, 0)
+    group, seen = optimizer.param_groups[0], []
+    if schedule in ("cyclic", "one cycle") and not {"betas", "momentum"} & group.keys():
+        with pytest.raises(ValueError, match="momentum"):  # as for torch's own
+            SCHEDULES[schedule](optimizer)
+        return
+    scheduler = SCHEDULES[schedule](optimizer)
+    for step in range(8):
+        train(model, optimizer, [step])
+        scheduler.step(*([1.0] if schedule == "plateau" else []))
+        seen.append((group["lr"], group["momentum"] if "momentum" in group else group.get("betas")))
+    assert len({lr for lr, _ in seen}) > 1
+    if schedule in ("cyclic", "one cycle"):
+        momenta = [told[0] if isinstance(told, tuple) else told for _, told in seen]
+        assert len(set(momenta)) > 2 and all(0.5 <= momentum <= 0.75 for momentum in momenta)
+
+
+@every_method
+def test_a_step_without_gradients_does_nothing_and_leaves_nothing(kind):
+    model, optimizer = trained(kind, 0)
+    optimizer.step()
+    assert same(model, Net()) and not optimizer.state
+    assert optimizer.step(lambda: 3.0) == 3.0
+    model.a.requires_grad_(False)
+    give_gradients([model.b], 0)
+    optimizer.step()
+    assert torch.equal(model.a, Net().a) and not torch.equal(model.b, Net().b)
+    assert all(optimizer.state.values()) and set(optimizer.state) <= {model.b}
+    optimizer.zero_grad(set_to_none=False)
+    assert not model.b.grad.any()
+    optimizer.zero_grad()
+    assert model.b.grad is None
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.step()
+    assert seen == ["before", "after"] and repr(optimizer)
+
+
+@every_method
+def test_empty_groups_and_empty_tensors(kind):
+    method, hyper = kind
+    with pytest.raises(ValueError, match="empty parameter list"):
+        method([], **hyper)
+    model = Net()
+    empty = nn.Parameter(torch.zeros(0, 3))
+    optimizer = method([{"params": []}, {"params": [*model.parameters(), empty]}], **hyper)
+    give_gradients([*model.parameters(), empty], 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": nn.Parameter(torch.zeros(2)), "lr": 0.5})
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+
+
+def test_an_order_is_not_asked_about_groups_without_a_matrix():
+    model = Net()
+    groups = [{"params": [model.a], "names": ["a"]}, {"params": [model.bias], "names": ["bias"]}]
+    optimizer = Frugal(
+        [*groups, {"params": [model.b], "names": ["b"], "split": False}], order=lambda names, count: ["a"]
+    )
+    train(model, optimizer, range(3))
