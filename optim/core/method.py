@@ -21,8 +21,17 @@ from thriftlab.optim.core.fragments import Fragment, begin
 from thriftlab.optim.core.groups import named_tensors, refuse_switches, without_switches
 from thriftlab.optim.core.guard import guarded, refuse_kind
 from thriftlab.optim.core.owners import Cost, assign
-from thriftlab.optim.core.saving import load_state, named_types, saved_state
-from thriftlab.optim.core.sharded import as_local, check_placement, closed, fragment_here, opened, rows_here, this_rank
+from thriftlab.optim.core.saving import load_state, saved_state
+from thriftlab.optim.core.sharded import (
+    as_local,
+    check_placement,
+    closed,
+    fragment_here,
+    keep_own,
+    opened,
+    rows_here,
+    show,
+)
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
 METHODS: dict[str, type["Method"]] = {}
@@ -234,14 +243,12 @@ class Method(torch.optim.Optimizer):
         chosen rows and entries they are made in a collective operation. ValueError where the state of a tensor lies
         whole at one rank: `rank_state_dict` saves it.
         """
-        return saved_state(self, super().state_dict)
+        return saved_state(self, super().state_dict, show)
 
     def rank_state_dict(self) -> dict[str, Any]:
         """What this rank keeps, whatever the method: plain tensors, to be saved by every rank in a file of its own.
         `load_state_dict` takes it back on the same rank of as many."""
-        saved = named_types(super().state_dict())
-        saved["state"] = {index: as_local(state) for index, state in saved["state"].items()}
-        return {**saved, "rank": this_rank()}
+        return saved_state(self, super().state_dict, keep_own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores every bit that `state_dict()` saved, by name where both sides have names."""

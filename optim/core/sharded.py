@@ -257,6 +257,12 @@ def as_local(state: State) -> State:
     return {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
 
 
+def keep_own(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Puts into a state dict what this rank keeps, and which rank that is."""
+    saved["state"] = {index: as_local(state) for index, state in saved["state"].items()}
+    saved["rank"] = this_rank()
+
+
 def kept_rows(p: DTensor, saved: State, group: dict[str, Any]) -> State:
     """The state of `p` from what this rank saved of it."""
     return closed(p, {key: value.flatten() if value.ndim else value for key, value in saved.items()}, {}, group)
