@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what the tests compare is computed on the CPU
 
 import pytest  # noqa: E402
 

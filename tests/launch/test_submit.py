@@ -196,6 +196,7 @@ def test_a_study_is_two_arrays_and_its_runs_take_the_rate_of_their_trials(desk, 
     trials, runs = (Path(f"study/jobs/001/{name}.sbatch").read_text() for name in ("trials", "runs"))
     assert "study/trials/layer+rule/lr-0.01" in trials and "array=0-3%2" in trials
     assert "study/layer+rule/seed-0" in runs and "thriftlab.launch settle" in runs
+    assert "\nunset WANDB_RUN_ID " in trials and "\nunset WANDB_RUN_ID " in runs
     request, target = "study/jobs/request.json", Path("study/layer+rule/seed-0")
     assert cli.main(["settle", request, str(target)]) == 2
     assert "no trial of layer+rule has finished" in capsys.readouterr().err

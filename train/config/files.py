@@ -139,11 +139,13 @@ def named(key: str) -> KeyPath:
 
 
 def tree_keys(tree: Any, path: KeyPath = ()) -> Iterator[Place]:
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in pairs:
-        if isinstance(tree, dict):
-            yield (*path, str(key)), None
-        yield from tree_keys(value, (*path, str(key)))
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield (*path, key), None
+            yield from tree_keys(value, (*path, key))
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from tree_keys(value, (*path, str(number)))
 
 
 READERS: dict[str, Callable[[str, str], Any]] = {
