@@ -75,19 +75,21 @@ def put_back(folder, state):
 
 
 def states_of(folder, body):
-    """The different states of a folder while `body` runs, with each temporary file once whole and once in half."""
-    states = []
+    """The different states of a folder while `body` runs; what was opened to be written is also there in half."""
+    states, before = [], [""]
 
     def add(state):
         if state not in states:
             states.append(state)
 
-    def look(_):
-        state = state_of(folder)
+    def look(label):
+        state, previous = state_of(folder), states[-1] if states else {}
         for name, content in state.items():
-            if content and ".tmp" in name and name not in (states[-1] if states else {}):
+            in_place = ".tmp" in name or before[0] == f"open {short(name)}"
+            if content and in_place and content != previous.get(name):
                 add({**state, name: content[: len(content) // 2]})
         add(state)
+        before[0] = label
 
     with before_each_write(look):
         body()
