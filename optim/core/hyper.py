@@ -103,7 +103,7 @@ def one_element(factory: Callable, name: str, value: Any) -> Any:
         return value
     if value.numel() != 1:
         raise ValueError(f"{factory.__name__}: {name} is a tensor of shape {tuple(value.shape)}; give one number")
-    return value.view(())
+    return value.view(()) if value.ndim else value
 
 
 def descriptions(factory: Callable) -> dict[str, str]:
