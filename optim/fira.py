@@ -96,9 +96,8 @@ def residual_norms(grad: Tensor, small: Tensor, length: Tensor, beta: float, sub
     """|G - beta up(R)| of each channel, by |G| and `length` = |R| alone where the basis is orthonormal to rounding."""
     dim = int(keeps_rows(small, grad))
     if getattr(subspace, "orthonormal", False) and grad.dtype == wide(grad.dtype):
-        whole = norms(grad, dim)
-        squared = whole.square().sub_(length.square(), alpha=2 * beta - beta**2)
-        return torch.where(squared.isfinite(), squared.clamp(min=0).sqrt_(), whole)  # 1e20 has no square in fp32
+        squared = norms(grad, dim).square_().sub_(length.square(), alpha=2 * beta - beta**2)
+        return squared.clamp_(min=0).sqrt_()
     residual = grad.clone()
     add_up(residual, small, subspace, basis, -beta)
     return norms(residual, dim)

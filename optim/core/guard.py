@@ -46,6 +46,7 @@ def with_numbers(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
+@torch.compiler.disable  # a trace would break at each tensor
 def check(
     method: Any,
     parts: Sequence[str | Fragment],
@@ -88,19 +89,22 @@ def check_tensor(method: Any, name: str, weight: Tensor, state: State, group: di
     for key, value in state.items():
         if isinstance(value, Tensor) and value.ndim:
             refuse_place(name, key, weight, value)
+    settle(state, fitting_spec(method, name, weight, state, group), casts=last[2] != weight.dtype)
+
+
+def fitting_spec(method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> Spec:
+    """What the state of a tensor must be; ValueError unless it is, dtypes apart."""
+    if "max_exp_avg_sq" in state:
+        raise ValueError(f"{name}: the state is one of amsgrad=True, which no method here has; save one without it")
     method.check_kind(name, weight, state, group)
-    spec = spec_of(method, name, weight, state, group)
-    check_state(name, weight, state, spec)
-    settle(state, spec, casts=last[2] != weight.dtype)
-
-
-def spec_of(method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> Spec:
     try:
-        return method.state_spec(tuple(weight.shape), weight.dtype, state, group)
+        spec = method.state_spec(tuple(weight.shape), weight.dtype, state, group)
     except NotImplementedError:  # a method of one's own that declares nothing
         return {}
     except ValueError as error:
         raise ValueError(f"{name}: {error}; {REMEDY}") from None
+    check_state(name, weight, state, spec)
+    return spec
 
 
 def check_fragment(fragment: Fragment, weight: Tensor, state: State) -> None:
@@ -120,8 +124,6 @@ def check_fragment(fragment: Fragment, weight: Tensor, state: State) -> None:
 
 def check_state(name: str, weight: Tensor, state: State, spec: Spec) -> None:
     """ValueError unless the state has the shapes of `spec`, and moments of this kind."""
-    if "max_exp_avg_sq" in state:
-        raise ValueError(f"{name}: the state is one of amsgrad=True, which no method here has; save one without it")
     kept = [key for key in MOMENT_NAMES if key in state]
     wanted = [key for key in MOMENT_NAMES if key in spec]
     lacks = [key for key in wanted if key not in kept]

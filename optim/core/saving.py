@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
 from thriftlab.optim.core.groups import match_groups
-from thriftlab.optim.core.guard import check_state, settle, spec_of
+from thriftlab.optim.core.guard import fitting_spec, settle
 from thriftlab.optim.core.sharded import states_here
 from thriftlab.optim.state.keys import State
 
@@ -98,10 +98,7 @@ def restored(optimizer: Any, name: str, p: Tensor, saved: dict[str, Any], group:
     state = {key: copied(value, p) for key, value in saved.items()}
     if is_cut(p, state):
         return state
-    optimizer.check_kind(name, p, state, group)
-    spec = spec_of(optimizer, name, p, state, group)
-    check_state(name, p, state, spec)
-    settle(state, spec, casts=True)
+    settle(state, fitting_spec(optimizer, name, p, state, group), casts=True)
     return state
 
 

@@ -20,6 +20,7 @@ from tests.tools.manners import (
     weights,
 )
 from thriftlab.optim import AdamW
+from thriftlab.optim.core.projected import growth_limit
 
 
 @every_kind
@@ -195,6 +196,13 @@ def test_foreign_loops(data):
             assert refused in names
             optimizer.state[params[refused]].clear()
         assert all(q.isfinite().all() for q in params.values())
+
+
+def test_a_norm_beyond_the_largest_number_leaves_no_trace_in_the_limiter():
+    state, limits = {}, []
+    for norm in (1.0, torch.inf, 1.0, 4.0):
+        limits.append(growth_limit(torch.tensor(norm), state, gamma=2.0).item())
+    assert limits == [1.0, torch.inf, 1.0, pytest.approx(2.0)] and state["limiter"] == pytest.approx(2.0)
 
 
 def test_moments_with_gaps_are_no_walk_over_memory():

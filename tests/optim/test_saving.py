@@ -103,6 +103,9 @@ def test_the_state_of_torchs_adamw_is_read_or_refused_with_the_reason(kind):
         if amsgrad:
             with pytest.raises(ValueError, match="amsgrad"):
                 optimizer.load_state_dict(saved)
+            del saved["param_groups"][0]["amsgrad"]
+            with pytest.raises(ValueError, match="^0: .*amsgrad"):
+                optimizer.load_state_dict(saved)
         elif {"exp_avg", "exp_avg_sq", "step"} == keeps.keys() or not keeps:
             optimizer.load_state_dict(saved)
             train(model, optimizer, [3])
