@@ -177,9 +177,9 @@ def dealt_out(piece: Tensor, shape: tuple[int, ...], p: DTensor) -> DTensor:
     return as_dtensor(whole[start:stop].clone(), shape, p)
 
 
-def is_idle(saved: State) -> bool:
-    """Whether it is what `shown` says of a block without moments."""
-    start = saved.get("start")
+def is_idle(saved: Any) -> bool:
+    """Whether it is what `shown` says of a block without moments, and not a user's own entry."""
+    start = saved.get("start") if isinstance(saved, dict) else None
     return isinstance(start, Tensor) and int(start) == IDLE
 
 
