@@ -178,7 +178,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[Row]:
                 for number, text in enumerate(column.to_pylist(), number + 1):  # noqa: B020
                     yield f":{number}", _field({text_key: text}, text_key, f"{file}, row {number}"), {}
     except (ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
+        raise DataError(f"{file}: not a readable parquet file ({_one_line(error)}); fetch it again") from None
 
 
 def _huggingface(specification: str, text_key: str, streaming: bool) -> Iterator[Row]:
@@ -197,7 +197,7 @@ def _huggingface(specification: str, text_key: str, streaming: bool) -> Iterator
         raise
     except Exception as error:  # a library over a network raises whatever its parts raise
         raise DataError(
-            f"hf:{specification}: Hugging Face `datasets` cannot read it ({type(error).__name__}: {error}); "
+            f"hf:{specification}: Hugging Face `datasets` cannot read it ({type(error).__name__}: {_one_line(error)}); "
             "the form is hf:NAME[:CONFIG[:SPLIT]], the split is `train` unless given, and the hub needs a network"
         ) from error
 
@@ -229,6 +229,10 @@ def _field(row: Any, key: str, where: str) -> str:
     if len(raw) > streams.LARGEST:
         raise streams.too_large(where)
     return text
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _missing(where: str, key: str, keys: Iterable[str]) -> str:

@@ -50,6 +50,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("damage")
 
 
+def test_what_a_library_says_over_several_lines_becomes_one(tmp_path):
+    data = bytearray(TABLES[0])
+    data[-30:-8] = b"\xff" * 22  # of the footer, at which thrift ends its message with a new line
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(DataError, match="a.parquet: not a readable parquet file .*thrift.*fetch it again$") as caught:
+        list(read(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 @settings(
     max_examples=250, derandomize=True, database=None, deadline=5000, suppress_health_check=[HealthCheck.too_slow]
 )

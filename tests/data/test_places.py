@@ -12,6 +12,7 @@ from thriftlab.data.errors import DataError
 from thriftlab.data.prepare import Input, PrepareConfig, prepare
 from thriftlab.data.prepare import pipeline as module
 from thriftlab.data.shards import open_dataset
+from thriftlab.data.workspace import workspace
 
 SMALL = "synthetic:documents=12,words=20"
 
@@ -173,6 +174,8 @@ def test_every_prefix_of_the_writes_is_a_state_that_the_same_command_goes_on_fro
             prepare(settings)
         if settings.out.exists() and any(settings.out.iterdir()):
             assert content(settings.out) in (old, expected), "whole, or not there"
+        with workspace(settings.out):
+            assert before != "another" or content(settings.out) in (old, expected), "what was there is not lost"
         prepare(settings)
         assert content(settings.out) == expected
         assert set(os.listdir(tmp_path / "work")) <= {"out", "real"}

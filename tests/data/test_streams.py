@@ -78,17 +78,17 @@ def long_line(size):
     return json.dumps({"text": "word " * (size // 5)}).encode() + b"\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
-def test_the_cost_of_a_long_line_is_linear(tmp_path, name):
+def test_the_cost_of_a_long_line_is_linear(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(streams, "CHUNK", 256)  # so that copying what is held at every chunk would take minutes
     seconds = []
-    for size in (1 << 21, 1 << 24):
+    for size in (1 << 19, 1 << 22):
         (tmp_path / name).write_bytes(long_line(size).lstrip(b"{" if name == "a.txt" else b""))
         started = time.process_time()
         (text,) = texts(tmp_path)
         seconds.append(time.process_time() - started)
         assert len(text) >= size - 5
-    assert seconds[1] < 30 * seconds[0] + 0.2, "eight times the bytes; the square would be 64 times the seconds"
+    assert seconds[1] < 24 * seconds[0] + 0.3, "eight times the bytes; the square would be 64 times the seconds"
 
 
 @pytest.mark.parametrize("name, pack", [
