@@ -97,9 +97,12 @@ def test_a_rank_that_never_comes_is_named(monkeypatch):
 def meet_twice(word):
     """The word of a start, after a dead one has left its keys in the same store."""
     host = torch.distributed.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=os.environ["RANK"] == "0")
-    for rank in range(2):
-        host.set(f"hello/{rank}", f"dead {rank}")
-        host.set(f"welcome/dead {rank}", "dead")
+    if os.environ["RANK"] == "0":
+        for rank in range(2):
+            host.set(f"hello/{rank}", f"dead {rank}")
+            host.set(f"welcome/dead {rank}", "dead")
+        host.set("all dead", "")
+    host.wait(["all dead"])  # else the last of the dead might write over a hello of the living
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     store = rendezvous.meet(int(os.environ["RANK"]), 2)
     store.set(f"{word}/{os.environ['RANK']}", os.environ["RANK"])
