@@ -95,7 +95,7 @@ class Written(TypedDict):
     tokenizer: TokenizerEntry
     dtype: Literal["uint16", "uint32"]
     sources: dict[SourceName, Source]
-    drops: dict[str, int]
+    drops: NotRequired[dict[str, int]]
     made: NotRequired[Manifest]
 
 

@@ -67,7 +67,7 @@ class Summary:
             for name, reasons in self.manifest["made"].get("passed_over", {}).items()
             for reason, tally in reasons.items()
         ]
-        drops = [f"{count:,} {reason}" for reason, count in self.manifest["drops"].items() if count]
+        drops = [f"{count:,} {reason}" for reason, count in self.manifest.get("drops", {}).items() if count]
         tokenizer = self.manifest["tokenizer"]
         foot = [
             f"dropped documents: {', '.join(drops) or 'none'}",

@@ -80,7 +80,9 @@ def model_of(factory: Callable, name: str, base: type[Model] = BaseModel) -> typ
 def check(factory: Callable, values: dict[str, Any]) -> dict[str, Any]:
     """The hyper-parameters among `values`, validated; ValueError names the hyper-parameter and its bound."""
     model = _constructor_model(factory)
-    known = {name: one_element(factory, name, v) for name, v in values.items() if name in model.model_fields}
+    fields = model.model_fields
+    given = {name: value for name, value in values.items() if name in fields}
+    known = {name: one_element(factory, name, fields[name].annotation, value) for name, value in given.items()}
     try:
         checked = model(**known)
     except ValidationError as error:
@@ -95,11 +97,11 @@ def has_tensors(value: Any) -> bool:
     return isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value)
 
 
-def one_element(factory: Callable, name: str, value: Any) -> Any:
-    """The value, a tensor of one element as a 0-dim view of it; ValueError for one of more."""
+def one_element(factory: Callable, name: str, kind: Any, value: Any) -> Any:
+    """The value, a tensor of one element as a 0-dim view of it; ValueError for one of more in the place of a number."""
     if has_tensors(value):
-        return tuple(one_element(factory, name, item) for item in value)
-    if not isinstance(value, Tensor):
+        return tuple(one_element(factory, name, kind, item) for item in value)
+    if not isinstance(value, Tensor) or (Tensor in get_args(kind) and float not in get_args(kind)):  # a choice itself
         return value
     if value.numel() != 1:
         raise ValueError(f"{factory.__name__}: {name} is a tensor of shape {tuple(value.shape)}; give one number")

@@ -397,7 +397,7 @@ def whole_run(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer, words", [("relora", "change whole weights between steps"), ("lora", "trains every")])
+@pytest.mark.parametrize("layer, words", [("relora", "change whole weights between steps"), ("lora", "train every")])
 def test_sharded_weights_are_refused_before_training(tiny_data, tmp_path, layer, words):
     config = tiny_config(
         tiny_data, tmp_path / "out", layer={"name": layer, "rank": 4}, backend={"name": "deepspeed", "stage": 1}

@@ -120,7 +120,7 @@ def test_paths_without_anything_to_expand_stay():
 
 
 def test_a_folder_that_cannot_be_written_in():
-    with pytest.raises(UserError, match="nothing can be written in the folder /proc/x: .*; choose another one"):
+    with pytest.raises(UserError, match="/proc/x cannot be written .*choose another folder"):
         make_folder(Path("/proc/x"))
     with pytest.raises(UserError, match="/proc/self"):
         make_folder(Path("/proc/self"))
