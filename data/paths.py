@@ -11,15 +11,28 @@ from thriftlab.data.errors import ConfigError
 
 
 def expanded(path: str) -> str:
-    """The path with `~`, `~NAME`, `$NAME` and `${NAME}` replaced. ValueError for one that nothing is known of."""
-    full = os.path.expandvars(os.path.expanduser(path))
+    """The path with `~`, `~NAME`, `$NAME` and `${NAME}` replaced. ValueError for one that nothing is known of.
+
+    A folder that has such a name stays what it is: a path is expanded more than once, here and where a job reads it.
+    """
+    full = os.path.expanduser(path)
+    full = full if has_such_a_folder(full) else os.path.expandvars(full)
     if "\0" in full:
         raise ValueError("a path has no NUL character")
     if full.startswith("~"):
         raise ValueError(f"there is no home folder {full.split('/')[0]}; write the path in full, or ./~ for that name")
-    if unknown := re.search(r"\$(\w+|\{\w+\})", full):
+    if (unknown := re.search(r"\$(\w+|\{\w+\})", full)) and not has_such_a_folder(full):
         raise ValueError(f"{unknown[0]} is not set in the environment; set it, or write the path in full")
     return full
+
+
+def has_such_a_folder(path: str) -> bool:
+    """Whether a path with a "$" is there, up to the last part that has one."""
+    if "\0" in path or "$" not in path:
+        return False
+    parts = Path(path).parts
+    last = max(i for i, part in enumerate(parts) if "$" in part)
+    return Path(*parts[: last + 1]).exists()
 
 
 def expanded_text(value: object) -> object:

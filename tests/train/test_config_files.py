@@ -119,6 +119,14 @@ def test_paths_without_anything_to_expand_stay():
         assert expanded(path) == path
 
 
+def test_a_folder_with_a_dollar_in_its_name_stays_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("lab", "elsewhere")
+    out = f"{tmp_path}/100% $lab/runs"
+    assert expanded(out) == f"{tmp_path}/100% elsewhere/runs"
+    (tmp_path / "100% $lab").mkdir()
+    assert expanded(out) == expanded(expanded(out)) == out
+
+
 def test_a_folder_that_cannot_be_written_in():
     with pytest.raises(UserError, match="/proc/x cannot be written .*choose another folder"):
         make_folder(Path("/proc/x"))

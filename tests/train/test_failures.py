@@ -87,11 +87,9 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
 
 
 def test_a_rank_that_never_comes_is_named(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(gang.free_port()))
     monkeypatch.setattr(rendezvous.distributed_c10d, "default_pg_timeout", timedelta(seconds=0.5))
     with pytest.raises(rendezvous.LostRank, match="rank 1 and rank 2 did not start within backend.timeout"):
-        rendezvous.meet(0, 3)
+        rendezvous.meet("127.0.0.1", gang.free_port(), 0, 3)
 
 
 def meet_twice(word):
@@ -104,7 +102,7 @@ def meet_twice(word):
         host.set("all dead", "")
     host.wait(["all dead"])  # else the last of the dead might write over a hello of the living
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    store = rendezvous.meet(int(os.environ["RANK"]), 2)
+    store = rendezvous.meet("127.0.0.1", int(os.environ["MASTER_PORT"]), int(os.environ["RANK"]), 2)
     store.set(f"{word}/{os.environ['RANK']}", os.environ["RANK"])
     met = [store.get(f"{word}/{rank}") for rank in range(2)]
     store.set(f"{word}/{os.environ['RANK']} has read", "")
