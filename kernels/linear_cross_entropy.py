@@ -55,9 +55,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         for rows in blocks(hidden, weight):
             log_probs = log_probabilities(hidden[rows], head)
             losses.append(-log_probs.gather(1, labels[rows])[:, 0])
-            budget -= (
-                log_probs.numel() * log_probs.element_size()
-            )  # nbytes is not for sizes that the compiler does not fix
+            # not nbytes, which torch.compile does not know of tensors whose sizes vary
+            budget -= log_probs.numel() * log_probs.element_size()
             if budget >= 0:
                 kept.append(log_probs)
         ctx.save_for_backward(hidden, weight, targets, *kept)
