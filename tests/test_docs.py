@@ -153,3 +153,12 @@ def test_folders_md_names_all_that_a_run_writes(tiny_data, tmp_path):
     assert {key for key in record if f"`{key}`" not in text} == set()
     files = {path.name for folder in (tmp_path / "out", tiny_data) for path in folder.rglob("*") if path.is_file()}
     assert {name for name in files - {"code.diff"} if f"{name}`" not in text} == set()
+
+
+def test_the_life_of_a_step_names_functions_where_they_are():
+    page = (ROOT / "docs" / "life-of-a-step.md").read_text()
+    hops = re.findall(r"((?:`[\w.]+`(?:, then |, | and )?)+) in\s+`([\w/]+\.py)`", page)
+    named = [(name.split(".")[-1], file) for names, file in hops for name in re.findall(r"`([\w.]+)`", names)]
+    assert len(named) > 60
+    for name, file in named:
+        assert re.search(rf"\b(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(), re.M), f"{name} is not in {file}"
