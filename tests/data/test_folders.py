@@ -119,9 +119,9 @@ def test_a_folder_that_may_not_be_read_is_refused(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("name, data", [
-    ("SHARD.JSONL", LINES), ("a.NdJson", LINES), ("A.JSONL.GZ", gzip.compress(LINES)), ("a.Json", LINES),
+    ("SHARD.JSONL", LINES), ("a.NdJson", LINES), ("A.JSONL.GZ", gzip.compress(LINES, mtime=0)), ("a.Json", LINES),
     ("a.jsonl.zstd", zstandard.compress(LINES)), ("A.Jsonl.ZST", zstandard.compress(LINES)),
-    ("unpacked-on-the-way.jsonl", gzip.compress(LINES)), ("v1.2.jsonl", LINES),
+    ("unpacked-on-the-way.jsonl", gzip.compress(LINES, mtime=0)), ("v1.2.jsonl", LINES),
 ])  # fmt: skip
 def test_suffixes_count_without_regard_to_case(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
@@ -273,7 +273,7 @@ def test_parquet_with_bytes_that_are_no_text_names_the_row(tmp_path):
     (LINES, ["one", "two"]),
 ])  # fmt: skip
 def test_json_is_objects_or_one_array_of_them(tmp_path, data, read_as):
-    for name, packed in (("a.json", data), ("a.json.gz", gzip.compress(data))):
+    for name, packed in (("a.json", data), ("a.json.gz", gzip.compress(data, mtime=0))):
         (tmp_path / name).write_bytes(packed)
         assert texts(tmp_path / name) == read_as
         (tmp_path / name).unlink()
