@@ -7,7 +7,7 @@ as reading it; input that has gone since makes no difference, so that a prepared
 import hashlib
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -29,6 +29,11 @@ def _expand_place(path: Any) -> Any:
     return expanded(path) if isinstance(path, str) else path
 
 
+def split_commas(value: Any) -> Any:
+    """A list that was written as `a,b`; anything else as it is. For a pydantic BeforeValidator."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 class Input(BaseModel):
     """Where one source comes from."""
 
@@ -45,11 +50,68 @@ class Input(BaseModel):
         None,
         description="what the files are read as, whatever their names say; each by its suffix unless given",
     )
+    kind: Literal["text", "web"] = Field(
+        "text", description="web: the rules drop lines and documents; text: what they would drop is only counted"
+    )
 
 
-def split_commas(value: Any) -> Any:
-    """A list that was written as `a,b`; anything else as it is. For a pydantic BeforeValidator."""
-    return value.split(",") if isinstance(value, str) else value
+class Near(BaseModel):
+    """Near-duplicates: MinHash of word 5-grams and banding (near.py). Off unless a key is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bands: str | None = Field(None, description="bands x rows of the signature, as 14x8 (FineWeb's)")
+    threshold: float | None = Field(
+        None, gt=0, lt=1, description="chooses the bands that find half of the pairs of this Jaccard similarity"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "Near":
+        if self.bands and self.threshold:
+            raise ValueError("give bands or threshold, not both: a threshold chooses the bands")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.bands or self.threshold)
+
+
+class Quality(BaseModel):
+    """A classifier trained on sources that are good and sources that are not (scores/classifier.py): column `score`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    positive: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+        (), description="sources of good text, as essays,speeches"
+    )
+    negative: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field((), description="sources of bad text")
+
+    @model_validator(mode="after")
+    def _both(self) -> "Quality":
+        if bool(self.positive) != bool(self.negative) or set(self.positive) & set(self.negative):
+            raise ValueError("a classifier needs positive and negative sources, and none that is both")
+        return self
+
+
+class Perplexity(BaseModel):
+    """Nats per token under a model of text: columns `trigram` and `model`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    on: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+        (), description="sources that a trigram model is trained on (scores/trigram.py): column `trigram`"
+    )
+    run: FilePath | None = Field(None, description="folder of a finished run, whose model scores: column `model`")
+
+
+class Pools(BaseModel):
+    """Quantile pools by a score: column `pool`, 0 the lowest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: Literal["score", "trigram", "model"] | None = Field(None, description="the column that is cut into pools")
+    count: int = Field(4, ge=2, le=100, description="number of pools of equally many documents")
+    within: Literal["source", "all"] = Field("source", description="cut each source by itself, or all together")
 
 
 def _embedded() -> dict[str, Input]:
@@ -86,9 +148,25 @@ class PrepareConfig(BaseModel):
     near_duplicate: float = Field(
         0.5, gt=0, le=1, description="share of 8-word shingles in common with held-out text that bars from training"
     )
+    rules: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+        (), description="rules of web text: gopher, c4, fineweb, refinedweb, or single ones (docs/rules.md)"
+    )
+    rule: dict[str, dict[str, float]] = Field({}, description="thresholds of rules, as rule.gopher-words.least=40")
+    near: Near = Near()
+    quality: Quality = Quality()
+    perplexity: Perplexity = Perplexity()
+    pools: Pools = Pools()
     shard_tokens: int = Field(SHARD_TOKENS, ge=1, description="most tokens in a file")
     seed: int = Field(0, ge=0, lt=2**63, description="another seed holds out other documents")
+    keep_text: bool = Field(True, description="keep the text of the documents, which `thriftlab data` shows and exports")
     force: bool = Field(False, description="replace what was prepared in `out` before")
+    engine: Literal["here", "processes", "ray"] = Field(
+        "processes", description="who does the work: this process, processes of this machine, or a cluster of Ray"
+    )
+    workers: int | None = Field(None, ge=1, description="processes; as many as there are usable cores unless given")
+    piece_bytes: int = Field(
+        2**26, ge=2**10, description="bytes of text that a task reads or holds; its memory is some times that"
+    )
 
     @model_validator(mode="before")
     @classmethod
