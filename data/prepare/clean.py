@@ -58,7 +58,7 @@ def clean(work: Work, config: PrepareConfig, parts: int, number: int) -> pa.Tabl
             digest = hashlib.sha256(encoded).digest()
             if judged.reason:
                 counts.dropped(judged.stage, judged.reason, len(encoded), acted=True)
-                samples.add(judged.reason, digest, identity, text)
+                samples.add(f"{judged.stage}/{judged.reason}", digest, identity, text)
             rows.append((
                 source, int.from_bytes(digest[:8]), int.from_bytes(digest[8:16]), _point(digest, config.seed),
                 len(encoded), identity, judged.stage, judged.reason, None if judged.reason else judged.text,

@@ -220,10 +220,28 @@ def difference(made: PrepareRequest | None, asked: PrepareRequest) -> str | None
     return None
 
 
+EVERYWHERE = ("holdout", "holdout_bytes", "near_duplicate", "shard_tokens", "seed")  # in every manifest
+SINCE = ("rules", "rule", "near", "quality", "perplexity", "pools", "keep_text")  # left out where they are the default
+
+
+def settings_of_result(config: PrepareConfig) -> dict[str, Any]:
+    """What decides which tokens lie in the folder, without the inputs and the tokenizer."""
+    given = config.model_dump(mode="json", include=set(EVERYWHERE))
+    return given | {key: value for key, value in _since(config).items() if key != "keep_text"}
+
+
+def _since(config: PrepareConfig) -> dict[str, Any]:
+    """The settings that older folders do not have, so that those stay what they are."""
+    return config.model_dump(mode="json", include=set(SINCE), exclude_defaults=True)
+
+
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude={"out", "force", "inputs", "recipe", "leave_out", "downloads"})
+    settings = config.model_dump(mode="json", include={*EVERYWHERE, "tokenizer"}) | _since(config)
     for name, source in config.inputs.items():
-        settings |= {f"inputs.{name}.{key}": value for key, value in source.model_dump(exclude_none=True).items()}
+        given = source.model_dump(exclude_none=True)
+        if source.kind == "text":
+            del given["kind"]
+        settings |= {f"inputs.{name}.{key}": value for key, value in given.items()}
     return settings
 
 
