@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from thriftlab.data.cores import usable_cores
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, write_json, writing
 from thriftlab.train.backends.environment import OF_RANKS
@@ -122,16 +123,6 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return named[:count] or [str(i) for i in range(count)]
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; a container's quota counts."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or no quota: "max"
-        return cores
 
 
 # ---------------------------------------------------------------------------------------------------------- running
