@@ -60,7 +60,7 @@ def clean(work: Work, config: PrepareConfig, parts: int, number: int) -> pa.Tabl
                 counts.dropped(judged.stage, judged.reason, len(encoded), acted=True)
                 samples.add(f"{judged.stage}/{judged.reason}", digest, identity, text)
             rows.append((
-                source, int.from_bytes(digest[:8]), int.from_bytes(digest[8:16]), _point(digest, config.seed),
+                source, int.from_bytes(digest[:8]), int.from_bytes(digest[8:16]), point(digest, config.seed),
                 len(encoded), identity, judged.stage, judged.reason, None if judged.reason else judged.text,
             ))  # fmt: skip
         if not found:
@@ -100,7 +100,7 @@ def _rules(config: PrepareConfig) -> Rules | None:
     return _built(config.rules, json.dumps(config.rule, sort_keys=True)) if config.rules else None
 
 
-def _point(digest: bytes, seed: int) -> int:
+def point(digest: bytes, seed: int) -> int:
     """A uniform number in [0, 2^64) for the sha256 of a text."""
     return int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + digest).digest()[:8], "little")
 

@@ -4,7 +4,7 @@ Files of parquet under `documents/`, one a part, in the order (source, key, id).
 number. Texts are kept of all that had one then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def _keys(table: pa.Table) -> pa.Array:
     return pa.array([f"{hi:016x}{lo:016x}" for hi, lo in pairs], pa.string())
 
 
-def _words(fate: NDArray[np.int8], names: dict[int, str | None]) -> pa.Array:
+def _words(fate: NDArray[np.int8], names: Mapping[int, str | None]) -> pa.Array:
     return pa.array([names[each] for each in fate.tolist()], pa.string())
 
 

@@ -6,7 +6,7 @@ one row for every document of the part.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,8 @@ ROWS = 4096  # documents whose texts are held as Python strings at once
 TRAIN, HELD, NEAR, LEAKS = np.int8(0), np.int8(1), np.int8(2), np.int8(3)  # what becomes of a document
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """The unfinished folder and how its documents are numbered: `starts` int64 [sources, parts + 1]."""
 
     work: Work

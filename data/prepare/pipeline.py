@@ -182,13 +182,13 @@ def _near(config: PrepareConfig, parts: Parts, engine: Engine) -> None:
 
 def _split(config: PrepareConfig, parts: Parts, engine: Engine) -> None:
     """What is held out, and what of the rest resembles it."""
-    line = partial(stages.first_in_line, parts, config.holdout, config.holdout_bytes)
-    found = list(zip(*engine.each(line, range(parts.count), "hold out"), strict=True))  # by source
-    cuts = [stages.cut(each, config.holdout_bytes) for each in found]
+    lines = engine.each(partial(stages.lines, parts, config.holdout_bytes), range(parts.count), "hold out")
+    by_source = list(zip(*lines, strict=True))
+    cuts = [stages.cut(each, config.holdout_bytes) for each in by_source]
     if not parts.work.is_finished("held"):
         parts.work.finish("held", {"counts": stages.index_held_out(parts, config.holdout, cuts)})
-    for name, held, each in zip(config.inputs, parts.work.facts("held")["counts"], found, strict=True):
-        if held and held == sum(documents for documents, *_ in each):
+    for name, held, each in zip(config.inputs, parts.work.facts("held")["counts"], by_source, strict=True):
+        if held and held == sum(line.documents for line in each):
             raise DataError(
                 f"inputs.{name}: too few documents ({held}) to hold one out and keep one; "
                 "cut the text into documents, one a file, or one a line of jsonl"

@@ -158,7 +158,7 @@ class PrepareConfig(BaseModel):
     pools: Pools = Pools()
     shard_tokens: int = Field(SHARD_TOKENS, ge=1, description="most tokens in a file")
     seed: int = Field(0, ge=0, lt=2**63, description="another seed holds out other documents")
-    keep_text: bool = Field(True, description="keep the text of the documents, which `thriftlab data` shows and exports")
+    keep_text: bool = Field(True, description="keep the text of documents, for `thriftlab data show` and `export`")
     force: bool = Field(False, description="replace what was prepared in `out` before")
     engine: Literal["here", "processes", "ray"] = Field(
         "processes", description="who does the work: this process, processes of this machine, or a cluster of Ray"

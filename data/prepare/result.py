@@ -1,7 +1,6 @@
 """What all parts together come to: the manifest, and the funnel that a reader of the report looks at."""
 
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 from thriftlab.data.corpora.readers import locate
@@ -13,7 +12,6 @@ from thriftlab.data.prepare.ledger import LEAK_REASON, NEAR_REASON
 from thriftlab.data.prepare.parts import HELD, LEAKS, NEAR, TRAIN, Parts
 from thriftlab.data.prepare.request import PrepareConfig, settings_of_result
 from thriftlab.data.prepare.stages import fates
-from thriftlab.data.prepare.work import Work
 from thriftlab.data.shards import token_dtype, write_tokenizer
 from thriftlab.data.tokens import Tokenizer
 
@@ -128,13 +126,13 @@ class Funnel:
                     "samples": [{"id": identity, "text": text} for _, identity, text in samples],
                 }  # fmt: skip
             for stage in ("empty", "rules", "exact", "near", "decontaminate"):
-                acted = [each for each in by_stage.get(stage, {}).values() if each["acted"]]
-                documents -= sum(each["count"] for each in acted)
-                size -= sum(each["bytes"] for each in acted)
+                gone = [each for each in by_stage.get(stage, {}).values() if each["acted"]]
+                documents -= sum(each["count"] for each in gone)
+                size -= sum(each["bytes"] for each in gone)
                 stages.append({"stage": stage, "documents": documents, "bytes": size})
             for split, fate in (("train", TRAIN), ("validation", HELD)):
                 stages.append({"stage": split, "documents": int(kept[s, fate, 0]), "bytes": int(kept[s, fate, 1])})
             funnel[name], reasons[name] = stages, by_stage
-        return {"funnel": funnel, "reasons": reasons, "edits": {n: dict(e) for n, e in zip(self.names, self.edits)}}
+        return {"funnel": funnel, "reasons": reasons, "edits": dict(zip(self.names, map(dict, self.edits), strict=True))}
 
 

@@ -4,6 +4,9 @@ Every function takes the number of a part, reads what earlier ones left, writes 
 its facts are there; none knows how many others run beside it.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -49,37 +52,46 @@ def merge_near(parts: Parts) -> None:
 # --- holding out -----------------------------------------------------------------------------------------------------
 
 
-def first_in_line(parts: Parts, share: float, minimum: int, part: int) -> list[tuple[int, int, list[list[int]]]]:
-    """Of each source: documents, bytes, and [point, bytes] of those next in line to be held out, as far as it matters.
+class Line(NamedTuple):
+    """Some documents of a source, and those that are next in line to be held out: [point, bytes] each, by point."""
 
-    That is until `minimum` bytes are reached, as if the part were all of the source.
-    """
+    documents: int
+    bytes: int
+    first: list[list[int]]
+
+
+def lines(parts: Parts, minimum: int, part: int) -> list[Line]:
+    """Of each source, the documents of a part that are left."""
     table = parts.table(part)
-    points, sizes = table["point"].to_numpy(), table["bytes"].to_numpy().astype(np.int64)
+    points, sizes = table["point"].to_numpy(), table["bytes"].to_numpy()
     left = parts.duplicates(part) == parts.numbers(part)
-    rows, found = parts.rows(part), []
-    for first, last in zip(rows[:-1], rows[1:], strict=True):
-        point, size = points[first:last][left[first:last]], sizes[first:last][left[first:last]]
-        line = np.argsort(point)
-        enough = np.searchsorted(np.cumsum(size[line]), minimum) + 1
-        head = line[:enough]
-        found.append((len(point), int(size.sum()), np.stack([point[head], size[head].view(np.uint64)], 1).tolist()))
-    return found
+    rows = parts.rows(part)
+    return [
+        line(points[a:b][left[a:b]], sizes[a:b][left[a:b]], minimum) for a, b in zip(rows[:-1], rows[1:], strict=True)
+    ]
 
 
-def cut(found: list[tuple[int, int, list[list[int]]]], minimum: int) -> int:
-    """The largest point that is held out for the sake of `minimum` bytes; `found` is of one source, by part.
+def line(points: NDArray[np.uint64], sizes: NDArray[np.int32], minimum: int) -> Line:
+    """As far as it can matter: until `minimum` bytes are reached, as if these were all documents of the source."""
+    order = np.argsort(points)
+    enough = np.searchsorted(np.cumsum(sizes[order], dtype=np.int64), minimum) + 1
+    first = order[:enough]
+    rows = zip(points[first].tolist(), sizes[first].tolist(), strict=True)
+    return Line(len(points), int(sizes.sum(dtype=np.int64)), [list(row) for row in rows])
+
+
+def cut(found: Sequence[Line], minimum: int) -> int:
+    """The largest point that is held out for the sake of `minimum` bytes, given all parts of one source.
 
     The minimum stops at a fifth of the source; one document is always held out.
     """
-    documents, total = sum(each[0] for each in found), sum(each[1] for each in found)
-    if not documents:
+    first = sorted(row for each in found for row in each.first)
+    if not first:
         return 0
-    line = np.array(sorted(row for each in found for row in each[2]), np.uint64)
-    held = np.cumsum(line[:, 1].astype(np.int64))  # bytes of each document and of those before it
+    held = np.cumsum([size for _, size in first])  # bytes of each document and of those before it
     enough = int(np.searchsorted(held, minimum)) + 1
-    most = int(np.searchsorted(held, MOST * total, "right"))
-    return int(line[max(1, min(enough, most)) - 1, 0])
+    most = int(np.searchsorted(held, MOST * sum(each.bytes for each in found), "right"))
+    return first[max(1, min(enough, most)) - 1][0]
 
 
 def is_held(points: NDArray[np.uint64], share: float, last: int) -> NDArray[np.bool_]:
@@ -93,7 +105,7 @@ def index_held_out(parts: Parts, share: float, cuts: list[int]) -> list[int]:
     """Leaves the index of all held-out documents; returns how many each source has."""
     counts = np.zeros(len(cuts), np.int64)
 
-    def held():
+    def held() -> Iterator[str]:
         for part in range(parts.count):
             table, chosen = parts.table(part), _held(parts, share, cuts, part)
             rows = parts.rows(part)
@@ -140,7 +152,7 @@ def fates(parts: Parts) -> NDArray[np.int64]:
     return np.sum([facts["fates"] for facts in parts.work.all_facts("fate", parts.count)], axis=0, dtype=np.int64)
 
 
-def training_texts(parts: Parts):
+def training_texts(parts: Parts) -> Iterator[str]:
     """All texts that are trained on, source by source as `starts` has them, for a tokenizer."""
     for part in range(parts.count):
         for _, found in texts(parts.table(part), np.asarray(parts.array("fate", part)) == TRAIN):

@@ -16,7 +16,7 @@ from thriftlab.data.manifest import file_sha256
 from thriftlab.data.prepare.parts import HELD, TRAIN, Parts, texts
 from thriftlab.data.prepare.work import putting, write_array
 from thriftlab.data.shards import token_dtype
-from thriftlab.data.tokens import Tokenizer, encode_document, read_bpe, load_tokenizer
+from thriftlab.data.tokens import Tokenizer, encode_document, load_tokenizer, read_bpe
 
 SPLITS = {"train": TRAIN, "validation": HELD}
 

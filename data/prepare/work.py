@@ -74,9 +74,10 @@ def putting(file: Path) -> Iterator[Path]:
 def write_table(file: Path, table: pa.Table) -> None:
     """As one batch, so that it is read back as one."""
     batches = table.combine_chunks().to_batches()
-    with putting(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-        for batch in batches:
-            out.write_batch(batch)
+    with putting(file) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
 
 
 def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
