@@ -54,7 +54,10 @@ def write_result(
         "dtype": token_dtype(tokenizer.vocab_size),
         "sources": sources,
         "prepare": settings_of_result(config),
-        "drops": dict(sum((Counter(each) for each in funnel.drops), Counter({EMPTY: 0, EXACT: 0, LEAK_REASON: 0}))),
+        "drops": {
+            reason: sum(each.get(reason, 0) for each in funnel.drops)
+            for reason in dict.fromkeys(reason for each in funnel.drops for reason in each)
+        },
         "made": made | {"files": {file.relative_to(out).as_posix(): file_sha256(file) for file in files}},
     }
     write_manifest(out, manifest)

@@ -350,10 +350,10 @@ def test_what_a_killed_process_left_does_not_get_into_the_folder(tmp_path):
     (tmp_path / ".out.partial" / "web").mkdir(parents=True)
     (tmp_path / ".out.partial" / "web" / "train-00099.bin").write_text("of another preparation")
     names = {file.name for file in listing(prepare(config(tmp_path / "out")).path)}
-    assert "manifest.json" in names and "train-00099.bin" not in names and not any("spool" in name for name in names)
+    assert "manifest.json" in names and "train-00099.bin" not in names and "plan.json" not in names
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failure_leaves_nothing_behind_and_a_full_disk_what_is_done(tmp_path, monkeypatch):
     lines = write_lines(tmp_path / "a.jsonl", generate(20, 20))
     lines.write_text(lines.read_text() + "{")
     with pytest.raises(DataError, match="line 21"):
@@ -362,10 +362,15 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_shards", full)
-    with pytest.raises(DataError, match="out: cannot be made.*No space left"):
-        prepare(config(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["a.jsonl"]
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="out: cannot be made.*No space left.*goes on"):
+        patch.setattr(tokenize, "write_array", full)
+        prepare(config(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == [".out.partial", "a.jsonl"], "what is done is kept for the next attempt"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "clean", lambda *given: pytest.fail("the corpus was read again"))
+        prepare(config(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
