@@ -21,7 +21,8 @@ from thriftlab.data.prepare.workers import Pool
 
 __all__ = ["Engine", "Here", "Processes", "open_engine", "versions"]
 
-Item, T = TypeVar("Item"), TypeVar("T")
+Item = TypeVar("Item")
+T = TypeVar("T")
 Name = Literal["here", "processes", "ray"]
 
 

@@ -44,7 +44,8 @@ class Pool:
                     busy[worker.pipe] = worker, waiting[0]
                     worker.give(code, items[waiting.popleft()])
                 for pipe in wait([*busy]):
-                    worker, i = busy.pop(pipe)  # type: ignore[index]
+                    assert isinstance(pipe, Connection)
+                    worker, i = busy.pop(pipe)
                     try:
                         done, result = worker.answer()
                     except WorkerKilled as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from thriftlab.data.errors import DataError
+
 ROWS = pa.schema([("part", pa.int32()), ("number", pa.int64()), ("text", pa.string())])
 
 
@@ -43,3 +45,7 @@ def killed_at(f, at, marks, item, *rest):
 
 def contents(folder):
     return {path.name: path.read_text() for path in sorted(folder.iterdir())}
+
+
+def fail(number):
+    raise DataError(f"document {number} is bad; mend it") if number == 1 else KeyError(number)
