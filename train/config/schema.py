@@ -16,13 +16,14 @@ from pydantic import AfterValidator, BaseModel, Field, SerializerFunctionWrapHan
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.paths import FilePath
+from thriftlab.data.plugins import plugin_sha256
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.backends.device import Device
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
-from thriftlab.train.config.choice import Choice, Plugin, Registry, Section, plugin_sha256
+from thriftlab.train.config.choice import Choice, Plugin, Registry, Section
 from thriftlab.train.config.help import is_model
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.signals import SIGNALS
