@@ -60,7 +60,9 @@ def _scored(source: Manifest) -> Manifest:
     shards = [*source["train"]["shards"], *source["validation"]["shards"]]
     needed = {"scores_file", "scores_sha256"} if source.get("columns") else set()
     if any(needed != {"scores_file", "scores_sha256"} & shard.keys() for shard in shards):
-        raise ValueError("columns: every shard has scores_file and scores_sha256 where there are columns, and only there")
+        raise ValueError(
+            "columns: every shard has scores_file and scores_sha256 where there are columns, and only there"
+        )
     return source
 
 
@@ -180,6 +182,8 @@ def _expected(manifest: Manifest) -> dict[str, tuple[str, int | None]]:
     """File -> (sha256, size in bytes where the manifest implies it)."""
     width = np.dtype(manifest["dtype"]).itemsize
     files: dict[str, tuple[str, int | None]] = {}
+    for file, sha256 in manifest.get("made", {}).get("documents", {}).items():
+        files[file] = (sha256, None)
     if file := manifest["tokenizer"].get("file"):
         files[file] = (manifest["tokenizer"]["sha256"], None)
     for source in manifest["sources"].values():

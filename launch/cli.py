@@ -142,7 +142,12 @@ def prepare(argv: list[str]) -> None:
     from thriftlab.data.prepare.pipeline import PrepareConfig, prepare
     from thriftlab.train.config.parse import load
 
-    print(prepare(load(PrepareConfig, argv)))
+    config, model = load(PrepareConfig, argv), None
+    if config.perplexity.run is not None:
+        from thriftlab.train.score_documents import scorer
+
+        model = scorer(Path(config.perplexity.run))
+    print(prepare(config, model))
 
 
 @command(

@@ -85,7 +85,7 @@ Row = tuple[str, str, dict[str, Any]]  # id, text, metadata
 
 
 class Part(NamedTuple):
-    """Bytes `start` to `stop` of lines of JSON, or row groups of parquet; `first` is the number of its first document."""
+    """Bytes `start` to `stop` of lines of JSON, or row groups of parquet; `first`: the number of its first document."""
 
     start: int
     stop: int

@@ -7,7 +7,6 @@ order, is a function of the set of documents: neither files nor their order nor 
 
 import hashlib
 from collections import Counter, defaultdict
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from thriftlab.data.corpora.readers import normalise
 from thriftlab.data.prepare.pieces import documents, read_piece
 from thriftlab.data.prepare.request import PrepareConfig
-from thriftlab.data.prepare.rules import Rules, chosen
+from thriftlab.data.prepare.rules import Rules
 from thriftlab.data.prepare.work import Work, write_table
 
 EMPTY, EXACT = "empty", "exact duplicate"
@@ -40,11 +39,11 @@ class Judged(NamedTuple):
     reason: str | None
 
 
-def clean(work: Work, config: PrepareConfig, parts: int, number: int) -> pa.Table:
+def clean(work: Work, config: PrepareConfig, rules: Rules | None, parts: int, number: int) -> pa.Table:
     """A piece of the input: its documents with their keys; what is dropped comes without its text."""
     source, units = read_piece(work, number)
     name = list(config.inputs)[source]
-    acting, rules = config.inputs[name].kind == "web", _rules(config)
+    acting = config.inputs[name].kind == "web"
     counts, samples, rows = Counts(), Samples(), []
     empty_files = []
     for unit in units:
@@ -85,19 +84,6 @@ def _judge(text: str, rules: Rules | None, acting: bool, counts: "Counts") -> Ju
     if not cleaned.reason and not cleaned.text.strip():
         return Judged(text, "rules", "nothing left by line rules")
     return Judged(cleaned.text if not cleaned.reason else text, "rules" if cleaned.reason else None, cleaned.reason)
-
-
-@lru_cache(maxsize=1)
-def _built(names: tuple[str, ...], thresholds: str) -> Rules:
-    import json
-
-    return chosen(names, json.loads(thresholds))
-
-
-def _rules(config: PrepareConfig) -> Rules | None:
-    import json
-
-    return _built(config.rules, json.dumps(config.rule, sort_keys=True)) if config.rules else None
 
 
 def point(digest: bytes, seed: int) -> int:

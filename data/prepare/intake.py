@@ -39,7 +39,9 @@ def cut(config: PrepareConfig, work: Work, engine: Engine) -> dict[str, Passed]:
     found: list[list[Unit | None]] = []  # by source; None: to be landed as a whole
     for name, source in config.inputs.items():
         reader, _ = locate(source.path, source.format)
-        found.append(list(units(source, config.piece_bytes, tally(passed[name]), engine)) if reader == "files" else [None])
+        found.append(
+            list(units(source, config.piece_bytes, tally(passed[name]), engine)) if reader == "files" else [None]
+        )
     items = [
         (s, name, unit)
         for s, name in enumerate(config.inputs)

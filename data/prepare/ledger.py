@@ -30,9 +30,7 @@ LEDGER = pa.schema([
 ])  # fmt: skip
 
 
-def write_ledger(
-    parts: Parts, sources: Sequence[str], units: dict[str, int], keep_text: bool, part: int
-) -> None:
+def write_ledger(parts: Parts, sources: Sequence[str], units: dict[str, int], keep_text: bool, part: int) -> None:
     """The ledger of a part; `units`: of each column of scores, the stored integer that is 1."""
     kept, dropped = _kept(parts, units, part), _dropped(parts, units, part)
     table = pa.concat_tables([kept, dropped]).sort_by([(name, "ascending") for name in ("rank", "key", "id")])

@@ -33,6 +33,8 @@ from thriftlab.data.prepare.near import PAIRS, banding
 from thriftlab.data.prepare.parts import LEAKS, TRAIN, Parts, number
 from thriftlab.data.prepare.request import PrepareConfig, PrepareRequest, difference, request_of
 from thriftlab.data.prepare.result import check_sources, write_result
+from thriftlab.data.prepare.rules import chosen
+from thriftlab.data.prepare.scoring import Scorer, score, units
 from thriftlab.data.prepare.summary import Summary
 from thriftlab.data.prepare.work import Work
 from thriftlab.data.shards import token_dtype
@@ -40,19 +42,20 @@ from thriftlab.data.tokens import train_bpe
 from thriftlab.data.workspace import check_place, empty, install, workspace
 
 
-def prepare(config: PrepareConfig) -> Summary:
-    """Makes `config.out`, or leaves it alone if it is whole and made by the same settings from the same input.
+def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
+    """Makes `config.out`, or leaves it alone if it is whole and made with the same settings from it.
 
     Killed at any moment it leaves nothing in `out` or a whole folder (workspace.py); the same command goes on. DataError
-    says what is wrong with the input, or with what is already there, and what to do.
+    says what is wrong with the input, or with what is already there, and what to do. `model` scores texts, for
+    perplexity.run.
     """
-    request = request_of(config)
+    request = request_of(config, model)
     try:
         with workspace(config.out, resumed=True) as folder:
             if done := _already(config, request):
                 return done
             _check_place(config.out)
-            notes = _build(config, folder)
+            notes = _build(config, model, folder)
             install(folder / "out", config.out)
     except OSError as error:  # readers report their own
         raise DataError(
@@ -100,11 +103,11 @@ def _check_place(out: Path) -> None:
 # --- making it -------------------------------------------------------------------------------------------------------
 
 
-def _build(config: PrepareConfig, folder: Path) -> tuple[str, ...]:
+def _build(config: PrepareConfig, model: Scorer | None, folder: Path) -> tuple[str, ...]:
     """Everything into `folder`/out; returns notes for the user."""
     started = time.monotonic()
     packages = recipes.gather(_recipes(config), config.downloads)
-    request = request_of(config)  # again, now that packages are there
+    request = request_of(config, model)  # again, now that packages are there
     work = _begin(folder, config, request)
     name = "here" if config.engine == "processes" and config.workers is None and is_small(config) else config.engine
     with open_engine(name, config.workers, work.stages) as engine:
@@ -114,12 +117,14 @@ def _build(config: PrepareConfig, folder: Path) -> tuple[str, ...]:
         notes = check_sources(config, parts)
         if config.near.is_on:
             _near(config, parts, engine)
+        if columns := units(config):
+            score(config, parts, engine, model)
         _split(config, parts, engine)
         tokenizer = _tokenizer(config, parts)
         _each(engine, partial(tokenize.encode, parts, tokenizer), parts, "tokens", "tokenize")
-        ledger = partial(write_ledger, parts, list(config.inputs), {}, config.keep_text)
+        ledger = partial(write_ledger, parts, list(config.inputs), columns, config.keep_text)
         _each(engine, ledger, parts, "ledger", "write the ledger")
-        entries = _shards(config, parts, engine, tokenizer)
+        entries = _shards(config, parts, engine, tokenizer, len(columns))
     seconds = round(time.monotonic() - started, 1)
     made = {
         "request": request,
@@ -167,7 +172,8 @@ def _each(engine: Engine, f: Callable[[int], None], parts: Parts, names: str, wh
 def _distinct(config: PrepareConfig, work: Work, engine: Engine) -> Parts:
     plan, sources = work.facts("pieces"), len(config.inputs)
     if left := work.unfinished("unique", plan["parts"]):
-        mapper = partial(clean, work, config, plan["parts"])
+        rules = chosen(config.rules, config.rule) if config.rules else None
+        mapper = partial(clean, work, config, rules, plan["parts"])
         engine.exchange(mapper, plan["count"], partial(unique, work, sources), left, DOCUMENTS, "clean")
     return number(work, sources, plan["parts"])
 
@@ -213,18 +219,19 @@ def _tokenizer(config: PrepareConfig, parts: Parts) -> str:
     return str(file)
 
 
-def _shards(config: PrepareConfig, parts: Parts, engine: Engine, tokenizer: str) -> dict[str, Any]:
+def _shards(config: PrepareConfig, parts: Parts, engine: Engine, tokenizer: str, columns: int) -> dict[str, Any]:
     """The manifest's entries of splits, by source."""
     dtype = token_dtype(tokenize.open_tokenizer(tokenizer).vocab_size)
     sources = list(config.inputs)
     cut_up = list(tokenize.shards(parts, sources, config.shard_tokens))
-    written = engine.each(partial(tokenize.write_shard, parts, dtype, 0), cut_up, "write shards")
+    written = engine.each(partial(tokenize.write_shard, parts, dtype, columns), cut_up, "write shards")
     entries: dict[str, Any] = {name: {split: [] for split in tokenize.SPLITS} for name in sources}
     for shard, entry in zip(cut_up, written, strict=True):
         entries[shard.source][shard.split].append(entry)
     return {
         name: {
-            split: {"shards": found} | {key: sum(each[key] for each in found) for key in ("tokens", "documents", "bytes")}
+            split: {"shards": found}
+            | {key: sum(each[key] for each in found) for key in ("tokens", "documents", "bytes")}
             for split, found in splits.items()
         }
         for name, splits in entries.items()

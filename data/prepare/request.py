@@ -5,17 +5,21 @@ as reading it; input that has gone since makes no difference, so that a prepared
 """
 
 import hashlib
+import json
 import platform
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from thriftlab.data.corpora import embedded, recipes
 from thriftlab.data.corpora.folders import Format, files, formats
 from thriftlab.data.corpora.packages import DOWNLOADS
 from thriftlab.data.corpora.readers import locate
 from thriftlab.data.paths import Expanded, FilePath, expanded
+from thriftlab.data.plugins import load_plugin, plugin_sha256
+from thriftlab.data.prepare.near import banding
+from thriftlab.data.prepare.rules import chosen
 from thriftlab.data.shards import SHARD_TOKENS
 from thriftlab.data.tokens import load_tokenizer
 
@@ -114,6 +118,11 @@ class Pools(BaseModel):
     within: Literal["source", "all"] = Field("source", description="cut each source by itself, or all together")
 
 
+def run_plugin(path: str) -> str:
+    load_plugin(path)
+    return path
+
+
 def _embedded() -> dict[str, Input]:
     return {part: Input(path=f"embedded:{part}", licence=embedded.LICENCE) for part in embedded.PARTS}
 
@@ -167,6 +176,31 @@ class PrepareConfig(BaseModel):
     piece_bytes: int = Field(
         2**26, ge=2**10, description="bytes of text that a task reads or holds; its memory is some times that"
     )
+    plugins: tuple[Annotated[FilePath, AfterValidator(run_plugin)], ...] = Field(
+        (), description="Python files with rules of your own; --plugin FILE.py is the same"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> "PrepareConfig":
+        """Refuses rules, sources and columns that there are not, before anything is read."""
+        chosen(self.rules, self.rule)
+        banding(self.near.bands, self.near.threshold)
+        for key, names in (
+            ("quality.positive", self.quality.positive),
+            ("quality.negative", self.quality.negative),
+            ("perplexity.on", self.perplexity.on),
+        ):
+            if unknown := [name for name in names if name not in self.inputs]:
+                raise ValueError(f"{key}: no input {unknown[0]!r}; there is {', '.join(self.inputs)}")
+        asked = {"score": self.quality.positive, "trigram": self.perplexity.on, "model": self.perplexity.run}
+        if self.pools.by is not None and not asked[self.pools.by]:
+            needed = {
+                "score": "quality.positive and quality.negative",
+                "trigram": "perplexity.on",
+                "model": "perplexity.run",
+            }
+            raise ValueError(f"pools.by={self.pools.by}: there is no such column; set {needed[self.pools.by]}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -200,9 +234,16 @@ class PrepareConfig(BaseModel):
         raise ValueError(f"{name!r} is none of bytes, gpt2, bpe:VOCABULARY (257 or more), path of a tokenizer.json")
 
 
-def request_of(config: PrepareConfig) -> PrepareRequest:
+class About(Protocol):
+    def about(self) -> dict[str, Any]: ...
+
+
+def request_of(config: PrepareConfig, model: About | None = None) -> PrepareRequest:
     """{"settings": all that the result depends on, "content": what is known of the inputs without reading them}."""
-    return {"settings": _settings(config), "content": _content(config)}
+    content = _content(config)
+    if model:
+        content["the model of perplexity.run"] = json.dumps(model.about(), sort_keys=True)
+    return {"settings": _settings(config), "content": content}
 
 
 def difference(made: PrepareRequest | None, asked: PrepareRequest) -> str | None:
@@ -237,6 +278,8 @@ def _since(config: PrepareConfig) -> dict[str, Any]:
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", include={*EVERYWHERE, "tokenizer"}) | _since(config)
+    if config.plugins:
+        settings["plugin_sha256"] = [plugin_sha256(path) for path in config.plugins]
     for name, source in config.inputs.items():
         given = source.model_dump(exclude_none=True)
         if source.kind == "text":

@@ -11,6 +11,7 @@ from thriftlab.data.prepare.clean import EMPTY, EXACT, Samples
 from thriftlab.data.prepare.ledger import LEAK_REASON, NEAR_REASON
 from thriftlab.data.prepare.parts import HELD, LEAKS, NEAR, TRAIN, Parts
 from thriftlab.data.prepare.request import PrepareConfig, settings_of_result
+from thriftlab.data.prepare.scoring import units
 from thriftlab.data.prepare.stages import fates
 from thriftlab.data.shards import token_dtype, write_tokenizer
 from thriftlab.data.tokens import Tokenizer
@@ -48,7 +49,10 @@ def write_result(
         if not entries[name]["train"]["shards"]:
             continue
         text = {"reader": locate(source.path)[0], "text_sha256": funnel.text_sums[s]}
-        sources[name] = entries[name] | {"licence": source.licence, "provenance": text, "drops": funnel.drops[s]}
+        columns = {"columns": units(config)} if units(config) else {}
+        sources[name] = (
+            entries[name] | columns | {"licence": source.licence, "provenance": text, "drops": funnel.drops[s]}
+        )
     manifest = {
         "tokenizer": write_tokenizer(out, tokenizer),
         "dtype": token_dtype(tokenizer.vocab_size),
@@ -58,7 +62,7 @@ def write_result(
             reason: sum(each.get(reason, 0) for each in funnel.drops)
             for reason in dict.fromkeys(reason for each in funnel.drops for reason in each)
         },
-        "made": made | {"files": {file.relative_to(out).as_posix(): file_sha256(file) for file in files}},
+        "made": made | {"documents": {file.relative_to(out).as_posix(): file_sha256(file) for file in files}},
     }
     write_manifest(out, manifest)
 
@@ -136,6 +140,8 @@ class Funnel:
             for split, fate in (("train", TRAIN), ("validation", HELD)):
                 stages.append({"stage": split, "documents": int(kept[s, fate, 0]), "bytes": int(kept[s, fate, 1])})
             funnel[name], reasons[name] = stages, by_stage
-        return {"funnel": funnel, "reasons": reasons, "edits": dict(zip(self.names, map(dict, self.edits), strict=True))}
-
-
+        return {
+            "funnel": funnel,
+            "reasons": reasons,
+            "edits": dict(zip(self.names, map(dict, self.edits), strict=True)),
+        }

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from thriftlab.data.prepare.documents import Documents, open_documents
-from thriftlab.data.prepare.pipeline import Summary
+from thriftlab.data.prepare.summary import Summary
 from thriftlab.data.prepare.why import explain, find, find_text
 
 SHOWN = 3  # sources of a reason, by name

@@ -142,5 +142,3 @@ def _bytes(file: Path, start: int, count: int) -> Iterator[bytes]:
             block = source.read(min(count, 1 << 22))
             yield block
             count -= len(block)
-
-

@@ -17,7 +17,7 @@ from thriftlab.data.corpora.packages import DOWNLOADS
 from thriftlab.data.corpora.readers import Document, locate, normalise, read
 from thriftlab.data.errors import DataError
 from thriftlab.data.prepare.documents import Documents, Row
-from thriftlab.data.prepare.pool import point
+from thriftlab.data.prepare.clean import point
 from thriftlab.data.prepare.request import Input
 
 SHOWN = 10  # documents in a list
@@ -224,7 +224,7 @@ def _held_out(documents: Documents, row: Row, found: Found | None) -> list[str]:
         return []
     settings, lines = documents.settings, []
     if found:
-        drawn = point(hashlib.sha256(found.text.encode()).digest(), settings["seed"])
+        drawn = point(hashlib.sha256(found.text.encode()).digest(), settings["seed"]) / 2**64
         share, least = settings["holdout"], settings["holdout_bytes"]
         if row["split"] != "validation":
             lines.append(f"not held out: its point {drawn:.6f} is not below holdout={share}, nor next in line")

@@ -94,5 +94,3 @@ def write_array(file: Path, array: np.ndarray) -> None:
 
 def read_array(file: Path) -> np.ndarray:
     return np.load(file, mmap_mode="r")
-
-
