@@ -15,16 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from thriftlab.data.errors import UserError
-
 
 @contextmanager
 def workspace(target: Path, resumed: bool = False) -> Iterator[Path]:
     """Yields a folder for what will be `target`, alone; waits for another process that has it.
 
     `install` makes it, or a folder in it, the target. It is empty, and removed at the end. If it is `resumed` it holds
-    what an earlier attempt left, and it stays when the body is interrupted or cannot write: only an error that the
-    user has to mend first removes it. Where the target is a link, the folder lies where the link leads.
+    what an earlier attempt left, and is removed only if the body ends well or leaves nothing in it. Where the target is a link, the folder lies where the link leads.
     """
     target = _resolved(target)
     work, old = target.with_name(f".{target.name}.partial"), _old(target)
@@ -38,9 +35,6 @@ def workspace(target: Path, resumed: bool = False) -> Iterator[Path]:
                 empty(work)
             yield work
             done = True
-        except UserError:
-            done = True
-            raise
         finally:
             if (done or not any(work.iterdir())) and _is_open(work, lock):
                 shutil.rmtree(work)

@@ -55,7 +55,14 @@ def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
             if done := _already(config, request):
                 return done
             _check_place(config.out)
-            notes = _build(config, model, folder)
+            packages = recipes.gather(_recipes(config), config.downloads)
+            request = request_of(config, model)  # again, now that packages are there
+            work = _begin(folder, config, request)
+            try:
+                notes = _build(config, model, work, {"request": request, "packages": packages})
+            except DataError:  # of the input: what was made of it is of no use
+                empty(folder)
+                raise
             install(folder / "out", config.out)
     except OSError as error:  # readers report their own
         raise DataError(
@@ -103,12 +110,9 @@ def _check_place(out: Path) -> None:
 # --- making it -------------------------------------------------------------------------------------------------------
 
 
-def _build(config: PrepareConfig, model: Scorer | None, folder: Path) -> tuple[str, ...]:
-    """Everything into `folder`/out; returns notes for the user."""
+def _build(config: PrepareConfig, model: Scorer | None, work: Work, made: dict[str, Any]) -> tuple[str, ...]:
+    """Everything into `work`; returns notes for the user."""
     started = time.monotonic()
-    packages = recipes.gather(_recipes(config), config.downloads)
-    request = request_of(config, model)  # again, now that packages are there
-    work = _begin(folder, config, request)
     name = "here" if config.engine == "processes" and config.workers is None and is_small(config) else config.engine
     with open_engine(name, config.workers, work.stages) as engine:
         passed = cut(config, work, engine)
@@ -126,9 +130,7 @@ def _build(config: PrepareConfig, model: Scorer | None, folder: Path) -> tuple[s
         _each(engine, ledger, parts, "ledger", "write the ledger")
         entries = _shards(config, parts, engine, tokenizer, len(columns))
     seconds = round(time.monotonic() - started, 1)
-    made = {
-        "request": request,
-        "packages": packages,
+    made |= {
         "passed_over": {name: reasons for name, reasons in passed.items() if reasons},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
