@@ -1,0 +1,169 @@
+"""Nats per token of a document under a trigram: interpolated absolute discounting (Ney, Essen & Kneser 1994).
+
+    p(w | uv) = max(c(uvw) - D, 0) / c(uv.) + D n(uv.) / c(uv.) p(w | v),    n(uv.): distinct words seen after uv,
+
+and so on down to the uniform distribution, as in Chen & Goodman (1998), with D = 0.75. A token is any integer below a
+vocabulary's size: ids of a tokenizer, or hashed words, which need none to be trained first.
+
+A document is cheap for a model that has seen it. So the model is trained on one source that is named, as CCNet's is
+on Wikipedia (Wenzek et al., 1911.00359), and a document of that source is scored without its own counts.
+
+Counts are integers, of trigrams alone: all others are sums of them. A probability is a few IEEE operations, each
+correctly rounded, and the logarithm is a table: a score is the same on every machine, in every batch.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from thriftlab.data.errors import DataError
+from thriftlab.data.prepare.scores.tally import Tally, add, look_up, tally
+
+DISCOUNT = 0.75
+UNIT = 1 << 16  # of a nat
+ID_BITS = 21  # three ids make a key of 63 bits
+START = (1 << ID_BITS) - 1  # stands twice before a document
+LARGEST = 2**23  # tokens to train on: about 50 MB of text, at most 250 MB of memory
+BATCH = 2**20  # tokens
+
+FINE = 8  # bits that a logarithm has more than a score
+# -ln of the middle of each of 2**16 equal steps from 1/2 to 1, and ln 2.
+LOGARITHMS = np.array([round(-(UNIT << FINE) * math.log(0.5 + (i + 0.5) / 2**17)) for i in range(2**16)])  # [65536]
+LN2 = round((UNIT << FINE) * math.log(2))
+
+Integers = NDArray[np.int64]
+
+
+class Level(NamedTuple):
+    """What is counted of n-grams for one n; a key is n ids, the predicted one in the lowest bits."""
+
+    grams: Tally
+    contexts: Integers  # [contexts], ascending: keys without the predicted id
+    totals: Integers  # [contexts]: c(uv.)
+    kinds: Integers  # [contexts]: n(uv.)
+
+
+class Trigram(NamedTuple):
+    levels: tuple[Level, ...]  # of one, two and three ids
+    vocabulary: int
+    documents: int  # it was trained on
+
+    def score(self, documents: Sequence[ArrayLike], own: ArrayLike = False) -> NDArray[np.int32]:
+        """Nats per token of documents of ids, in units of 1/UNIT, [documents]; 0 for one without tokens.
+
+        Args:
+            own: bool [documents] or one for all: whether the model was trained on it.
+        """
+        keys, document = trigrams(documents)
+        is_own = np.broadcast_to(np.asarray(own, bool), len(documents))[document]
+        p = np.full(len(keys), 1 / self.vocabulary)  # [tokens]
+        for n, level in enumerate(self.levels, 1):
+            p = interpolate(level, keys & (1 << n * ID_BITS) - 1, document, is_own, p)
+        sums, sizes = np.zeros((2, len(documents)), np.int64)
+        np.add.at(sums, document, nats(p))
+        np.add.at(sizes, document, 1)
+        return ((sums + sizes // 2) // np.maximum(sizes, 1)).astype(np.int32)
+
+
+def train(documents: Iterable[ArrayLike], vocabulary: int) -> Trigram:
+    """Counts the first LARGEST tokens of documents of ids, up to the end of the document where they are reached."""
+    if vocabulary > START:
+        raise DataError(f"a trigram takes a vocabulary of at most {START} tokens, and this one has {vocabulary}")
+    parts, seen = [], 0
+    for batch in batches(documents):
+        parts.append(count(batch))
+        seen += len(batch)
+    return model(add(parts), vocabulary, seen)
+
+
+def batches(documents: Iterable[ArrayLike]) -> Iterator[list[Integers]]:
+    batch, size, total = [], 0, 0
+    for document in documents:
+        batch.append(np.asarray(document, np.int64))
+        size += len(batch[-1])
+        if size >= BATCH or total + size >= LARGEST:
+            yield batch
+            batch, size, total = [], 0, total + size
+        if total >= LARGEST:
+            return
+    if batch:
+        yield batch
+
+
+def count(documents: Sequence[ArrayLike]) -> Tally:
+    """The trigrams of some documents; `add` makes one tally of several."""
+    return tally(trigrams(documents)[0])
+
+
+def model(counts: Tally, vocabulary: int, documents: int) -> Trigram:
+    levels = []
+    for n in (1, 2, 3):
+        grams = add([Tally(counts.values & (1 << n * ID_BITS) - 1, counts.counts)])
+        contexts, starts, kinds = np.unique(grams.values >> ID_BITS, return_index=True, return_counts=True)
+        totals = np.add.reduceat(grams.counts, starts) if len(starts) else kinds
+        levels.append(Level(grams, contexts, totals, kinds))
+    return Trigram(tuple(levels), vocabulary, documents)
+
+
+def trigrams(documents: Sequence[ArrayLike]) -> tuple[Integers, Integers]:
+    """The key of every token and the two before it, and the document that it is in, each [tokens]."""
+    padded = [np.concatenate([[START, START], np.asarray(ids, np.int64)]) for ids in documents]
+    flat = np.concatenate([*padded, np.empty(0, np.int64)])
+    last = np.ones(len(flat), bool)  # is the last of a trigram
+    starts = np.cumsum([0, *map(len, padded)])[:-1]
+    last[starts], last[starts + 1] = False, False
+    w = np.flatnonzero(last)
+    keys = flat[w - 2] << 2 * ID_BITS | flat[w - 1] << ID_BITS | flat[w]
+    return keys, np.repeat(np.arange(len(padded)), [len(ids) - 2 for ids in padded])
+
+
+def interpolate(
+    level: Level,
+    keys: Integers,
+    document: Integers,
+    own: NDArray[np.bool_],
+    lower: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Probabilities of the last ids of the keys, from those with an id less before them, each [tokens]."""
+    distinct, place = np.unique(keys, return_inverse=True)
+    before = distinct >> ID_BITS
+    counts = look_up(distinct, *level.grams)[place]
+    totals = look_up(before, level.contexts, level.totals)[place]
+    kinds = look_up(before, level.contexts, level.kinds)[place]
+    if own.any():
+        mine = np.flatnonzero(own)
+        less = own_counts(keys[mine], document[mine], counts[mine])
+        counts[mine] -= less[0]
+        totals[mine] -= less[1]
+        kinds[mine] -= less[2]
+    seen = np.maximum(counts - DISCOUNT, 0) + DISCOUNT * kinds * lower
+    return np.where(totals > 0, seen / np.maximum(totals, 1), lower)
+
+
+def own_counts(keys: Integers, document: Integers, counts: Integers) -> tuple[Integers, Integers, Integers]:
+    """What a document adds to the count, the total and the kinds of each of its keys, each [tokens]."""
+    gram, first, grams = groups(keys, document)
+    context, _, contexts = groups(keys >> ID_BITS, document)
+    only_here = counts[first] == grams  # [distinct grams of a document]
+    kinds = np.zeros(len(contexts), np.int64)
+    np.add.at(kinds, context[first], only_here)
+    return grams[gram], contexts[context], kinds[context]
+
+
+def groups(keys: Integers, document: Integers) -> tuple[Integers, Integers, Integers]:
+    """Equal keys of a document are a group: that of every key [keys]; the first key and the size of every group."""
+    rank = np.unique(keys, return_inverse=True)[1]
+    _, first, group, sizes = np.unique(
+        document << 32 | rank, return_index=True, return_inverse=True, return_counts=True
+    )
+    return group, first, sizes
+
+
+def nats(p: NDArray[np.float64]) -> Integers:
+    """-ln of probabilities in units of 1/UNIT, off by less than two units, [tokens]."""
+    mantissa, exponent = np.frexp(p)  # mantissa in [1/2, 1)
+    fine = LOGARITHMS[((mantissa - 0.5) * 2**17).astype(np.int64)] - exponent.astype(np.int64) * LN2
+    return (fine + (1 << FINE - 1)) >> FINE
