@@ -63,11 +63,12 @@ def pairs(texts: Sequence[str], numbers: ArrayLike, parts: int, banding: Banding
 def edges(table: pa.Table) -> NDArray[np.int64]:
     """The forest of what a table of PAIRS connects; all rows of a bucket must be in it."""
     bucket, number = table["bucket"].to_numpy(), table["number"].to_numpy()
-    order = np.lexsort((number, bucket))
+    order = np.argsort(bucket)
     bucket, number = bucket[order], number[order]
     opens = np.ones(len(bucket), bool)
     opens[1:] = bucket[1:] != bucket[:-1]
-    smallest = number[opens][np.cumsum(opens) - 1]  # [pairs], of the bucket
+    first = np.flatnonzero(opens)  # [buckets]
+    smallest = np.minimum.reduceat(number, first)[np.cumsum(opens) - 1]  # [pairs], of the bucket
     other = number != smallest
     return forest(np.stack([smallest[other], number[other]], axis=1))
 

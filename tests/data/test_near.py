@@ -174,6 +174,7 @@ def compared(text):
     return "".join(c for c in text if c not in "Σς" and not "가" <= c <= "힣")
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(LETTERS.map(compared), max_size=5))
 def test_words_of_any_text_are_those_of_plain_strings(texts):
     hashes, counts = word_hashes(texts)
@@ -314,12 +315,13 @@ def array(edges):
     return np.array(edges, np.int64).reshape(-1, 2)
 
 
+@settings(max_examples=60, deadline=None)
 @given(EDGES)
 def test_a_forest_is_that_of_a_plain_union_find(edges):
     assert as_map(near.forest(array(edges))) == plain_forest(edges)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60, deadline=None)
 @given(EDGES, st.lists(st.integers(0, 3), min_size=40, max_size=40), st.permutations(range(4)))
 def test_forests_merge_in_any_order_and_grouping(edges, part, order):
     whole = near.forest(array(edges))
@@ -341,6 +343,7 @@ def table(rows):
     return pa.table([[0] * len(rows), [b for b, _ in rows], [n for _, n in rows]], schema=near.PAIRS)
 
 
+@settings(max_examples=60, deadline=None)
 @given(BUCKETS, st.randoms(use_true_random=False))
 def test_edges_connect_what_all_pairs_of_a_bucket_do(rows, random):
     pairs = [(n, m) for (a, n), (b, m) in itertools.combinations(rows, 2) if a == b]
@@ -374,6 +377,7 @@ def test_the_smallest_number_stays_and_is_named_for_the_others():
     assert near.stays(array([]), [3, 1]).tolist() == [3, 1]
 
 
+@settings(max_examples=60, deadline=None)
 @given(EDGES, st.lists(NODES))
 def test_what_stays_is_the_root(edges, numbers):
     roots = plain_forest(edges)
@@ -426,7 +430,7 @@ def test_the_removed_are_those_of_all_pairs_but_for_chance():
     assert (found ^ oracle) & unlikely == set() and found <= set(range(100, 200))
 
 
-@settings(max_examples=20)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=60))
 def test_every_exact_copy_goes(which):
     sources = [" ".join(words_of(i, 5 + 7 * i)) for i in range(16)]
