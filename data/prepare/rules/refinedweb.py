@@ -10,6 +10,7 @@ _COUNTER = re.compile(
     r"\W*\d[\d.,]*[kmb]?\s+(?:likes|shares|comments|retweets|reposts|quotes|bookmarks|upvotes|downvotes|downloads|views"
     r"|followers)\W*"
 )
+_NO_CAPITALS = bytes(code for code in range(128) if not chr(code).isupper())
 _CART = re.compile(r"\s?items in cart", re.IGNORECASE)
 _READ_MORE = re.compile(r"\s?read more\.\.\.$", re.IGNORECASE)
 _SIGN_IN = re.compile(r"^sign-in\s?", re.IGNORECASE)
@@ -22,7 +23,8 @@ def line(name: str, **thresholds: float):
 @line("refinedweb-capitals", most=0.5)
 def capitals(line: Text, most: float) -> Text | None:
     """lines with a larger share of capital letters"""
-    return line if line.islower() or sum(map(str.isupper, line)) / len(line) <= most else None
+    count = len(line.encode().translate(None, _NO_CAPITALS)) if line.isascii() else sum(map(str.isupper, line))
+    return line if count / len(line) <= most else None
 
 
 @line("refinedweb-digits")
@@ -72,7 +74,7 @@ def _without(phrase: re.Pattern[str], line: Text, most: float) -> str | None:
 @register("refinedweb-newlines", {"most": 2}, FAMILIES, whole=True)
 def newlines(text: str, most: float) -> str:
     """line ends in a row beyond so many, which are taken out"""
-    return re.sub("\n{%d,}" % (most + 1), "\n" * int(most), text)
+    return re.sub(f"\n{{{int(most) + 1},}}", "\n" * int(most), text)
 
 
 @register("refinedweb-removed", {"most": 0.05}, FAMILIES)

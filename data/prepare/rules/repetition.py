@@ -9,9 +9,8 @@ whose hash occurs twice can be duplicates, and only these are looked at by the w
 depend on the hash.
 """
 
-import re
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ from thriftlab.data.prepare.rules.base import Text, register
 FAMILIES = ("gopher", "gopher-repetition")
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-_PARAGRAPHS, _LINES = re.compile(r"\n{2,}"), re.compile(r"\n+")
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _INVERSE = pow(_BASE, -1, 2**64)
 
@@ -37,11 +35,13 @@ def repetition(name: str, most: float):
 
 
 def _paragraphs(text: Text) -> tuple[int, int, int]:
-    return _duplicates(_PARAGRAPHS.split(text.strip()))
+    """Of what two line ends or more separate."""
+    return _duplicates([part.lstrip("\n") for part in text.strip().split("\n\n") if part])
 
 
 def _lines(text: Text) -> tuple[int, int, int]:
-    return _duplicates(_LINES.split(text))
+    """Of what line ends separate; those at the beginning and at the end leave an empty line there."""
+    return _duplicates([*filter(None, text.split("\n")), *[""] * (text.startswith("\n") + text.endswith("\n"))])
 
 
 def _duplicates(parts: list[str]) -> tuple[int, int, int]:
@@ -106,10 +106,18 @@ def _top(text: Text, n: int) -> float:
     if len(text.words) < n:
         return 0.0
     grams = _grams(text, n)
-    values, counts = np.unique(grams, return_counts=True)
+    ordered = np.sort(grams)
+    first_of = np.concatenate(([True], ordered[1:] != ordered[:-1], [True]))  # of a run of equal ones; and the end
+    edges = np.flatnonzero(first_of)  # [runs + 1]
+    counts = edges[1:] - edges[:-1]
     most = int(counts.max())
-    first = int(np.isin(grams, values[counts == most]).argmax())
+    first = int(_among(grams, ordered[edges[:-1][counts == most]]).argmax()) if most > 1 else 0
     return (sum(map(len, text.words[first : first + n])) + n - 1) * most / len(text)
+
+
+def _among(values: NDArray[Any], some: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each value is one of `some`, which is sorted."""
+    return some[np.minimum(np.searchsorted(some, values), len(some) - 1)] == values
 
 
 # --- duplicate n-grams -----------------------------------------------------------------------------------------------
@@ -144,15 +152,20 @@ def _powers(base: int, count: int) -> Hashes:
     return np.multiply.accumulate(powers)
 
 
-def _repeated(text: Text, n: int) -> float:
-    """Characters of the duplicate n-grams, of all characters."""
+def _repeated(text: Text) -> dict[int, int]:
+    """n -> characters of the duplicate n-grams."""
     characters, starts, prefixes, inverses = text.shared(_joined)
-    if len(text.words) < n:
-        return 0.0
-    hashes = (prefixes[n:] - prefixes[:-n]) * inverses[:-n]  # [n-grams]
-    ordered = np.sort(hashes)
+    hashes = [(prefixes[n:] - prefixes[:-n]) * inverses[:-n] for n in DUPLICATE]  # each: [n-grams]
+    ordered = np.sort(np.concatenate(hashes))
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    places = np.flatnonzero(np.isin(hashes, twice)) if len(twice) else twice
+    if not len(twice):
+        return dict.fromkeys(DUPLICATE, 0)
+    places = {n: np.flatnonzero(_among(each, twice)) for n, each in zip(DUPLICATE, hashes, strict=True)}
+    return {n: _walk(characters, starts, places[n], n) for n in DUPLICATE}
+
+
+def _walk(characters: str, starts: Integers, places: Integers, n: int) -> int:
+    """Along `places`, which n-grams that occur twice are among: characters of the duplicates."""
     found, free, seen = 0, 0, set[str]()
     for place, start, end in zip(places.tolist(), starts[places].tolist(), starts[places + n].tolist(), strict=True):
         if place < free:
@@ -162,7 +175,7 @@ def _repeated(text: Text, n: int) -> float:
             found, free = found + end - start, place + n
         else:
             seen.add(gram)
-    return found / len(text)
+    return found
 
 
 def _top_rule(n: int) -> None:
@@ -175,7 +188,7 @@ def _top_rule(n: int) -> None:
 
 def _duplicate_rule(n: int) -> None:
     def duplicate(text: Text) -> float:
-        return _repeated(text, n)
+        return text.shared(_repeated)[n] / len(text)
 
     duplicate.__doc__ = f"characters in duplicate sequences of {n} words, of all characters"
     repetition(f"gopher-duplicate-{n}-grams", DUPLICATE[n])(duplicate)

@@ -5,10 +5,12 @@ ones. Line by line a rule sees what the one before it left. Own document rules c
 """
 
 import difflib
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from thriftlab.data.errors import DataError
 from thriftlab.data.plugins import load_plugin
 from thriftlab.data.prepare.rules.base import RULES, Lines, Rule, Text
 
-BOUNDS = ("least", "most")
+BOUNDS = {"least": operator.ge, "most": operator.le}
 
 Thresholds = Mapping[str, Mapping[str, float]]
 
@@ -89,7 +91,7 @@ class Rules:
     def clean(self, text: str) -> Cleaned:
         edited, reason, edits = self._edited(text)
         if reason is None:
-            reason = next((finding.rule for finding in self._measured(edited) if not finding.passed), None)
+            reason = next((rule.name for rule, value in self._values(edited) if not self._holds(rule, value)), None)
         return Cleaned(str(edited), reason, dict(edits))
 
     def explain(self, text: str) -> list[Finding]:
@@ -102,7 +104,13 @@ class Rules:
             for rule in self.rules
             if rule.edits
         ]
-        return [*lines, *self._measured(edited)]
+        measures = [
+            Finding(rule.name, f"{rule.what}: at {bound}", value, limit, passed(value, limit))
+            for rule, value in self._values(edited)
+            for bound, passed in BOUNDS.items()
+            if (limit := self.thresholds[rule.name].get(bound)) is not None
+        ]
+        return [*lines, *measures]
 
     def _edited(self, text: str) -> tuple[Text, str | None, Counter[str]]:
         """The text after line rules, and the line rule that drops the document."""
@@ -122,15 +130,14 @@ class Rules:
         document.passes = passes
         return document, None, edits
 
-    def _measured(self, text: Text) -> Iterator[Finding]:
+    def _values(self, text: Text) -> Iterator[tuple[Rule, float]]:
         """Lazily, for the last rules cost most. A text without words has the value 0 under every rule."""
         for rule, measure in self._measures:
-            value = float(measure(text)) if text.words else 0.0
-            bounds = self.thresholds[rule.name]
-            if (least := bounds.get("least")) is not None:
-                yield Finding(rule.name, f"{rule.what}: at least", value, least, value >= least)
-            if (most := bounds.get("most")) is not None:
-                yield Finding(rule.name, f"{rule.what}: at most", value, most, value <= most)
+            yield rule, measure(text) if text.words else 0.0
+
+    def _holds(self, rule: Rule, value: float) -> bool:
+        limits = self.thresholds[rule.name]
+        return limits.get("least", -inf) <= value <= limits.get("most", inf)
 
 
 Bound = tuple[Rule, Callable[..., Any]]  # and its function with the thresholds that it is passed
