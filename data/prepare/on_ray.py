@@ -76,6 +76,8 @@ class OnRay:
         self, mapper: Mapper, pieces: int, reducer: Reducer, parts: Sequence[int], schema: pa.Schema, what: str = ""
     ) -> None:
         parts = [*parts]
+        if not parts:
+            return
         if pieces * len(parts) > OBJECTS:
             raise DataError(
                 f"{what}: {pieces:,} pieces x {len(parts):,} parts are more than the {OBJECTS:,} objects that "

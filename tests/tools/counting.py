@@ -90,8 +90,10 @@ def peak(item):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def wide_rows(parts, size, piece):
+def wide_rows(parts, size, piece, tries=None):
     """`size` bytes of text in a piece, spread over all parts."""
+    if tries:
+        (tries / f"{piece}-{time.monotonic_ns()}").touch()
     rng = np.random.default_rng(piece)
     numbers = rng.integers(0, 1 << 40, size // 1000)
     return pa.table(
@@ -99,7 +101,8 @@ def wide_rows(parts, size, piece):
     )
 
 
-def count_rows(folder, part, table):
+def count_rows(folder, part, table, seconds=0):
+    time.sleep(seconds)
     table = table.sort_by("number")
     (folder / f"{part}.txt").write_text(f"{len(table)} {sum(table['number'].to_pylist())}")
 
