@@ -56,6 +56,16 @@ def _summed(split: Manifest) -> Manifest:
     return split
 
 
+def _scored(source: Manifest) -> Manifest:
+    shards = [*source["train"]["shards"], *source["validation"]["shards"]]
+    needed = {"scores_file", "scores_sha256"} if source.get("columns") else set()
+    if any(needed != {"scores_file", "scores_sha256"} & shard.keys() for shard in shards):
+        raise ValueError(
+            "columns: every shard has scores_file and scores_sha256 where there are columns, and only there"
+        )
+    return source
+
+
 FileName = Annotated[str, AfterValidator(_inside)]
 SourceName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
 
@@ -68,6 +78,8 @@ class Shard(TypedDict):
     tokens: PositiveInt
     documents: PositiveInt
     bytes: NonNegativeInt
+    scores_file: NotRequired[FileName]
+    scores_sha256: NotRequired[str]
 
 
 class Split(TypedDict):
@@ -80,6 +92,7 @@ class Split(TypedDict):
 class Source(TypedDict):
     train: Annotated[Split, AfterValidator(_summed)]
     validation: Annotated[Split, AfterValidator(_summed)]
+    columns: NotRequired[dict[str, PositiveInt]]  # of the scores, and their units in 1
 
 
 class TokenizerEntry(TypedDict):
@@ -94,7 +107,7 @@ class Written(TypedDict):
     format: int
     tokenizer: TokenizerEntry
     dtype: Literal["uint16", "uint32"]
-    sources: dict[SourceName, Source]
+    sources: dict[SourceName, Annotated[Source, AfterValidator(_scored)]]
     drops: NotRequired[dict[str, int]]
     made: NotRequired[Manifest]
 
@@ -169,12 +182,16 @@ def _expected(manifest: Manifest) -> dict[str, tuple[str, int | None]]:
     """File -> (sha256, size in bytes where the manifest implies it)."""
     width = np.dtype(manifest["dtype"]).itemsize
     files: dict[str, tuple[str, int | None]] = {}
+    for file, sha256 in manifest.get("made", {}).get("documents", {}).items():
+        files[file] = (sha256, None)
     if file := manifest["tokenizer"].get("file"):
         files[file] = (manifest["tokenizer"]["sha256"], None)
     for source in manifest["sources"].values():
         for shard in (*source["train"]["shards"], *source["validation"]["shards"]):
             files[shard["file"]] = (shard["sha256"], shard["tokens"] * width)
             files[shard["ends_file"]] = (shard["ends_sha256"], None)
+            if "scores_file" in shard:
+                files[shard["scores_file"]] = (shard["scores_sha256"], None)
     return files
 
 

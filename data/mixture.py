@@ -32,12 +32,14 @@ Array = NDArray[np.int64]
 class Source:
     """A source by name, and how much of it: a `weight` (share of the rows) or `epochs` (passes over the run); not both.
 
-    Epochs are exact over the whole run, weights to 1/1024 in every block of 1024 rows.
+    Epochs are exact over the whole run, weights to 1/1024 in every block of 1024 rows. `where` chooses documents by
+    their scores, as "score>0.7": the source is then what is chosen.
     """
 
     name: str
     weight: float | None = None
     epochs: float | None = None
+    where: str | None = None
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.epochs is not None:
@@ -172,11 +174,12 @@ def plan(
         raise DataError(f"source {min(repeated)!r} is listed twice; list it once, with the sum of its weights")
     if len({source.weight is None and source.epochs is None for source in chosen}) > 1:
         raise DataError("some sources have a weight or epochs and others neither; give one to each source or to none")
-    windows = [dataset.windows(name, "train", sequence_length) for name in names]
-    for name, found in zip(names, windows, strict=True):
+    windows = [dataset.windows(source.name, "train", sequence_length, source.where) for source in chosen]
+    for source, found in zip(chosen, windows, strict=True):
         if len(found) == 0:
+            where = f" where {source.where}" if source.where else ""
             raise DataError(
-                f"{dataset.path}: source {name!r} has {found.tokens} training tokens, and a window takes "
+                f"{dataset.path}: source {source.name!r} has {found.tokens} training tokens{where}, and a window takes "
                 f"{sequence_length + 1}; leave it out, prepare more text, or shorten the sequence"
             )
     lengths = tuple(map(len, windows))
@@ -186,6 +189,8 @@ def plan(
             raise DataError(f"source {name!r} would never be drawn, its share is below one row; raise it or omit it")
     cycle = Cycle(tuple(counts), lengths, tuple(named_seed(seed, name) for name in names), seed)
     identity = [dataset.fingerprint, sequence_length, seed, names, counts]
+    if any(source.where for source in chosen):
+        identity.append([source.where for source in chosen])
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return Plan(chosen, windows, sequence_length, batch_size, cycle, digest)
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thriftlab.data.chosen import ChosenRows, ChosenTokens, choose
 from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import Manifest, file_sha256, fingerprint, read_manifest, verify_files
 from thriftlab.data.manifest import write_manifest as write_manifest  # part of this module's interface
@@ -110,14 +111,19 @@ class Windows:
     """Rows of one split: s = tokens[s * T : s * T + T + 1] of each shard, neighbours sharing one token.
 
     `len(w)` counts full windows, (tokens - 1) // T per shard; `w[rows]` gathers them, [len(rows), T + 1] in the dtype
-    of the shards. `tokens`, `documents` and `bytes` (UTF-8, of the text) are those of the whole split.
+    of the shards. `tokens`, `documents` and `bytes` (UTF-8, of the text) are those of the whole split, or of the
+    documents that were chosen of it, whose bytes are counted when they are asked for.
     """
 
-    shards: list[NDArray[Any]]
+    shards: list[NDArray[Any]] | list[ChosenTokens]
     sequence_length: int
     tokens: int
     documents: int
-    bytes: int
+    text: int | Callable[[], int]  # its bytes, or what counts them
+
+    @cached_property
+    def bytes(self) -> int:
+        return self.text() if callable(self.text) else self.text
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -125,13 +131,9 @@ class Windows:
         return np.cumsum([0, *((len(shard) - 1) // self.sequence_length for shard in self.shards)], dtype=np.int64)
 
     @cached_property
-    def _views(self) -> list[NDArray[Any]]:
+    def _views(self) -> list[NDArray[Any] | ChosenRows]:
         """Each shard as overlapping rows [windows, T + 1], without a copy."""
-        step = self.sequence_length
-        return [
-            np.lib.stride_tricks.sliding_window_view(shard, step + 1)[::step] if len(shard) > step else shard[:0]
-            for shard in self.shards
-        ]
+        return [_rows(shard, self.sequence_length) for shard in self.shards]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -157,6 +159,12 @@ class Windows:
         return self.shards[0][done:] if self.tokens > done + 1 else None
 
 
+def _rows(shard: NDArray[Any] | ChosenTokens, step: int) -> NDArray[Any] | ChosenRows:
+    if isinstance(shard, ChosenTokens):
+        return ChosenRows(shard, step)
+    return np.lib.stride_tricks.sliding_window_view(shard, step + 1)[::step] if len(shard) > step else shard[:0]
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A prepared folder, verified at opening. `fingerprint` identifies its content wherever it lies."""
@@ -174,14 +182,58 @@ class Dataset:
         entry = self.manifest["tokenizer"]
         return read_bpe(self.path / entry["file"], entry["name"]) if "file" in entry else load_tokenizer(entry["name"])
 
-    def windows(self, source: str, split: str, sequence_length: int) -> Windows:
-        """Windows of `sequence_length` + 1 tokens of split "train" or "validation"."""
+    def windows(self, source: str, split: str, sequence_length: int, where: str | None = None) -> Windows:
+        """Windows of `sequence_length` + 1 tokens of split "train" or "validation".
+
+        `where`, as "score>0.7", chooses documents of "train" by their scores; held-out ones are never chosen among, so
+        that held-out losses of all choices compare.
+        """
         if source not in self.manifest["sources"]:
             raise DataError(f"{self.path}: no source {source!r}; it has {', '.join(self.sources)}")
         entry = self.manifest["sources"][source][split]
         dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         shards = [np.asarray(np.memmap(self.path / shard["file"], dtype, mode="r")) for shard in entry["shards"]]
-        return Windows(shards, sequence_length, entry["tokens"], entry["documents"], entry["bytes"])
+        if where is None:
+            return Windows(shards, sequence_length, entry["tokens"], entry["documents"], entry["bytes"])
+        if split != "train":
+            raise DataError(f"{self.path}: where={where} chooses training documents; held-out ones all count")
+        masks = self._chosen(source, where)
+        chosen = [
+            choose(shard, np.load(self.path / each["ends_file"]), mask)
+            for shard, each, mask in zip(shards, entry["shards"], masks, strict=True)
+            if mask.any()
+        ]
+        documents = sum(int(mask.sum()) for mask in masks)
+        return Windows(chosen, sequence_length, sum(map(len, chosen)), documents, lambda: self._bytes(chosen))
+
+    def _chosen(self, source: str, where: str) -> list[NDArray[np.bool_]]:
+        """Which training documents the expression chooses, for each shard: [documents]. DataError if there is none."""
+        from thriftlab.data.where import parse
+
+        entry = self.manifest["sources"][source]
+        if not (units := entry.get("columns")):
+            raise DataError(
+                f"{self.path}: source {source!r} has no scores, and where={where} needs some; prepare it with scores, "
+                "or leave where out"
+            )
+        condition, masks = parse(where), []
+        for shard in entry["train"]["shards"]:
+            scores = np.load(self.path / shard["scores_file"], mmap_mode="r")  # [documents, columns]
+            try:
+                masks.append(condition.choose(dict(zip(units, scores.T, strict=True)), units))
+            except DataError as error:
+                raise DataError(f"{self.path}: source {source!r}: {error}") from None
+        if not any(mask.any() for mask in masks):
+            raise DataError(
+                f"{self.path}: where={where} chooses none of the {entry['train']['documents']} training documents of "
+                f"source {source!r}; ask for less, or leave the source out"
+            )
+        return masks
+
+    def _bytes(self, shards: list[ChosenTokens]) -> int:
+        """What their tokens spell."""
+        size = self.tokenizer.token_bytes
+        return sum(int(size[piece].sum()) for shard in shards for piece in shard.pieces())
 
 
 def open_dataset(path: str | Path, verify: bool = True) -> Dataset:

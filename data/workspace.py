@@ -1,8 +1,9 @@
 """A folder that appears whole or not at all, whoever is killed when, and however many make it at once.
 
-The work is done in a hidden folder beside the target, locked by `flock` on the folder itself and renamed at the end.
-The kernel drops the lock of a killed process, so nothing has to guess whether an old folder is in use. Surprise: a lock
-follows the folder through its renaming, so who waited for it holds the finished folder and has to look again.
+The work is done in a hidden folder beside the target, locked by `flock` on the folder itself; what is finished is
+renamed at the end. The kernel drops the lock of a killed process, so nothing has to guess whether an old folder is in
+use. Surprise: a lock follows a folder through its renaming, so who waited for it may hold the finished folder and has
+to look again.
 """
 
 import errno
@@ -14,25 +15,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from thriftlab.data.errors import UserError
+
 
 @contextmanager
-def workspace(target: Path) -> Iterator[Path]:
-    """Yields an empty folder for what will be `target`, alone; waits for another process that has it.
+def workspace(target: Path, resumed: bool = False) -> Iterator[Path]:
+    """Yields a folder for what will be `target`, alone; waits for another process that has it.
 
-    `install` makes it the target. It is removed if that did not happen, at the latest by the next workspace.
-    Where the target is a link, the folder lies where the link leads.
+    `install` makes it, or a folder in it, the target. It is empty, and removed at the end. If it is `resumed` it holds
+    what an earlier attempt left, and it stays when the body is interrupted or cannot write: only an error that the
+    user has to mend first removes it. Where the target is a link, the folder lies where the link leads.
     """
     target = _resolved(target)
     work, old = target.with_name(f".{target.name}.partial"), _old(target)
     with _locked(work) as lock:
+        done = not resumed
         try:
             if old.exists() and not target.exists():  # killed between two renames of `check_place` or `install`
                 old.rename(target)
             shutil.rmtree(old, ignore_errors=True)
-            _empty(work)
+            if not resumed:
+                empty(work)
             yield work
+            done = True
+        except UserError:
+            done = True
+            raise
         finally:
-            if _is_open(work, lock):
+            if (done or not any(work.iterdir())) and _is_open(work, lock):
                 shutil.rmtree(work)
 
 
@@ -45,7 +55,7 @@ def check_place(target: Path) -> None:
 
 
 def install(work: Path, target: Path) -> None:
-    """Renames the workspace to its target, replacing what is there."""
+    """Renames the workspace, or a folder in it, to the target, replacing what is there."""
     target = _resolved(target)
     if target.exists() and any(target.iterdir()):
         target.rename(_old(target))
@@ -103,7 +113,7 @@ def _is_open(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

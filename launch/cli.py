@@ -1,4 +1,4 @@
-"""thriftlab prepare | train | compare | study | reference | submit | launch | report | bench.
+"""thriftlab prepare | data | train | compare | study | reference | submit | launch | report | bench.
 
 Nothing heavy is imported at the top, so that `thriftlab --help` is quick: each command imports what it needs.
 """
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thriftlab.launch.messages import (
+    SYNTAX,
     fail,
+    is_message,
     missing_extra,
     no_room_or_right,
     one_line,
@@ -22,13 +24,6 @@ from thriftlab.launch.messages import (
     tell_torchrun,
 )
 
-SYNTAX = """
-key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
---config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
-over earlier ones, the command line over all, and on it the later of two values of one key.
---plugin FILE.py runs a Python file first, which may register methods, signals and schedules.
-In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it takes).
-"""
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
 optim.KEY is meant for every method, layer.KEY and signal.KEY for every one with a layer or a
@@ -116,13 +111,6 @@ def overview() -> str:
     )
 
 
-def is_message(error: Exception) -> bool:
-    """A UserError speaks to the user; any other exception is a defect and keeps its traceback."""
-    from thriftlab.data.errors import UserError
-
-    return isinstance(error, UserError)
-
-
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
@@ -154,7 +142,25 @@ def prepare(argv: list[str]) -> None:
     from thriftlab.data.prepare.pipeline import PrepareConfig, prepare
     from thriftlab.train.config.parse import load
 
-    print(prepare(load(PrepareConfig, argv)))
+    config, model = load(PrepareConfig, argv), None
+    if config.perplexity.run is not None:
+        from thriftlab.train.score_documents import scorer
+
+        model = scorer(Path(config.perplexity.run))
+    print(prepare(config, model))
+
+
+@command(
+    """thriftlab data show FOLDER [--document NUMBER|ID] [--text WORDS]
+thriftlab data export FOLDER FILE [force=true]
+    What became of each document that was prepared, and why; the documents that stayed, as one file
+    for other programs (.parquet, .jsonl, .jsonl.gz, .jsonl.zst).""",
+    keys_of("thriftlab.launch.documents:DataOptions"),
+)
+def data(argv: list[str]) -> None:
+    from thriftlab.launch.documents import show_or_export
+
+    show_or_export(argv)
 
 
 def train_keys(argv: list[str]) -> str:
@@ -179,7 +185,7 @@ def train(argv: list[str]) -> None:
 
 
 def compare_keys(argv: list[str]) -> str:
-    from thriftlab.launch.studies.compare import describe_keys
+    from thriftlab.launch.studies.compare import COMPARE, describe_keys
 
     load_plugins(argv)
     return f"{COMPARE}\n{describe_keys()}"

@@ -1,4 +1,4 @@
-"""What a command prints when it warns, fails or is stopped: one line for the user, without a trace.
+"""What every command prints: how keys are written; when it warns, fails or is stopped, one line without a trace.
 
 `pip install thriftlab` is for the optimizers and layers alone, so a command may lack a package: `missing_extra` says
 what to install.
@@ -15,6 +15,13 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
+SYNTAX = """
+key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
+--config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
+over earlier ones, the command line over all, and on it the later of two values of one key.
+--plugin FILE.py runs a Python file first, which may register methods, signals and schedules.
+In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it takes).
+"""
 PACKAGES = {"yaml": "pyyaml"}  # import name -> package, where the two differ by more than - and _
 WITH_PLACE = warnings.formatwarning
 
@@ -47,6 +54,13 @@ def readers_left() -> bool:
     for stream in gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     return bool(gone)
+
+
+def is_message(error: Exception) -> bool:
+    """A UserError speaks to the user; any other exception is a defect and keeps its traceback."""
+    from thriftlab.data.errors import UserError
+
+    return isinstance(error, UserError)
 
 
 def fail(message: str, code: int = 2) -> int:

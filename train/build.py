@@ -194,8 +194,10 @@ def make_horizon(config: RunConfig, model: GPT) -> Horizon:
 def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
     """The order of the data. `steps` is None under a budget of seconds."""
     data, batch_size = config.data, config.train.batch_size
-    sources = [Source(name, **source.model_dump()) for name, source in data.sources.items()] or None
-    return plan(dataset, data.sequence_length, batch_size, config.seed, sources, steps)
+    given = {name: Source(name, **source.model_dump()) for name, source in data.sources.items()}
+    if all(source.weight is None and source.epochs is None for source in given.values()):
+        given = {name: Source(name) for name in dataset.sources} | given
+    return plan(dataset, data.sequence_length, batch_size, config.seed, [*given.values()], steps)
 
 
 def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torch.device) -> Objective:

@@ -84,6 +84,14 @@ def locate(path: str, format: Format | None = None) -> tuple[str, str]:
 Row = tuple[str, str, dict[str, Any]]  # id, text, metadata
 
 
+class Part(NamedTuple):
+    """Bytes `start` to `stop` of lines of JSON, or row groups of parquet; `first`: the number of its first document."""
+
+    start: int
+    stop: int
+    first: int
+
+
 def _generated(documents: Callable[[str], Iterator[Row]], argument: str) -> Iterator[Row]:
     try:
         yield from documents(argument)
@@ -96,16 +104,35 @@ def _files(path: Path, text_key: str, format: Format | None, pass_over: PassOver
     found = formats(path, format, pass_over)
     for file, kind in found:
         empty, name = True, name_below(file, path)
-        for row, text, metadata in _FORMATS[kind](file, text_key):
-            if kind == "text" and not format:
-                _ask(file, text)
+        for row, text, metadata in rows(file, kind, text_key, given=format is not None):
             empty = False
             yield name + row, text, metadata
         if empty:
             without.append(file)
             pass_over(name, "empty")
     if len(without) == len(found):
-        raise DataError(f"{without[0]}: empty, and there is no document in {path}; fetch or write it again")
+        raise all_empty(without[0], path)
+
+
+def rows(file: Path, format: Format, text_key: str, given: bool, part: Part | None = None) -> Iterator[Row]:
+    """(what stands behind the file's name in the id, text, metadata) of the documents of a file, or of a part of it.
+
+    `given`: the user named the format, so it is not asked whether the file is something else.
+    """
+    if part and format == "jsonl":
+        lines = streams.lines_between(file, part.start, part.stop)
+        yield from _objects(file, text_key, enumerate(lines, part.first))
+    elif part:
+        yield from _parquet(file, text_key, part)
+    else:
+        for row in _FORMATS[format](file, text_key):
+            if format == "text" and not given:
+                _ask(file, row[1])
+            yield row
+
+
+def all_empty(file: Path | str, path: Path | str) -> DataError:
+    return DataError(f"{file}: empty, and there is no document in {path}; fetch or write it again")
 
 
 def _ask(file: Path, text: str) -> None:
@@ -135,7 +162,11 @@ def _text(file: Path, text_key: str) -> Iterator[Row]:
 
 
 def _lines(file: Path, text_key: str) -> Iterator[Row]:
-    for number, line in enumerate(streams.lines(file), 1):
+    yield from _objects(file, text_key, enumerate(streams.lines(file), 1))
+
+
+def _objects(file: Path, text_key: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[Row]:
+    for number, line in lines:
         where = f"{file}, line {number}"
         if not line.strip():
             continue
@@ -159,7 +190,7 @@ def _text_and_rest(row: Any, text_key: str, where: str) -> tuple[str, dict[str, 
     return text, {key: value for key, value in row.items() if key != text_key}
 
 
-def _parquet(file: Path, text_key: str) -> Iterator[Row]:
+def _parquet(file: Path, text_key: str, part: Part | None = None) -> Iterator[Row]:
     from pyarrow import ArrowException, large_binary, types
     from pyarrow.parquet import ParquetFile
 
@@ -170,8 +201,9 @@ def _parquet(file: Path, text_key: str) -> Iterator[Row]:
             columns = table.schema_arrow.names
             if text_key not in columns:
                 raise DataError(_missing(str(file), text_key, columns))
-            number = 0
-            for batch in table.iter_batches(batch_size=64, columns=[text_key]):
+            number = part.first - 1 if part else 0
+            groups = range(part.start, part.stop) if part else range(table.num_row_groups)
+            for batch in table.iter_batches(batch_size=64, columns=[text_key], row_groups=list(groups)):
                 column = batch.column(0)
                 if types.is_string(column.type) or types.is_large_string(column.type):
                     column = column.cast(large_binary())  # decoded below, where the row is known

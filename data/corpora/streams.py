@@ -40,17 +40,36 @@ def chunks(file: Path) -> Iterator[bytes]:
     """Pieces of CHUNK bytes at most."""
     try:
         with file.open("rb") as stream:
-            head, suffix = stream.peek(4), file.suffix.lower()
-            if head.startswith(ZSTANDARD) or suffix in (".zst", ".zstd") and not head.startswith(GZIP):
+            packing = _packing(file, stream.peek(4))
+            if packing == "zstandard":
                 yield from _zstandard(stream, file)
-            elif head.startswith(GZIP) or suffix == ".gz":
+            elif packing == "gzip":
                 yield from _gzip(stream)
             else:
                 yield from iter(lambda: stream.read(CHUNK), b"")
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(f"{file}: damaged or truncated ({error}); fetch or compress it again") from None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise unreadable(file, error) from None
+
+
+def is_packed(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return _packing(file, stream.peek(4)) is not None
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def _packing(file: Path, head: bytes) -> str | None:
+    suffix = file.suffix.lower()
+    if head.startswith(ZSTANDARD) or suffix in (".zst", ".zstd") and not head.startswith(GZIP):
+        return "zstandard"
+    return "gzip" if head.startswith(GZIP) or suffix == ".gz" else None
+
+
+def unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(f"{file}: cannot be read ({error.strerror or error})")
 
 
 def whole(file: Path) -> bytes:
@@ -75,6 +94,35 @@ def lines(file: Path) -> Iterator[bytes]:
             raise too_large(f"{file}, line {number}")
     if size:
         yield b"".join(held)
+
+
+def lines_between(file: Path, start: int, stop: int) -> Iterator[bytes]:
+    """The lines of a file that is not packed which begin at byte `start` or later, and before `stop`."""
+    try:
+        with file.open("rb") as stream:
+            if start:  # the line of the byte before began there at the latest
+                stream.seek(start - 1)
+                while (skipped := stream.readline(CHUNK)) and not skipped.endswith(b"\n"):
+                    pass
+            while stream.tell() < stop and (line := stream.readline(LARGEST + 2)):
+                if len(line.removesuffix(b"\n")) > LARGEST:
+                    raise too_large(f"{file}, the line at byte {stream.tell() - len(line)}")
+                yield line.removesuffix(b"\n")
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def line_ends(file: Path, start: int, stop: int) -> int:
+    """How many lines end in the bytes from `start` to `stop` of a file that is not packed."""
+    found = 0
+    try:
+        with file.open("rb") as stream:
+            stream.seek(start)
+            while start < stop and (chunk := stream.read(min(1 << 20, stop - start))):
+                found, start = found + chunk.count(b"\n"), start + len(chunk)
+    except OSError as error:
+        raise unreadable(file, error) from None
+    return found
 
 
 def values(file: Path) -> Iterator[tuple[int, Any]]:

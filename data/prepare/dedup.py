@@ -17,8 +17,11 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 SHINGLE = 8  # words
 _NUMBER, _WORD = re.compile(r"\d+"), re.compile(r"\w+")
@@ -37,16 +40,29 @@ def shingles(text: str) -> np.ndarray:
     return np.unique(rolled)
 
 
-class HeldOut:
+class HeldOut(NamedTuple):
     """An inverted index of the held-out documents: shingle -> documents."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    sizes: NDArray[np.int64]  # [documents], shingles
+    hashes: NDArray[np.uint64]  # [shingles], sorted; a shingle of two documents is there twice
+    documents: NDArray[np.int32]  # [shingles]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "HeldOut":
         sets = [shingles(text) for text in texts]
-        self.sizes = np.array([len(each) for each in sets], np.int64)  # [documents]
+        sizes = np.array([len(each) for each in sets], np.int64)
         hashes = np.concatenate([*sets, np.empty(0, np.uint64)])
         order = np.argsort(hashes, kind="stable")
-        self.hashes = hashes[order]  # [shingles], sorted; a shingle of two documents is there twice
-        self.documents = np.repeat(np.arange(len(sets), dtype=np.int32), self.sizes)[order]  # [shingles]
+        return cls(sizes, hashes[order], np.repeat(np.arange(len(sets), dtype=np.int32), sizes)[order])
+
+    def save(self, folder: Path) -> None:
+        for name, array in self._asdict().items():
+            np.save(folder / f"{name}.npy", array)
+
+    @classmethod
+    def load(cls, folder: Path) -> "HeldOut":
+        """Mapped into memory, which tasks of one machine share."""
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
 
     def overlap(self, text: str) -> float:
         """max(|T & U| / |T|, max over H of |T & H| / |H|), in [0, 1]."""

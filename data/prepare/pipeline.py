@@ -1,97 +1,66 @@
-"""Text to a prepared data set: read, normalise, hold out, decontaminate, train a tokenizer, write shards and manifest.
+"""Text to a prepared data set, in stages that one process, many, or a cluster do part by part, to the same bytes.
 
-The corpus is read once and spooled to the disk: what comes from a network can neither be held in memory nor be trusted
-to come twice the same, and what is held out depends on all of it. In memory stay, a document, 16 bytes of numbers and
-about 100 of a hash set (exact duplicates), and the shingles of the held-out documents.
+    pieces -> clean, each text once -> near duplicates -> scores, pools -> hold out -> decontaminate -> tokens -> shards
 
-The surprise: a document that resembles a held-out one leaves training, not the test, which stays what it was.
+A killed preparation goes on where it was: what is finished is not done again (work.py). Nothing that decides a byte
+depends on the engine, the workers, or how the input lies in files. The surprise: a document that resembles a held-out
+one leaves training, not the test, which stays what it was.
 """
 
+import json
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from thriftlab.data.corpora import recipes
-from thriftlab.data.corpora.folders import PassOver
-from thriftlab.data.corpora.readers import locate, read
+from thriftlab.data.corpora.readers import locate
 from thriftlab.data.errors import DataError
-from thriftlab.data.files import printable
-from thriftlab.data.manifest import Manifest, fingerprint, read_manifest, verify_files, write_manifest
-from thriftlab.data.prepare.dedup import HeldOut
-from thriftlab.data.prepare.pool import EMPTY, EXACT, Chosen, Pool, hold_out, spool
-from thriftlab.data.prepare.request import PrepareConfig, difference, request_of
-from thriftlab.data.shards import token_dtype, write_shards, write_tokenizer
-from thriftlab.data.tokens import Tokenizer, encode_document, load_tokenizer, train_bpe
-from thriftlab.data.workspace import check_place, install, workspace
-
-Passed = dict[str, dict[str, Any]]  # reason -> how many files, and the names of the first
-NEAR = "near-duplicate of a held-out document"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What lies in `path`; `str` is the table that is shown."""
-
-    path: Path
-    manifest: Manifest
-    notes: tuple[str, ...]  # what the user should know besides
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.manifest)
-
-    def __str__(self) -> str:
-        head = f"{'source':14}{'split':12}{'documents':>10}{'tokens':>14}{'MB':>10}"
-        lines = [
-            f"{name:14}{split:12}{entry['documents']:10,}{entry['tokens']:14,}{entry['bytes'] / 1e6:10.3f}"
-            for name, source in self.manifest["sources"].items()
-            for split, entry in (("train", source["train"]), ("validation", source["validation"]))
-        ]
-        origins = [
-            f"{name:14}{package['registry']} {package['name']} {package['version']}, {package['licence']}, "
-            f"sha256 {package['sha256'][:16]}"
-            for name, packages in self.manifest["made"].get("packages", {}).items()
-            for package in packages
-        ]
-        passed = [
-            f"{name:14}passed over: {tally['count']:,} {reason} ({', '.join(tally['first'])}"
-            f"{', ...' if tally['count'] > len(tally['first']) else ''})"
-            for name, reasons in self.manifest["made"].get("passed_over", {}).items()
-            for reason, tally in reasons.items()
-        ]
-        drops = [f"{count:,} {reason}" for reason, count in self.manifest.get("drops", {}).items() if count]
-        tokenizer = self.manifest["tokenizer"]
-        foot = [
-            f"dropped documents: {', '.join(drops) or 'none'}",
-            f"tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens; data {self.fingerprint[:16]}",
-        ]
-        return "\n".join([printable(self.path), head, *lines, *origins, *passed, *foot, *self.notes])
+from thriftlab.data.files import replace_atomically
+from thriftlab.data.manifest import read_manifest, verify_files
+from thriftlab.data.prepare import stages, tokenize
+from thriftlab.data.prepare.clean import DOCUMENTS, clean, unique
+from thriftlab.data.prepare.engine import Engine, open_engine, versions
+from thriftlab.data.prepare.intake import cut, is_small, tell_empty_files
+from thriftlab.data.prepare.ledger import write_ledger
+from thriftlab.data.prepare.near import PAIRS, banding
+from thriftlab.data.prepare.parts import LEAKS, TRAIN, Parts, number
+from thriftlab.data.prepare.request import PrepareConfig, PrepareRequest, difference, request_of
+from thriftlab.data.prepare.result import check_sources, write_result
+from thriftlab.data.prepare.rules import chosen
+from thriftlab.data.prepare.scoring import Scorer, score, units
+from thriftlab.data.prepare.summary import Summary
+from thriftlab.data.prepare.work import Work
+from thriftlab.data.shards import token_dtype
+from thriftlab.data.tokens import train_bpe
+from thriftlab.data.workspace import check_place, empty, install, workspace
 
 
-def prepare(config: PrepareConfig) -> Summary:
-    """Makes `config.out`, or leaves it alone if it is whole and made by the same settings from the same input.
+def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
+    """Makes `config.out`, or leaves it alone if it is whole and made with the same settings from it.
 
-    Killed at any moment it leaves nothing or a whole folder (workspace.py), and can be started again. DataError says
-    what is wrong with the input, or with what is already there, and what to do.
+    Killed at any moment it leaves nothing in `out` or a whole folder (workspace.py); the same command goes on. DataError
+    says what is wrong with the input, or with what is already there, and what to do. `model` scores texts, for
+    perplexity.run.
     """
-    request = request_of(config)
+    request = request_of(config, model)
     try:
-        with workspace(config.out) as work:
+        with workspace(config.out, resumed=True) as folder:
             if done := _already(config, request):
                 return done
             _check_place(config.out)
-            notes = _build(config, work)
-            install(work, config.out)
+            notes = _build(config, model, folder)
+            install(folder / "out", config.out)
     except OSError as error:  # readers report their own
-        raise DataError(f"{config.out}: cannot be made ({error}); choose another out, or make room") from error
+        raise DataError(
+            f"{config.out}: cannot be made ({error}); choose another out, or make room: the same command goes on"
+        ) from error
     return Summary(config.out, read_manifest(config.out), notes)
 
 
@@ -134,121 +103,136 @@ def _check_place(out: Path) -> None:
 # --- making it -------------------------------------------------------------------------------------------------------
 
 
-def _build(config: PrepareConfig, work: Path) -> tuple[str, ...]:
-    """Everything into `work`; returns notes for the user."""
+def _build(config: PrepareConfig, model: Scorer | None, folder: Path) -> tuple[str, ...]:
+    """Everything into `folder`/out; returns notes for the user."""
     started = time.monotonic()
-    packages = _gather(config)
-    request = request_of(config)  # again, now that packages are there
-    pools, passed, notes = _read(config, work)
-    held_out = {name: _split(name, pool, config) for name, pool in pools.items()}
-    train = _decontaminate(pools, held_out, config.near_duplicate)
-    texts = (text for name, pool in pools.items() for text in pool.texts(train[name]))
-    tokenizer = _tokenizer(config.tokenizer, texts)
-    dtype = token_dtype(tokenizer.vocab_size)
-    sources = {}
-    for name, pool in pools.items():
-        sources[name] = {
-            split: write_shards(work, name, split, _encode(name, pool, chosen, tokenizer), dtype, config.shard_tokens)
-            for split, chosen in (("train", train[name]), ("validation", held_out[name]))
-        } | {
-            "licence": config.inputs[name].licence,
-            "provenance": {"reader": locate(config.inputs[name].path)[0], "text_sha256": pool.text_sha256},
-            "drops": dict(pool.drops),
-        }
-        pool.file.unlink()
+    packages = recipes.gather(_recipes(config), config.downloads)
+    request = request_of(config, model)  # again, now that packages are there
+    work = _begin(folder, config, request)
+    name = "here" if config.engine == "processes" and config.workers is None and is_small(config) else config.engine
+    with open_engine(name, config.workers, work.stages) as engine:
+        passed = cut(config, work, engine)
+        parts = _distinct(config, work, engine)
+        tell_empty_files(config, work, passed)
+        notes = check_sources(config, parts)
+        if config.near.is_on:
+            _near(config, parts, engine)
+        if columns := units(config):
+            score(config, parts, engine, model)
+        _split(config, parts, engine)
+        tokenizer = _tokenizer(config, parts)
+        _each(engine, partial(tokenize.encode, parts, tokenizer), parts, "tokens", "tokenize")
+        ledger = partial(write_ledger, parts, list(config.inputs), columns, config.keep_text)
+        _each(engine, ledger, parts, "ledger", "write the ledger")
+        entries = _shards(config, parts, engine, tokenizer, len(columns))
     seconds = round(time.monotonic() - started, 1)
-    manifest = {
-        "tokenizer": write_tokenizer(work, tokenizer),
-        "dtype": dtype,
-        "sources": sources,
-        "prepare": config.model_dump(include={"holdout", "holdout_bytes", "near_duplicate", "shard_tokens", "seed"}),
-        "drops": {reason: sum(pool.drops[reason] for pool in pools.values()) for reason in (EMPTY, EXACT, NEAR)},
-        "made": {
-            "request": request,
-            "packages": packages,
-            "passed_over": {name: reasons for name, reasons in passed.items() if reasons},
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "seconds": seconds,
-        },
+    made = {
+        "request": request,
+        "packages": packages,
+        "passed_over": {name: reasons for name, reasons in passed.items() if reasons},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "seconds": seconds,
     }
-    write_manifest(work, manifest)
+    write_result(config, parts, tokenize.open_tokenizer(tokenizer), entries, made)
     return (*notes, f"prepared in {seconds} s")
 
 
-def _gather(config: PrepareConfig) -> dict[str, list[dict[str, str]]]:
-    """The packages of each source that is made of packages, downloaded."""
+def _recipes(config: PrepareConfig) -> dict[str, str]:
+    """The recipes of sources that are made of packages."""
     located = {name: locate(source.path) for name, source in config.inputs.items()}
-    places = {name: place for name, (reader, place) in located.items() if reader == "recipe"}
-    return recipes.gather(places, config.downloads)
+    return {name: place for name, (reader, place) in located.items() if reader == "recipe"}
 
 
-def _read(config: PrepareConfig, work: Path) -> tuple[dict[str, Pool], dict[str, Passed], list[str]]:
-    """The pools that are not empty, what was passed over, and a line for each part that this Python came without."""
-    seen: set[bytes] = set()
-    pools, notes = {}, []
-    passed: dict[str, Passed] = {name: {} for name in config.inputs}
-    for name, source in config.inputs.items():
-        tell = _tally(passed[name])
-        documents = read(source.path, name, source.text_key, source.streaming, config.downloads, source.format, tell)
-        pool = spool(_progress(documents, f"read {name}"), work / f"{name}.spool", config.seed, seen)
-        if len(pool.sizes):
-            pools[name] = pool
-        elif locate(source.path)[0] == "embedded":
-            notes.append(f"{name}: absent, this Python came without {source.path}")
-            pool.file.unlink()
-        else:
-            raise DataError(f"inputs.{name}: in {source.path} every text is empty or a copy of an earlier one")
-    if not pools:
-        raise DataError("this Python came without its documentation; name a text of your own: inputs.NAME.path=FILE")
-    return pools, passed, notes
-
-
-def _tally(passed: Passed) -> PassOver:
-    def tell(name: str, reason: str) -> None:
-        tally = passed.setdefault(printable(reason), {"count": 0, "first": []})
-        tally["count"] += 1
-        if tally["count"] <= 3:
-            tally["first"].append(printable(name))
-
-    return tell
-
-
-def _split(name: str, pool: Pool, config: PrepareConfig) -> Chosen:
-    held_out = hold_out(pool, config.holdout, config.holdout_bytes)
-    if held_out.all():
+def _begin(folder: Path, config: PrepareConfig, request: PrepareRequest) -> Work:
+    """The unfinished folder, as a killed attempt of the same plan left it, or empty."""
+    plan, file = json.dumps({"request": request, "versions": versions()}, indent=1), folder / "plan.json"
+    if file.is_file() and file.read_text() != plan and not config.force:
+        try:
+            other = difference(json.loads(file.read_text())["request"], request)
+        except (ValueError, KeyError, TypeError):
+            other = None
         raise DataError(
-            f"inputs.{name}: too few documents ({len(held_out)}) to hold one out and keep one; "
-            "cut the text into documents, one a file, or one a line of jsonl"
+            f"{folder}: holds the unfinished work of another preparation, {other or 'by another version'}; finish that "
+            "one with its settings, choose another out, or begin anew with force=true"
         )
-    return held_out
+    if not file.is_file() or file.read_text() != plan:
+        empty(folder)
+        replace_atomically(file, plan.encode())
+    for name in ("stages", "out"):
+        (folder / name).mkdir(exist_ok=True)
+    return Work(folder / "stages", folder / "out")
 
 
-def _decontaminate(pools: dict[str, Pool], held_out: dict[str, Chosen], threshold: float) -> dict[str, Chosen]:
-    """By source, the documents to train on: neither held out nor like a held-out one of any source."""
-    index = HeldOut(text for name, pool in pools.items() for text in pool.texts(held_out[name]))
-    train = {}
-    for name, pool in pools.items():
-        rest = np.flatnonzero(~held_out[name])
-        texts = _progress(pool.texts(~held_out[name]), f"decontaminate {name}", len(rest))
-        near = np.fromiter((index.overlap(text) >= threshold for text in texts), bool, len(rest))
-        if near.all():
+def _each(engine: Engine, f: Callable[[int], None], parts: Parts, names: str, what: str) -> None:
+    """f(part) of the parts that are not finished."""
+    engine.each(f, parts.work.unfinished(names, parts.count), what)
+
+
+def _distinct(config: PrepareConfig, work: Work, engine: Engine) -> Parts:
+    plan, sources = work.facts("pieces"), len(config.inputs)
+    if left := work.unfinished("unique", plan["parts"]):
+        rules = chosen(config.rules, config.rule) if config.rules else None
+        mapper = partial(clean, work, config, rules, plan["parts"])
+        engine.exchange(mapper, plan["count"], partial(unique, work, sources), left, DOCUMENTS, "clean")
+    return number(work, sources, plan["parts"])
+
+
+def _near(config: PrepareConfig, parts: Parts, engine: Engine) -> None:
+    if left := parts.work.unfinished("near", parts.count):
+        mapper = partial(stages.near_pairs, parts, banding(config.near.bands, config.near.threshold))
+        engine.exchange(mapper, parts.count, partial(stages.near_edges, parts), left, PAIRS, "near duplicates")
+    if not parts.work.is_finished("duplicates"):
+        stages.merge_near(parts)
+
+
+def _split(config: PrepareConfig, parts: Parts, engine: Engine) -> None:
+    """What is held out, and what of the rest resembles it."""
+    lines = engine.each(partial(stages.lines, parts, config.holdout_bytes), range(parts.count), "hold out")
+    by_source = list(zip(*lines, strict=True))
+    cuts = [stages.cut(each, config.holdout_bytes) for each in by_source]
+    if not parts.work.is_finished("held"):
+        parts.work.finish("held", {"counts": stages.index_held_out(parts, config.holdout, cuts)})
+    for name, held, each in zip(config.inputs, parts.work.facts("held")["counts"], by_source, strict=True):
+        if held and held == sum(line.documents for line in each):
+            raise DataError(
+                f"inputs.{name}: too few documents ({held}) to hold one out and keep one; "
+                "cut the text into documents, one a file, or one a line of jsonl"
+            )
+    judge = partial(stages.decontaminate, parts, config.holdout, cuts, config.near_duplicate)
+    _each(engine, judge, parts, "fate", "decontaminate")
+    for name, fate in zip(config.inputs, stages.fates(parts), strict=True):
+        if fate[LEAKS, 0] and not fate[TRAIN, 0]:
             raise DataError(f"inputs.{name}: all its documents resemble held-out ones; leave the source out")
-        train[name] = ~held_out[name]
-        train[name][rest[near]] = False
-        pool.drops[NEAR] += int(near.sum())
-    return train
 
 
-def _tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    kind, _, size = name.partition(":")
-    return train_bpe(_progress(texts, "train the tokenizer"), int(size)) if kind == "bpe" else load_tokenizer(name)
+def _tokenizer(config: PrepareConfig, parts: Parts) -> str:
+    """The name of the tokenizer, or the file of the one that is trained here."""
+    kind, _, size = config.tokenizer.partition(":")
+    if kind != "bpe":
+        return config.tokenizer
+    file = parts.work.path("tokenizer.json")
+    if not file.exists():
+        total = int(stages.fates(parts)[:, TRAIN, 0].sum())
+        texts = tqdm(stages.training_texts(parts), "train the tokenizer", total, disable=None, leave=False)
+        replace_atomically(file, (train_bpe(texts, int(size)).json or "").encode())
+    return str(file)
 
 
-def _encode(name: str, pool: Pool, chosen: Chosen, tokenizer: Tokenizer) -> Iterator[tuple[Any, int]]:
-    for text in _progress(pool.texts(chosen), f"tokenize {name}", int(chosen.sum())):
-        yield encode_document(tokenizer, text)
-
-
-def _progress(documents: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
-    return iter(tqdm(documents, what, total, unit=" documents", disable=None, leave=False))
+def _shards(config: PrepareConfig, parts: Parts, engine: Engine, tokenizer: str, columns: int) -> dict[str, Any]:
+    """The manifest's entries of splits, by source."""
+    dtype = token_dtype(tokenize.open_tokenizer(tokenizer).vocab_size)
+    sources = list(config.inputs)
+    cut_up = list(tokenize.shards(parts, sources, config.shard_tokens))
+    written = engine.each(partial(tokenize.write_shard, parts, dtype, columns), cut_up, "write shards")
+    entries: dict[str, Any] = {name: {split: [] for split in tokenize.SPLITS} for name in sources}
+    for shard, entry in zip(cut_up, written, strict=True):
+        entries[shard.source][shard.split].append(entry)
+    return {
+        name: {
+            split: {"shards": found}
+            | {key: sum(each[key] for each in found) for key in ("tokens", "documents", "bytes")}
+            for split, found in splits.items()
+        }
+        for name, splits in entries.items()
+    }

@@ -21,8 +21,9 @@ from thriftlab.data.corpora.synthetic import generate
 from thriftlab.data.errors import DataError
 from thriftlab.data.prepare import Input, PrepareConfig, prepare
 from thriftlab.data.prepare import pipeline as module
+from thriftlab.data.prepare import stages, tokenize
+from thriftlab.data.prepare.clean import point
 from thriftlab.data.prepare.dedup import HeldOut
-from thriftlab.data.prepare.pool import Pool, hold_out, point
 from thriftlab.data.shards import open_dataset
 from thriftlab.data.workspace import workspace
 
@@ -91,7 +92,7 @@ def test_main_sources_of_the_embedded_corpus_have_validation_to_measure(embedded
 @pytest.mark.slow
 def test_no_training_document_resembles_a_held_out_one(embedded):
     dataset = open_dataset(embedded.path)
-    held_out = HeldOut(text for source in dataset.sources for text in documents(dataset, source, "validation"))
+    held_out = HeldOut.of(text for source in dataset.sources for text in documents(dataset, source, "validation"))
     assert max(held_out.overlap(t) for source in dataset.sources for t in documents(dataset, source, "train")) < 0.5
 
 
@@ -99,7 +100,7 @@ def test_bpe_knows_only_training_text_and_comes_out_the_same_again(tmp_path):
     texts = list(generate(60, 60, vocabulary=60))
     first = prepare(config(tmp_path / "a", write_lines(tmp_path / "a.jsonl", texts), tokenizer="bpe:400"))
     secret = "xylophonequartz" * 40
-    held = next(n for n in range(999) if point(_sha256(f"{secret} {n}"), 0) < 0.01)
+    held = next(n for n in range(999) if place(f"{secret} {n}") < 0.01)
     lines = write_lines(tmp_path / "b.jsonl", [*texts, f"{secret} {held}"])
     second = prepare(config(tmp_path / "b", lines, tokenizer="bpe:400"))
     data = open_dataset(second.path)
@@ -109,8 +110,9 @@ def test_bpe_knows_only_training_text_and_comes_out_the_same_again(tmp_path):
     assert third.fingerprint == second.fingerprint != first.fingerprint
 
 
-def _sha256(text):
-    return hashlib.sha256(text.encode()).digest()
+def place(text, seed=0):
+    """In [0, 1): a text is held out where this is below the share."""
+    return point(hashlib.sha256(text.encode()).digest(), seed) / 2**64
 
 
 # --- holding out and decontamination ---------------------------------------------------------------------------------
@@ -118,20 +120,24 @@ def _sha256(text):
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 0.999)), min_size=1, max_size=50, unique_by=lambda r: r[1]),
-    st.floats(0.01, 0.4), st.integers(0, 5000),
+    st.lists(
+        st.tuples(st.integers(1, 1000), st.integers(0, 2**64 - 1)), min_size=1, max_size=50, unique_by=lambda r: r[1]
+    ),
+    st.floats(0.01, 0.4), st.integers(0, 5000), st.integers(1, 5),
 )  # fmt: skip
-def test_hold_out_takes_the_share_and_the_minimum_up_to_a_fifth(rows, share, minimum):
+def test_hold_out_takes_the_share_and_the_minimum_up_to_a_fifth_whatever_the_parts(rows, share, minimum, parts):
     expected, held = set(), 0
-    for size, place in sorted(rows, key=lambda row: row[1]):
+    for size, where in sorted(rows, key=lambda row: row[1]):
         more = not expected or held < minimum and held + size <= 0.2 * sum(row[0] for row in rows)
-        if place < share or more:
-            expected.add(place)
+        if where / 2**64 < share or more:
+            expected.add(where)
             held += size
         else:
             break
-    sizes, points = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
-    assert set(points[hold_out(Pool(Path(), sizes, points, "", None), share, minimum)]) == expected
+    sizes, points = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], np.uint64)
+    lines = [stages.line(points[p::parts], sizes[p::parts], minimum) for p in range(parts)]
+    found = points[stages.is_held(points, share, stages.cut(lines, minimum))]
+    assert set(found.tolist()) == expected
 
 
 def test_the_split_depends_on_text_and_seed_alone(tmp_path):
@@ -147,13 +153,13 @@ def test_the_split_depends_on_text_and_seed_alone(tmp_path):
 
 def test_planted_near_duplicates_leave_training_and_innocents_stay(tmp_path):
     texts = list(generate(200, 120, vocabulary=3000))
-    held = [text for text in texts if point(_sha256(text), 0) < 0.05]
+    held = [text for text in texts if place(text) < 0.05]
     others = list(generate(50, 120, vocabulary=3000, seed=9))
     words = [text.split() for text in held]
 
     def in_training(candidates):
         """Planted copies are made to fall on the training side, so that only decontamination can drop them."""
-        return [next(t for n in range(999) if point(_sha256(t := f"{text} z{n}"), 0) > 0.06) for text in candidates]
+        return [next(t for n in range(999) if place(t := f"{text} z{n}") > 0.06) for text in candidates]
 
     near = in_training([
         " ".join(w if i % 20 else "changed" for i, w in enumerate(words[0])),  # an edit every 20 words
@@ -178,8 +184,8 @@ def test_planted_near_duplicates_leave_training_and_innocents_stay(tmp_path):
 
 def test_near_duplicates_are_found_across_sources_and_the_threshold_counts(tmp_path):
     texts = list(generate(100, 100, vocabulary=3000))
-    held = next(text for text in texts if point(_sha256(text), 0) < 0.05)
-    half = next(t for n in range(99) if point(_sha256(t := f"{n} " + held[: len(held) // 3]), 0) > 0.06)
+    held = next(text for text in texts if place(text) < 0.05)
+    half = next(t for n in range(99) if place(t := f"{n} " + held[: len(held) // 3]) > 0.06)
     quote = f"{half} " + " ".join(list(generate(3, 100, vocabulary=3000, seed=4)))
     inputs = {
         "one": Input(path=str(write_lines(tmp_path / "one.jsonl", texts))),
@@ -344,10 +350,10 @@ def test_what_a_killed_process_left_does_not_get_into_the_folder(tmp_path):
     (tmp_path / ".out.partial" / "web").mkdir(parents=True)
     (tmp_path / ".out.partial" / "web" / "train-00099.bin").write_text("of another preparation")
     names = {file.name for file in listing(prepare(config(tmp_path / "out")).path)}
-    assert "manifest.json" in names and "train-00099.bin" not in names and not any("spool" in name for name in names)
+    assert "manifest.json" in names and "train-00099.bin" not in names and "plan.json" not in names
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failure_leaves_nothing_behind_and_a_full_disk_what_is_done(tmp_path, monkeypatch):
     lines = write_lines(tmp_path / "a.jsonl", generate(20, 20))
     lines.write_text(lines.read_text() + "{")
     with pytest.raises(DataError, match="line 21"):
@@ -356,10 +362,15 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_shards", full)
-    with pytest.raises(DataError, match="out: cannot be made.*No space left"):
-        prepare(config(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["a.jsonl"]
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="out: cannot be made.*No space left.*goes on"):
+        patch.setattr(tokenize, "write_array", full)
+        prepare(config(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == [".out.partial", "a.jsonl"], "what is done is kept for the next attempt"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "clean", lambda *given: pytest.fail("the corpus was read again"))
+        prepare(config(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

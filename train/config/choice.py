@@ -6,17 +6,15 @@ One surprise: validating a list of plugins runs them, because what they register
 """
 
 import functools
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
+from thriftlab.data.errors import DataError
 from thriftlab.data.paths import FilePath
+from thriftlab.data.plugins import load_plugin
 from thriftlab.optim.core.hyper import model_of
 
 config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
@@ -67,30 +65,15 @@ class Registry:
         return handler.generate_schema(kind)
 
 
-def load_plugin(path: str) -> str:
-    """Run a Python file once; what it registers can be chosen from then on."""
-    name = f"thriftlab_plugin_{plugin_sha256(path)[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise PydanticCustomError("plugin", "is not a Python file (.py)")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise PydanticCustomError("plugin", "{error}", {"error": f"{type(error).__name__}: {error}"}) from error
+def run_plugin(path: str) -> str:
+    try:
+        load_plugin(path)
+    except DataError as error:
+        raise PydanticCustomError("plugin", "{error}", {"error": str(error)}) from error
     return path
 
 
-def plugin_sha256(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise PydanticCustomError("plugin", "{error}", {"error": error.strerror or str(error)}) from None
-
-
-Plugin = Annotated[FilePath, AfterValidator(load_plugin)]
+Plugin = Annotated[FilePath, AfterValidator(run_plugin)]
 
 
 class Plugins(Section):

@@ -53,6 +53,12 @@ def open_reference(folder: str | Path, dataset: Dataset, plan: Plan, verify: boo
                 f"{folder} has the reference losses of {key} {entry[key]}, and this run has {asked}; write others with "
                 "thriftlab reference"
             )
+    for source in plan.sources:
+        if source.where:
+            raise ReferenceLossError(
+                f"{folder} has the reference losses of all windows, and data.sources.{source.name}.where makes others; "
+                "leave where out, or use another signal"
+            )
     losses = []
     for source, windows in zip(plan.sources, plan.windows, strict=True):
         path = folder / f"{source.name}.npy"
