@@ -75,6 +75,8 @@ class Here:
     def exchange(
         self, mapper: Mapper, pieces: int, reducer: Reducer, parts: Sequence[int], schema: pa.Schema, what: str = ""
     ) -> None:
+        if not parts:
+            return
         make_folder(self.folder)
         try:
             self.each(partial(spill, mapper, parts, schema, self.folder), range(pieces), f"{what}, piece")

@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 STORE = 256 << 20  # bytes of objects in memory for each worker; the rest waits on the disk
 OBJECTS = 200_000  # of one exchange
 WAVE = 4  # tasks submitted for each worker: one hundred thousand that wait would stall the scheduler (ray issue 25412)
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": str(TRIES - 1)}
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": str(TRIES - 1), "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 
 
 class OnRay:
@@ -76,10 +76,12 @@ class OnRay:
         self, mapper: Mapper, pieces: int, reducer: Reducer, parts: Sequence[int], schema: pa.Schema, what: str = ""
     ) -> None:
         parts = [*parts]
+        if not parts:
+            return
         if pieces * len(parts) > OBJECTS:
             raise DataError(
-                f"{what}: {pieces:,} pieces x {len(parts):,} parts are more than the {OBJECTS:,} objects that engine=ray "
-                "may hold; prepare fewer sources at a time, or use engine=processes"
+                f"{what}: {pieces:,} pieces x {len(parts):,} parts are more than the {OBJECTS:,} objects that "
+                "engine=ray can hold; prepare fewer sources at a time, or use engine=processes"
             )
         code = ray.put(pickle.dumps(mapper))
         made: dict[int, list[Any]] = {}  # piece -> an object for each part
@@ -133,7 +135,7 @@ def result(task: Any, what: str, item: object) -> Any:
     except RayTaskError as error:
         cause = error.cause
         if not isinstance(cause, UserError):
-            cause.add_note(f"in a worker:\n{error.traceback_str}")
+            cause.add_note(f"in a worker:\n{error}")
         raise cause from None
     except RayError as error:
         raise poisonous(what, item, type(error).__name__) from None

@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -52,6 +53,7 @@ class Pool:
                         killed[i] += 1
                         if killed[i] == TRIES:
                             raise poisonous(what, items[i], str(error)) from None
+                        warnings.warn(f"{what} {items[i]}: its worker was killed ({error}); again", RuntimeWarning, 2)
                         waiting.append(i)
                         continue
                     self.idle.append(worker)

@@ -1,0 +1,53 @@
+"""A Ray node that is lost in the middle of an exchange: what it held is made again, and the result is the same."""
+
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from tests.tools.counting import ROWS, contents, count_rows, wide_rows
+from thriftlab.data.prepare.engine import open_engine
+
+pytestmark = pytest.mark.slow
+
+PIECES, PARTS, SIZE = 6, 12, 6 << 20  # objects of half a MB: what is below 100 kB lies with the first process
+
+
+def test_a_node_lost_in_mid_exchange_changes_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="no ray here: pip install 'thriftlab[cluster]'")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    store = {"object_store_memory": 100 << 20}
+    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": f"/tmp/ray-{time.monotonic_ns() % 10**8}"}
+    cluster = Cluster(initialize_head=True, head_node_args=head | store)
+    nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    tries, out, plain = tmp_path / "tries", tmp_path / "out", tmp_path / "plain"
+    for folder in (tries, out, plain):
+        folder.mkdir()
+    done_then = []
+
+    def lose_a_node():
+        while len(contents(out)) < 2:
+            time.sleep(0.02)
+        done_then.append(len(contents(out)))
+        cluster.remove_node(nodes[1], allow_graceful=False)
+
+    try:
+        with open_engine("ray", None, tmp_path) as engine:
+            assert engine.workers == 2
+            killer = threading.Thread(target=lose_a_node)
+            killer.start()
+            begin = time.monotonic()
+            mapper, reducer = partial(wide_rows, PARTS, SIZE, tries=tries), partial(count_rows, out, seconds=0.3)
+            engine.exchange(mapper, PIECES, reducer, range(PARTS), ROWS, "lost")
+            assert time.monotonic() - begin < 120
+            killer.join()
+    finally:
+        cluster.shutdown()
+    assert done_then[0] < PARTS and len(contents(tries)) > PIECES
+    with open_engine("here", None, tmp_path) as here:
+        here.exchange(partial(wide_rows, PARTS, SIZE), PIECES, partial(count_rows, plain), range(PARTS), ROWS)
+    assert contents(out) == contents(plain)
