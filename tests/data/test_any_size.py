@@ -32,7 +32,15 @@ SETTINGS = dict(
 def corpus():
     """Texts of two sources, with planted copies, near copies, empty and short ones, CRLF and combining marks."""
     web = list(generate(120, 60, vocabulary=2000))
-    web += [web[0], web[1].replace(" ", "\r\n", 3), web[1].replace(" ", "\n", 3), "", " \n", "too short", "Cafe\u0301 " * 40]
+    web += [
+        web[0],
+        web[1].replace(" ", "\r\n", 3),
+        web[1].replace(" ", "\n", 3),
+        "",
+        " \n",
+        "too short",
+        "Cafe\u0301 " * 40,
+    ]
     web += [f"{text} And some more words." for text in web[5:25]]
     junk = ["".join(reversed(text)) for text in generate(60, 60, vocabulary=400, noise=0.4, seed=3)]
     return {"web": web, "junk": [*junk, web[2], junk[0]]}
@@ -89,7 +97,9 @@ def test_every_stage_drops_what_was_planted(expected):
     drops = open_dataset(expected / "out").manifest["sources"]["web"]["drops"]
     assert drops["empty"] == 2 and drops["exact duplicate"] == 2 and drops["gopher-words"] == 1
     assert drops["near duplicate"] == 21
-    assert open_dataset(expected / "out").manifest["sources"]["junk"]["drops"]["exact duplicate"] == 1  # rules edit the other copy of web[2]
+    assert (
+        open_dataset(expected / "out").manifest["sources"]["junk"]["drops"]["exact duplicate"] == 1
+    )  # rules edit the other copy of web[2]
 
 
 @pytest.mark.parametrize("layout", ["four", "packed", "parquet"])
@@ -175,7 +185,9 @@ def test_another_plan_does_not_mix(tmp_path, expected, monkeypatch):
         patch.setattr(module, "_split", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(PrepareConfig(out=tmp_path / "out", inputs=inputs, **SETTINGS))
     before = {file for file in (tmp_path / ".out.partial").rglob("*")}
-    with pytest.raises(DataError, match="out.partial: holds the unfinished work.*with seed = 0.*asked for with 1.*force"):
+    with pytest.raises(
+        DataError, match="out.partial: holds the unfinished work.*with seed = 0.*asked for with 1.*force"
+    ):
         prepare(PrepareConfig(out=tmp_path / "out", inputs=inputs, **SETTINGS, seed=1))
     assert {file for file in (tmp_path / ".out.partial").rglob("*")} == before, "what is there is not lost"
     with monkeypatch.context() as patch:
