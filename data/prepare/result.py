@@ -3,11 +3,14 @@
 from collections import Counter, defaultdict
 from typing import Any
 
+import numpy as np
+
 from thriftlab.data.corpora.readers import locate
 from thriftlab.data.errors import DataError
 from thriftlab.data.files import write_json
 from thriftlab.data.manifest import file_sha256, write_manifest
 from thriftlab.data.prepare.clean import EMPTY, EXACT, Samples
+from thriftlab.data.prepare.histograms import EDGES
 from thriftlab.data.prepare.ledger import LEAK_REASON, NEAR_REASON
 from thriftlab.data.prepare.parts import HELD, LEAKS, NEAR, TRAIN, Parts
 from thriftlab.data.prepare.request import PrepareConfig, settings_of_result
@@ -79,6 +82,9 @@ class Funnel:
         self.tallies: list[dict[str, list[int]]] = [defaultdict(lambda: [0, 0]) for _ in range(count)]
         self.edits: list[Counter[str]] = [Counter() for _ in range(count)]
         self.samples = [Samples() for _ in range(count)]
+        self.columns = units(config)
+        names = ["bytes", *(name for name in self.columns if name != "pool")]
+        self.histograms = {name: np.zeros((count, len(EDGES[name]) - 1), np.int64) for name in names}
         for facts in self.work.all_facts("clean", self.work.facts("pieces")["count"]):
             self._add_piece(facts["source"], facts)
         for facts in self.work.all_facts("unique", parts.count):
@@ -91,6 +97,8 @@ class Funnel:
             for s, name in enumerate(self.names):
                 for reason, found in facts["samples"][name].items():
                     self.samples[s].merge(reason, found)
+            for column, counts in facts["histograms"].items():
+                self.histograms[column] += np.array(counts)
         self.text_sums = [f"{each % 2**256:064x}" for each in self.sums]
         self.drops = [self._drops(s) for s in range(count)]
 
@@ -144,4 +152,13 @@ class Funnel:
             "funnel": funnel,
             "reasons": reasons,
             "edits": dict(zip(self.names, map(dict, self.edits), strict=True)),
+            "histograms": {name: self._histogram(name) for name in self.histograms},
         }
+
+    def _histogram(self, name: str) -> dict[str, Any]:
+        cuts: dict[str, list[float]] = {}
+        if self.work.is_finished("cuts") and (found := self.work.facts("cuts"))["by"] == name:
+            ends = ([end / self.columns[name] for end in each] for each in found["cuts"])
+            cuts = dict(zip(self.names, ends, strict=True))
+        counts = dict(zip(self.names, self.histograms[name].tolist(), strict=True))
+        return {"edges": EDGES[name], "counts": counts, "cuts": cuts}
