@@ -239,23 +239,24 @@ def study(argv: list[str]) -> None:
     """thriftlab submit [--nodes 2] [--gpus 8] [--time 4:00:00] [--dry-run] [key=value ...]
 thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
 thriftlab submit study NAME [--gpus 1] [key=value ...]
-    A run as a SLURM job; a study as an array of jobs. The same command again submits what is left.""",
+thriftlab submit prepare [--nodes 4] [--cpus 32] [--memory 128G] [engine=ray] [key=value ...]
+    A run as a SLURM job; a study as an array of jobs; a preparation on one node, or with engine=ray on
+    several. The same command again submits what is left.""",
     keys_of(
         "thriftlab.launch.cluster.slurm:SubmitConfig",
-        "Besides these, all keys of `thriftlab train`, `thriftlab compare` or `thriftlab study`:\n\n",
+        "Besides these, all keys of `thriftlab train`, `compare`, `study` or `prepare`:\n\n",
     ),
     alone=True,
 )
 def submit(argv: list[str]) -> None:
-    from thriftlab.launch.cluster import array, slurm
+    from thriftlab.launch.cluster import array, prepare, slurm
 
     options, settings = slurm.read_options(argv)
     kind = settings.words[0] if settings.words else "train"
     if kind in array.REQUESTS:
-        array.submit(options, settings)
-    else:
-        settings.words = settings.words[kind == "train" :]
-        slurm.submit(options, settings)
+        return array.submit(options, settings)
+    settings.words = settings.words[kind in ("train", "prepare") :]
+    (prepare if kind == "prepare" else slurm).submit(options, settings)
 
 
 @command(

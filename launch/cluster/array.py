@@ -16,7 +16,14 @@ from pathlib import Path
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically, seal, unseal, write_json
-from thriftlab.launch.cluster.slurm import JobBatch, SubmitConfig, processes, refuse_busy, submit_batches
+from thriftlab.launch.cluster.slurm import (
+    JobBatch,
+    SubmitConfig,
+    processes,
+    refuse_busy,
+    submit_batches,
+    trainer_command,
+)
 from thriftlab.launch.report.results import STUDY
 from thriftlab.launch.studies import compare, written
 from thriftlab.launch.studies.arms import StudyRequest
@@ -51,9 +58,9 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
     apart = f"unset {' '.join(OF_ONE_RUN)}"
     settle = f'{apart}\n{thriftlab} settle {shlex.quote(str(out / REQUEST))} "$run" || exit 1' if waiting else apart
     report = f"{thriftlab} report {shlex.quote(str(out))}"
-    known = [job for job in runs if job.arm not in waiting]
-    batches = [JobBatch("trials", folders(trials), trials, at_once, apart)] if trials else []
-    batches.append(JobBatch("runs", folders(runs), known, at_once, settle, report))
+    known, trainer = [job for job in runs if job.arm not in waiting], trainer_command(c)
+    batches = [JobBatch("trials", folders(trials), trials, trainer, at_once, apart)] if trials else []
+    batches.append(JobBatch("runs", folders(runs), known, trainer, at_once, settle, report))
     if not c.dry_run:
         refuse_busy(out, [run for batch in batches for run in batch.runs])
         make_folder((out / REQUEST).parent)

@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from pydantic import AfterValidator, Field
 
 from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.data.files import make_folder, write_json
+from thriftlab.data.prepare.request import PrepareConfig
 from thriftlab.data.shards import open_dataset
 from thriftlab.launch.studies.arms import is_method
 from thriftlab.launch.studies.compare import CompareConfig
@@ -129,14 +130,25 @@ class Script(Template):
     delimiter = "@"
 
 
+class Configured(Protocol):
+    """What a job does, and the folder that it runs in."""
+
+    @property
+    def config(self) -> RunConfig | PrepareConfig: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+
 @dataclass(frozen=True)
 class JobBatch:
-    """What one call of sbatch submits: runs, what comes `before` and `after` each in its script, and the jobs among
-    them whose configuration is known by now."""
+    """What one call of sbatch submits: runs, the command of each, what comes `before` and `after` it in the script, and
+    the jobs among them whose configuration is known by now."""
 
     name: str
     runs: Sequence[Path]
-    known: Sequence[Job]
+    known: Sequence[Configured]
+    command: str
     at_once: int | None = None
     before: str = ""
     after: str = ""
@@ -154,7 +166,7 @@ class JobBatch:
             code=shlex.quote(str(home / "code")),
             notice=c.notice,
             requeues=c.requeues,
-            command=trainer_command(c),
+            command=self.command,
             before=self.before,
             after=self.after,
         )
@@ -175,7 +187,8 @@ def read_options(argv: Sequence[str]) -> tuple[SubmitConfig, Settings]:
 def refuse_unknown(rest: Settings) -> None:
     """ConfigError for a key that neither a job, a run nor a study has, with the nearest of all that could be meant."""
     validate(Plugins, rest.pick(["plugins"]))  # they may register methods, whose names are keys
-    models = (SubmitConfig, StudyOptions, CompareConfig, RunConfig)
+    preparing = rest.words[:1] == ["prepare"]
+    models = (SubmitConfig, PrepareConfig) if preparing else (SubmitConfig, StudyOptions, CompareConfig, RunConfig)
     known = [key for model in models for key, _ in keys(model, {})]
     for path, source in rest.origin.items():
         if not any(path[0] in model.model_fields for model in models) and not is_method(path[0]):
@@ -203,7 +216,7 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
     refuse_other_run(job, dataset.fingerprint)
     if job.record:
         raise UserError(f"{config.out} is done; its record is {config.out}/record.json")
-    submit_batches(c, Path(config.out), [JobBatch(job.name, [job.folder], [job])])
+    submit_batches(c, Path(config.out), [JobBatch(job.name, [job.folder], [job], trainer_command(c))])
 
 
 def submit_batches(c: SubmitConfig, out: Path, batches: Sequence[JobBatch]) -> None:
@@ -266,8 +279,8 @@ def snapshot(target: Path) -> None:
     (target / "thriftlab" / "COMMIT").write_text(commit or "")
 
 
-def keep_plugins(config: RunConfig, home: Path) -> RunConfig:
-    """The same run with copies of its plugins."""
+def keep_plugins(config: RunConfig | PrepareConfig, home: Path) -> RunConfig | PrepareConfig:
+    """The same with copies of its plugins."""
     copies = [home / "code" / "plugins" / str(i) / Path(path).name for i, path in enumerate(config.plugins)]
     for path, copy in zip(config.plugins, copies, strict=True):
         copy.parent.mkdir(parents=True, exist_ok=True)
