@@ -24,8 +24,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.prepare.minhash import Banding, buckets_of
@@ -78,6 +76,9 @@ def forest(edges: NDArray[np.int64]) -> NDArray[np.int64]:
 
     forest(forest(a) + forest(b)) is forest(a + b), where + is concatenation: parts merge in any order and grouping.
     """
+    from scipy.sparse import coo_array  # here, because most workers never need it
+    from scipy.sparse.csgraph import connected_components
+
     nodes, ends = np.unique(edges, return_inverse=True)
     ends = ends.reshape(-1, 2)
     graph = coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))

@@ -63,6 +63,9 @@ def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
             except DataError:  # of the input: what was made of it is of no use
                 empty(folder)
                 raise
+            except KeyboardInterrupt:
+                print(f"\n{folder}: what is done is kept; the same command goes on", file=sys.stderr)
+                raise
             install(folder / "out", config.out)
     except OSError as error:  # readers report their own
         raise DataError(

@@ -266,9 +266,10 @@ SINCE = ("rules", "rule", "near", "quality", "perplexity", "pools", "keep_text")
 
 
 def settings_of_result(config: PrepareConfig) -> dict[str, Any]:
-    """What decides which tokens lie in the folder, without the inputs and the tokenizer."""
-    given = config.model_dump(mode="json", include=set(EVERYWHERE))
-    return given | {key: value for key, value in _since(config).items() if key != "keep_text"}
+    """What decides which tokens lie in the folder, without the inputs, the tokenizer, and where a run lies."""
+    since = {key: value for key, value in _since(config).items() if key != "keep_text"}
+    since.get("perplexity", {}).pop("run", None)
+    return config.model_dump(mode="json", include=set(EVERYWHERE)) | since
 
 
 def _since(config: PrepareConfig) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def test_what_no_reader_knows_is_refused_before_anything_is_read_and_format_over
     with pytest.raises(DataError, match=rf"{name}: .*\.txt .*\.jsonl .*\.parquet.*\.zstd.*format=text, jsonl, json or"):
         texts(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(DataError, match=name):
-        patch.setattr("thriftlab.data.prepare.pipeline.read", lambda *given: pytest.fail("it was read"))
+        patch.setattr("thriftlab.data.prepare.pipeline.clean", lambda *given: pytest.fail("it was read"))
         prepare(PrepareConfig(out=tmp_path.parent / "out", inputs={"web": Input(path=str(tmp_path))}))
     (tmp_path / "a.txt").unlink()
     if not name.endswith(".gz"):
