@@ -115,6 +115,14 @@ def test_classifier_is_logistic_regression(trained):
     assert 0.02 < np.min(wanted) < 0.4 < 0.6 < np.max(wanted) < 0.98  # so that the comparison says something
 
 
+def test_a_document_may_be_one_word_many_times():
+    positive, negative = ["again . " * 4000, "so it is ."], ["other . " * 9, "it is so ."]
+    weights, found = adagrad(positive, negative, seed=0), classifier.train(positive, negative)
+    for text in positive + negative:
+        wanted = sigmoid(sum(weights[b] * x for b, x in plain_bag(text).items()))
+        assert abs(found.score([text])[0] / classifier.UNIT - wanted) < 2e-3
+
+
 def test_classifier_ranks_like_a_fit_to_the_end(trained):
     """Of full gradient descent in float64, on words and pairs that are not hashed."""
 

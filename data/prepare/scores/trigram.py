@@ -121,45 +121,37 @@ def trigrams(documents: Sequence[ArrayLike]) -> tuple[Integers, Integers]:
 
 
 def interpolate(
-    level: Level,
-    keys: Integers,
-    document: Integers,
-    own: NDArray[np.bool_],
-    lower: NDArray[np.float64],
+    level: Level, keys: Integers, document: Integers, own: NDArray[np.bool_], lower: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Probabilities of the last ids of the keys, from those with an id less before them, each [tokens]."""
-    distinct, place = np.unique(keys, return_inverse=True)
-    before = distinct >> ID_BITS
-    counts = look_up(distinct, *level.grams)[place]
-    totals = look_up(before, level.contexts, level.totals)[place]
-    kinds = look_up(before, level.contexts, level.kinds)[place]
+    distinct, gram = np.unique(keys, return_inverse=True)
+    before, context = np.unique(distinct >> ID_BITS, return_inverse=True)
+    context = context[gram]
+    counts = look_up(distinct, *level.grams)[0][gram]
+    totals, kinds = (each[context] for each in look_up(before, level.contexts, level.totals, level.kinds))
     if own.any():
         mine = np.flatnonzero(own)
-        less = own_counts(keys[mine], document[mine], counts[mine])
-        counts[mine] -= less[0]
-        totals[mine] -= less[1]
-        kinds[mine] -= less[2]
+        less = own_counts(document[mine], gram[mine], context[mine], counts[mine])
+        counts[mine], totals[mine], kinds[mine] = counts[mine] - less[0], totals[mine] - less[1], kinds[mine] - less[2]
     seen = np.maximum(counts - DISCOUNT, 0) + DISCOUNT * kinds * lower
     return np.where(totals > 0, seen / np.maximum(totals, 1), lower)
 
 
-def own_counts(keys: Integers, document: Integers, counts: Integers) -> tuple[Integers, Integers, Integers]:
-    """What a document adds to the count, the total and the kinds of each of its keys, each [tokens]."""
-    gram, first, grams = groups(keys, document)
-    context, _, contexts = groups(keys >> ID_BITS, document)
-    only_here = counts[first] == grams  # [distinct grams of a document]
-    kinds = np.zeros(len(contexts), np.int64)
-    np.add.at(kinds, context[first], only_here)
-    return grams[gram], contexts[context], kinds[context]
+def own_counts(
+    document: Integers, gram: Integers, context: Integers, counts: Integers
+) -> tuple[Integers, Integers, Integers]:
+    """What a document adds to the count of each of its n-grams, and to the total and kinds of its context, [tokens]."""
+    first, grams, gram_sizes = groups(document << 32 | gram)
+    _, contexts, context_sizes = groups(document << 32 | context)
+    only_here = counts[first] == gram_sizes  # [distinct n-grams of a document]
+    kinds = np.zeros(len(context_sizes), np.int64)
+    np.add.at(kinds, contexts[first], only_here)
+    return gram_sizes[grams], context_sizes[contexts], kinds[contexts]
 
 
-def groups(keys: Integers, document: Integers) -> tuple[Integers, Integers, Integers]:
-    """Equal keys of a document are a group: that of every key [keys]; the first key and the size of every group."""
-    rank = np.unique(keys, return_inverse=True)[1]
-    _, first, group, sizes = np.unique(
-        document << 32 | rank, return_index=True, return_inverse=True, return_counts=True
-    )
-    return group, first, sizes
+def groups(keys: Integers) -> tuple[Integers, Integers, Integers]:
+    """Equal keys are a group: the place of its first, [groups]; the group of every key, [keys]; its size, [groups]."""
+    return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)[1:]
 
 
 def nats(p: NDArray[np.float64]) -> Integers:
