@@ -64,39 +64,45 @@ def check(node: ast.expr) -> None:
                 check(part)
         case ast.UnaryOp(op=ast.Not(), operand=part):
             check(part)
-        case ast.Compare(left=left, ops=ops, comparators=others):
-            sides = [left, *others]
-            for op, a, b in zip(ops, sides, sides[1:], strict=False):
-                if type(op) not in MIRRORED or isinstance(a, ast.Name) == isinstance(b, ast.Name):
-                    raise ValueError(f"{ast.unparse(node)} does not compare a score with a number")
-                number(b if isinstance(a, ast.Name) else a)
+        case ast.Compare():
+            comparisons(node)
         case _:
             raise ValueError(f"{ast.unparse(node)} is not a comparison")
+
+
+def comparisons(node: ast.Compare) -> list[tuple[str, type[ast.cmpop], Fraction]]:
+    """Name, operator, number of each; `0.2 < score < 0.7` is two of them."""
+    sides, found = [node.left, *node.comparators], []
+    for op, left, right in zip(map(type, node.ops), sides, sides[1:], strict=False):
+        match left, right:
+            case (ast.Name(id=name), limit) if op in MIRRORED and not isinstance(limit, ast.Name):
+                found.append((name, op, number(limit)))
+            case (limit, ast.Name(id=name)) if op in MIRRORED and not isinstance(limit, ast.Name):
+                found.append((name, MIRRORED[op], number(limit)))
+            case _:
+                raise ValueError(f"{ast.unparse(node)} does not compare a score with a number")
+    return found
 
 
 def number(node: ast.expr) -> Fraction:
     match node:
         case ast.UnaryOp(op=ast.USub(), operand=part):
             return -number(part)
-        case ast.Constant(value=value) if type(value) in (int, float) and math.isfinite(value):
+        case ast.Constant(value=int() | float() as value) if type(value) is not bool and math.isfinite(value):
             return Fraction(str(value))  # the decimals as written, up to 15, not the nearest binary fraction
     raise ValueError(f"{ast.unparse(node)} is not a number")
 
 
 def evaluate(node: ast.expr, columns: Mapping[str, NDArray[np.int32]], units: Mapping[str, int]) -> Mask:
     match node:
-        case ast.BoolOp(op=op, values=parts):
-            join = np.logical_and if isinstance(op, ast.And) else np.logical_or
-            return join.reduce([evaluate(part, columns, units) for part in parts])
+        case ast.BoolOp(op=join, values=parts):
+            masks = [evaluate(part, columns, units) for part in parts]
+            return np.any(masks, axis=0) if isinstance(join, ast.Or) else np.all(masks, axis=0)
         case ast.UnaryOp(operand=part):
             return ~evaluate(part, columns, units)
-        case ast.Compare(left=left, ops=ops, comparators=others):
-            sides = [left, *others]
-            masks = []
-            for op, a, b in zip(ops, sides, sides[1:], strict=False):
-                kind, name, limit = (type(op), a, b) if isinstance(a, ast.Name) else (MIRRORED[type(op)], b, a)
-                masks.append(compare(columns[name.id], kind, number(limit) * units[name.id]))
-            return np.logical_and.reduce(masks)
+        case ast.Compare():
+            limits = comparisons(node)
+            return np.all([compare(columns[name], op, limit * units[name]) for name, op, limit in limits], axis=0)
     raise AssertionError(node)
 
 

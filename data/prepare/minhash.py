@@ -16,7 +16,7 @@ from character to character does that, so that leaving out the accents costs not
 a_1, b_1, a_2, ... are splitmix64's stream from seed 0, each a_k made odd. Signatures are equal on every machine, in
 every batch, under one version of Python's Unicode tables. Surprises: repeats of a shingle do not count; a text of
 fewer than five words has no shingle and no bucket; languages written without spaces have few, long "words". Memory is
-about 60 bytes for each character of the longest text.
+about 50 bytes for each character of the longest text.
 """
 
 import unicodedata

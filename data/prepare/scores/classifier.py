@@ -33,8 +33,8 @@ STEPS = np.array([math.ceil(UNIT * math.log((k - 0.5) / (UNIT - k + 0.5))) for k
 class Bag(NamedTuple):
     """A document: its buckets, how often each occurs, and the sum of that."""
 
-    buckets: NDArray[np.uint32]  # [distinct]
-    counts: NDArray[np.uint32]  # [distinct]
+    buckets: NDArray[np.int32]  # [distinct]
+    counts: NDArray[np.int32]  # [distinct]
     size: int
 
 
@@ -44,7 +44,7 @@ class Classifier(NamedTuple):
 
     def score(self, texts: Iterable[str]) -> NDArray[np.int32]:
         """Probabilities of texts in units of 1/UNIT, [documents]; one half for a text without words."""
-        logits = [mean(self.weights[buckets].sum(dtype=np.int64), len(buckets)) for buckets in map(ngrams, texts)]
+        logits = [mean(self.weights[buckets], len(buckets)) for buckets in map(ngrams, texts)]
         return probability(np.array(logits, np.int64))
 
 
@@ -63,8 +63,8 @@ def train(positive: Iterable[str], negative: Iterable[str], seed: int = 0) -> Cl
 
 def learn(weights: NDArray[np.int64], squares: NDArray[np.int64], bag: Bag, label: int) -> None:
     """One step of AdaGrad on one document; `squares` are the sums of squared gradients."""
-    buckets, counts, size = bag
-    logit = mean(weights[buckets] @ counts, size) >> FINE
+    buckets, counts, size = bag.buckets, bag.counts.astype(np.int64), bag.size
+    logit = mean(weights[buckets] * counts, size) >> FINE
     error = label * UNIT - int(probability(logit))
     gradient = (error << GRADIENT) * counts // size
     squares[buckets] += gradient * gradient
@@ -76,9 +76,9 @@ def probability(logit: int | NDArray[np.int64]) -> NDArray[np.int32]:
     return np.searchsorted(STEPS, logit, side="right").astype(np.int32)
 
 
-def mean(total: int, count: int) -> int:
-    """Rounded down; 0 of nothing."""
-    return int(total) // count if count else 0
+def mean(parts: NDArray[np.integer], count: int) -> int:
+    """Their sum by a count, rounded down; 0 of nothing."""
+    return int(parts.sum(dtype=np.int64)) // max(count, 1)
 
 
 def ngrams(text: str) -> NDArray[np.int64]:
@@ -94,7 +94,7 @@ def bags(texts: Iterable[str], name: str) -> list[Bag]:
         buckets, counts = np.unique(ngrams(text), return_counts=True)
         size = int(counts.sum())
         if size:
-            found.append(Bag(buckets, counts, size))
+            found.append(Bag(buckets.astype(np.int32), counts.astype(np.int32), size))
         total += size
         if total >= LARGEST:
             break

@@ -24,9 +24,10 @@ def add(tallies: Iterable[Tally]) -> Tally:
     return Tally(distinct, np.add.reduceat(counts[order], starts) if len(starts) else counts)
 
 
-def look_up(keys: NDArray[np.int64], table: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The value of each key in an ascending table, 0 where it has none, [keys]; fast where the keys ascend too."""
+def look_up(keys: NDArray[np.int64], table: NDArray[np.int64], *values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """What lies beside each key in an ascending table, 0 where it is not there, [keys] each; fast where keys ascend."""
     if not len(table):
-        return np.zeros(len(keys), np.int64)
+        return [np.zeros(len(keys), np.int64) for _ in values]
     rows = np.minimum(np.searchsorted(table, keys), len(table) - 1)
-    return np.where(table[rows] == keys, values[rows], 0)
+    there = table[rows] == keys
+    return [np.where(there, each[rows], 0) for each in values]

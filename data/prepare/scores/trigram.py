@@ -13,7 +13,7 @@ correctly rounded, and the logarithm is a table: a score is the same on every ma
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +26,7 @@ DISCOUNT = 0.75
 UNIT = 1 << 16  # of a nat
 ID_BITS = 21  # three ids make a key of 63 bits
 START = (1 << ID_BITS) - 1  # stands twice before a document
-LARGEST = 2**23  # tokens to train on: about 50 MB of text, at most 250 MB of memory
-BATCH = 2**20  # tokens
+LARGEST = 2**22  # tokens to train on: about 25 MB of text, 300 MB of memory, a model of 100 MB
 
 FINE = 8  # bits that a logarithm has more than a score
 # -ln of the middle of each of 2**16 equal steps from 1/2 to 1, and ln 2.
@@ -70,27 +69,14 @@ class Trigram(NamedTuple):
 
 def train(documents: Iterable[ArrayLike], vocabulary: int) -> Trigram:
     """Counts the first LARGEST tokens of documents of ids, up to the end of the document where they are reached."""
-    if vocabulary > START:
-        raise DataError(f"a trigram takes a vocabulary of at most {START} tokens, and this one has {vocabulary}")
-    parts, seen = [], 0
-    for batch in batches(documents):
-        parts.append(count(batch))
-        seen += len(batch)
-    return model(add(parts), vocabulary, seen)
-
-
-def batches(documents: Iterable[ArrayLike]) -> Iterator[list[Integers]]:
-    batch, size, total = [], 0, 0
-    for document in documents:
-        batch.append(np.asarray(document, np.int64))
-        size += len(batch[-1])
-        if size >= BATCH or total + size >= LARGEST:
-            yield batch
-            batch, size, total = [], 0, total + size
-        if total >= LARGEST:
-            return
-    if batch:
-        yield batch
+    keys, taken, tokens = [np.empty(0, np.int64)], 0, 0
+    for ids in documents:
+        keys.append(trigrams([ids])[0])
+        taken += 1
+        tokens += len(keys[-1])
+        if tokens >= LARGEST:
+            break
+    return model(tally(np.concatenate(keys)), vocabulary, taken)
 
 
 def count(documents: Sequence[ArrayLike]) -> Tally:
@@ -99,13 +85,19 @@ def count(documents: Sequence[ArrayLike]) -> Tally:
 
 
 def model(counts: Tally, vocabulary: int, documents: int) -> Trigram:
-    levels = []
-    for n in (1, 2, 3):
-        grams = add([Tally(counts.values & (1 << n * ID_BITS) - 1, counts.counts)])
-        contexts, starts, kinds = np.unique(grams.values >> ID_BITS, return_index=True, return_counts=True)
-        totals = np.add.reduceat(grams.counts, starts) if len(starts) else kinds
-        levels.append(Level(grams, contexts, totals, kinds))
-    return Trigram(tuple(levels), vocabulary, documents)
+    if vocabulary > START:
+        raise DataError(f"a trigram takes a vocabulary of at most {START} tokens, and this one has {vocabulary}")
+    levels, grams = [level_of(counts)], counts
+    for n in (2, 1):
+        grams = add([Tally(grams.values & (1 << n * ID_BITS) - 1, grams.counts)])
+        levels.append(level_of(grams))
+    return Trigram(tuple(levels[::-1]), vocabulary, documents)
+
+
+def level_of(grams: Tally) -> Level:
+    contexts, starts, kinds = np.unique(grams.values >> ID_BITS, return_index=True, return_counts=True)
+    totals = np.add.reduceat(grams.counts, starts) if len(starts) else kinds
+    return Level(grams, contexts, totals, kinds)
 
 
 def trigrams(documents: Sequence[ArrayLike]) -> tuple[Integers, Integers]:
@@ -121,45 +113,37 @@ def trigrams(documents: Sequence[ArrayLike]) -> tuple[Integers, Integers]:
 
 
 def interpolate(
-    level: Level,
-    keys: Integers,
-    document: Integers,
-    own: NDArray[np.bool_],
-    lower: NDArray[np.float64],
+    level: Level, keys: Integers, document: Integers, own: NDArray[np.bool_], lower: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Probabilities of the last ids of the keys, from those with an id less before them, each [tokens]."""
-    distinct, place = np.unique(keys, return_inverse=True)
-    before = distinct >> ID_BITS
-    counts = look_up(distinct, *level.grams)[place]
-    totals = look_up(before, level.contexts, level.totals)[place]
-    kinds = look_up(before, level.contexts, level.kinds)[place]
+    distinct, gram = np.unique(keys, return_inverse=True)
+    before, context = np.unique(distinct >> ID_BITS, return_inverse=True)
+    context = context[gram]
+    counts = look_up(distinct, *level.grams)[0][gram]
+    totals, kinds = (each[context] for each in look_up(before, level.contexts, level.totals, level.kinds))
     if own.any():
         mine = np.flatnonzero(own)
-        less = own_counts(keys[mine], document[mine], counts[mine])
-        counts[mine] -= less[0]
-        totals[mine] -= less[1]
-        kinds[mine] -= less[2]
+        less = own_counts(document[mine], gram[mine], context[mine], counts[mine])
+        counts[mine], totals[mine], kinds[mine] = counts[mine] - less[0], totals[mine] - less[1], kinds[mine] - less[2]
     seen = np.maximum(counts - DISCOUNT, 0) + DISCOUNT * kinds * lower
     return np.where(totals > 0, seen / np.maximum(totals, 1), lower)
 
 
-def own_counts(keys: Integers, document: Integers, counts: Integers) -> tuple[Integers, Integers, Integers]:
-    """What a document adds to the count, the total and the kinds of each of its keys, each [tokens]."""
-    gram, first, grams = groups(keys, document)
-    context, _, contexts = groups(keys >> ID_BITS, document)
-    only_here = counts[first] == grams  # [distinct grams of a document]
-    kinds = np.zeros(len(contexts), np.int64)
-    np.add.at(kinds, context[first], only_here)
-    return grams[gram], contexts[context], kinds[context]
+def own_counts(
+    document: Integers, gram: Integers, context: Integers, counts: Integers
+) -> tuple[Integers, Integers, Integers]:
+    """What a document adds to the count of each of its n-grams, and to the total and kinds of its context, [tokens]."""
+    first, grams, gram_sizes = groups(document << 32 | gram)
+    _, contexts, context_sizes = groups(document << 32 | context)
+    only_here = counts[first] == gram_sizes  # [distinct n-grams of a document]
+    kinds = np.zeros(len(context_sizes), np.int64)
+    np.add.at(kinds, contexts[first], only_here)
+    return gram_sizes[grams], context_sizes[contexts], kinds[contexts]
 
 
-def groups(keys: Integers, document: Integers) -> tuple[Integers, Integers, Integers]:
-    """Equal keys of a document are a group: that of every key [keys]; the first key and the size of every group."""
-    rank = np.unique(keys, return_inverse=True)[1]
-    _, first, group, sizes = np.unique(
-        document << 32 | rank, return_index=True, return_inverse=True, return_counts=True
-    )
-    return group, first, sizes
+def groups(keys: Integers) -> tuple[Integers, Integers, Integers]:
+    """Equal keys are a group: the place of its first, [groups]; the group of every key, [keys]; its size, [groups]."""
+    return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)[1:]
 
 
 def nats(p: NDArray[np.float64]) -> Integers:

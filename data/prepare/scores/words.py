@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 WORD = re.compile(r"\w+|[^\w\s]+")
 ID_BITS = 20
 IDS = 1 << ID_BITS  # 200 k different words lose a tenth of them to collisions
-LARGEST_CACHE = 2**20  # words, about 150 MB
+LARGEST_CACHE = 2**18  # words, about 50 MB
 
 
 class _Hashes(dict[str, int]):
