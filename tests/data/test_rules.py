@@ -306,7 +306,7 @@ def c4(text, punctuation=True):
 
 
 @pytest.mark.parametrize("family", ["c4", "c4-no-punctuation"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=texts())
 def test_c4_is_its_algorithm(family, text):
     assert chosen([family], {}).clean(text) == c4(text, punctuation=family == "c4")
@@ -392,7 +392,7 @@ WEB = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(lines=st.lists(WEB, max_size=14), long=st.integers(0, 12))
 @example(lines=["An Ordinary Line of words", "", "one", "", "two words"], long=9)
 def test_refinedweb_is_its_rules_one_after_the_other(lines, long):
