@@ -34,7 +34,8 @@ class Text(str):
 
     def shared(self, make: Callable[["Text"], T]) -> T:
         """make(self), made once."""
-        return cast(T, self.__dict__[make] if make in self.__dict__ else self.__dict__.setdefault(make, make(self)))
+        memo = cast(dict[Any, Any], self.__dict__)
+        return memo[make] if make in memo else memo.setdefault(make, make(self))
 
     def edited(self, text: str) -> "Text":
         """Another text that still counts the words of this one."""

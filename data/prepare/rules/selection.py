@@ -133,7 +133,7 @@ class Rules:
     def _values(self, text: Text) -> Iterator[tuple[Rule, float]]:
         """Lazily, for the last rules cost most. A text without words has the value 0 under every rule."""
         for rule, measure in self._measures:
-            yield rule, measure(text) if text.words else 0.0
+            yield rule, float(measure(text)) if text.words else 0.0
 
     def _holds(self, rule: Rule, value: float) -> bool:
         limits = self.thresholds[rule.name]
