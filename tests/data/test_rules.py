@@ -178,9 +178,10 @@ def test_numbers_of_n_grams_fit_whatever_the_vocabulary(n, monkeypatch):
 
     numbered = repetition._numbered
     monkeypatch.setattr(repetition, "_numbered", lambda text: numbered(text)._replace(size=2**31))
-    text = "a b c d a b c d x a b c y z a b " * 3
-    assert passes(f"gopher-top-{n}-grams", text, most=top(text, n))
-    assert not passes(f"gopher-top-{n}-grams", text, most=math.nextafter(top(text, n), 0))
+    for same in ("y z", "x y z"):
+        text = " ".join(f"{head} {same}" for head in "abcdefgh")
+        assert passes(f"gopher-top-{n}-grams", text, most=top(text, n))
+        assert not passes(f"gopher-top-{n}-grams", text, most=math.nextafter(top(text, n), 0))
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if "duplicate" in name and name.endswith("-grams")])
@@ -380,7 +381,7 @@ def refinedweb(text):
     if "refinedweb-newlines" in edits:
         edits["refinedweb-newlines"] = "\n".join(lines).strip().count("\n") - edited.count("\n")
     before, after = len(text.split()), len(edited.split())
-    return edited, "refinedweb-removed" if edited and (before - after) / before > 0.05 else None, edits
+    return edited, "refinedweb-removed" if before and (before - after) / before > 0.05 else None, edits
 
 
 SHORT = """An Ordinary Line of words|two words|SHOUTED LINE|ABcd|ABCd|2024|12 ٣٤|3 likes|(1,204 Views)|2.5K followers!
@@ -397,9 +398,7 @@ WEB = st.sampled_from(
 @example(lines=["An Ordinary Line of words", "", "one", "", "two words"], long=9)
 def test_refinedweb_is_its_rules_one_after_the_other(lines, long):
     text = "\n".join([*lines, *["so many words that it stays and what goes is a small share of them all"] * long])
-    cleaned = chosen(["refinedweb"], {}).clean(text)
-    expected = refinedweb(text)
-    assert cleaned == (expected if cleaned.text else (*expected[:1], None, expected[2]))
+    assert chosen(["refinedweb"], {}).clean(text) == refinedweb(text)
 
 
 def test_refinedweb_drops_a_document_that_loses_more_than_a_twentieth_of_its_words():

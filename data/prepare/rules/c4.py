@@ -6,7 +6,7 @@ a curly bracket in it does not drop the document; words are counted before citat
 
 import re
 
-from thriftlab.data.prepare.rules.base import Lines, Text, register
+from thriftlab.data.rules import Lines, Text, register
 
 FAMILIES = ("c4", "c4-no-punctuation")
 LINES = Lines("c4", lambda text: [line.strip() for line in text.splitlines()], lambda k: "\n".join(k).strip(), True)

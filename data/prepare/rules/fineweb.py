@@ -1,7 +1,7 @@
 """FineWeb's own rules (arXiv 2406.17557, section 3.6). Lines of white space alone do not count."""
 
-from thriftlab.data.prepare.rules.base import Text, register
 from thriftlab.data.prepare.rules.gopher import TERMINAL
+from thriftlab.data.rules import Text, register
 
 _TERMINAL = tuple(TERMINAL)
 

@@ -3,7 +3,7 @@
 Words are what white space separates.
 """
 
-from thriftlab.data.prepare.rules.base import Text, register
+from thriftlab.data.rules import Text, register
 
 FAMILIES = ("gopher", "gopher-quality")
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})

@@ -2,7 +2,7 @@
 
 import re
 
-from thriftlab.data.prepare.rules.base import Lines, Text, register
+from thriftlab.data.rules import Lines, Text, register
 
 FAMILIES = ("refinedweb",)
 LINES = Lines("refinedweb", lambda text: text.split("\n"), lambda kept: "\n".join(kept).strip())
@@ -77,8 +77,8 @@ def newlines(text: str, most: float) -> str:
     return re.sub(f"\n{{{int(most) + 1},}}", "\n" * int(most), text)
 
 
-@register("refinedweb-removed", {"most": 0.05}, FAMILIES)
+@register("refinedweb-removed", {"most": 0.05}, FAMILIES, wordless=True)
 def removed(text: Text) -> float:
     """words that the RefinedWeb rules took from the lines, of all words"""
     before, after = (len(each.split()) for each in text.passes.get(LINES.name, (text, text)))
-    return (before - after) / before
+    return (before - after) / before if before else 0.0

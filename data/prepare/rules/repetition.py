@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from thriftlab.data.prepare.rules.base import Text, register
+from thriftlab.data.rules import Text, register
 
 FAMILIES = ("gopher", "gopher-repetition")
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.plugins import load_plugin
-from thriftlab.data.prepare.rules.base import RULES, Lines, Rule, Text
+from thriftlab.data.rules import RULES, Lines, Rule, Text
 
 BOUNDS = {"least": operator.ge, "most": operator.le}
 
@@ -131,9 +131,9 @@ class Rules:
         return document, None, edits
 
     def _values(self, text: Text) -> Iterator[tuple[Rule, float]]:
-        """Lazily, for the last rules cost most. A text without words has the value 0 under every rule."""
+        """Lazily, for the last rules cost most."""
         for rule, measure in self._measures:
-            yield rule, float(measure(text)) if text.words else 0.0
+            yield rule, float(measure(text)) if text.words or rule.wordless else 0.0
 
     def _holds(self, rule: Rule, value: float) -> bool:
         limits = self.thresholds[rule.name]

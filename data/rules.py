@@ -4,7 +4,7 @@ A document rule measures: its function gives a number, and the document goes whe
 `most`. A line rule edits: its function gives the line, another line in its place, or None, and then the line goes.
 All numbers that a rule compares with are thresholds with defaults, which the user can set.
 
-The order in which rules are registered is the order in which they act (selection.py).
+Those of the package are in data/prepare/rules, which also says in which order they act.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from thriftlab.data.errors import DataError
 
 RULES: dict[str, "Rule"] = {}
-OWN = Path(__file__).parent  # of the package; rules from elsewhere are a user's
+OWN = Path(__file__).parent / "prepare" / "rules"  # of the package; rules from elsewhere are a user's
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -65,6 +65,7 @@ class Rule:
     lines: Lines | None = None  # of a line rule
     drops_document: bool = False  # of a line rule: where it gives None, it is the document that goes
     whole: bool = False  # edits the text as a whole, after the line rules before it
+    wordless: bool = False  # of a document rule: measures a text without words, too; else it has the value 0
     late: bool = False  # costs so much that it is applied after all others
 
     @property
@@ -72,8 +73,9 @@ class Rule:
         return self.lines is not None or self.whole
 
     @property
-    def stage(self) -> int:
-        return 0 if self.edits else 2 if self.late else 1
+    def stage(self) -> tuple[int, bool]:
+        """Rules act in this order, and where it is the same in that of their registration."""
+        return 0 if self.edits else 2 if self.late else 1, self.file is not None
 
     @property
     def what(self) -> str:
