@@ -63,12 +63,26 @@ def tell_torchrun(message: str) -> None:
 
 
 def no_room_or_right(error: Exception) -> str | None:
-    """What to do about a disk that is full or must not be written; None for other errors."""
+    """What to do about a disk that is full or must not be written, or a path that cannot be; None for other errors."""
     from thriftlab.data.files import REMEDIES  # which numpy comes with, and --help is quick
 
     if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return None
-    return f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}, and start the same command again"
+    return (
+        f"{error.filename or full_stream() or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}, and start the same "
+        "command again"
+    )
+
+
+def full_stream() -> str | None:
+    """Which of what is printed cannot be written, as after `> /dev/full`; from now on it is not."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
+            return name
+    return None
 
 
 def missing_extra(error: Exception) -> str | None:
