@@ -68,21 +68,8 @@ def no_room_or_right(error: Exception) -> str | None:
 
     if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return None
-    return (
-        f"{error.filename or full_stream() or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}, and start the same "
-        "command again"
-    )
-
-
-def full_stream() -> str | None:
-    """Which of what is printed cannot be written, as after `> /dev/full`; from now on it is not."""
-    for name in ("stdout", "stderr"):
-        try:
-            getattr(sys, name).flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
-            return name
-    return None
+    place = error.filename or "what is printed, or a file"
+    return f"{place}: {error.strerror}; {REMEDIES[error.errno]}, and start the same command again"
 
 
 def missing_extra(error: Exception) -> str | None:

@@ -123,8 +123,8 @@ def _ask(file: Path, text: str) -> None:
     """Refuses what is no plain text by its content: binary files, objects of JSON or an array of them."""
     if "\0" in text:
         raise DataError(
-            f"{file}: plain text by its name, but character {text.index(chr(0))} is NUL, as in binary files and UTF-16; "
-            "move it out or convert it, or say format=text to read it without them"
+            f"{file}: plain text by its name, but character {text.index(chr(0))} is NUL, as in binary files and in "
+            "UTF-16; move it out or convert it, or say format=text to read it without them"
         )
     if not (start := re.match(r"\s*(?=[{\[])", text)):
         return

@@ -62,7 +62,12 @@ def _unpacked(file: Path) -> Iterator[bytes]:
     try:
         with file.open("rb") as stream:
             head, suffix = stream.peek(4), file.suffix.lower()
-            if head.startswith(ZSTANDARD) or SKIPPABLE.match(head) or suffix in (".zst", ".zstd") and not head.startswith(GZIP):
+            if (
+                head.startswith(ZSTANDARD)
+                or SKIPPABLE.match(head)
+                or suffix in (".zst", ".zstd")
+                and not head.startswith(GZIP)
+            ):
                 yield from _zstandard(stream, file)
             elif head.startswith(GZIP) or suffix == ".gz":
                 yield from _gzip(stream)

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,14 @@ def test_help_whose_reader_has_left():
     process = subprocess.Popen([*COMMAND, "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_help_that_finds_no_room():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "train", "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: what is printed, or a file: No space left on device; make room there")
 
 
 def test_another_broken_pipe_is_a_defect_and_keeps_its_traceback(monkeypatch):

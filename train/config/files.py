@@ -37,11 +37,9 @@ def read_file(file: str) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{file}{line}: {error.problem}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except RecursionError:
         raise ConfigError(f"{file}: it is nested too deeply, or refers to itself") from None
-    except Exception as error:  # JSON and TOML say the place; PyYAML raises anything where a tag does not fit
+    except Exception as error:  # JSON, TOML and UTF-8 say the place; PyYAML raises anything where a tag does not fit
         raise ConfigError(f"{file}: {' '.join(str(error).split()) or type(error).__name__}") from None
     if not isinstance(content, dict | None):
         raise ConfigError(f"{file}: keys and values are expected, not {content!r:.40}")
