@@ -45,8 +45,8 @@ def cutter(limit: int) -> re.Pattern[str]:
 
 
 LONG = 1024  # characters of a word that is cut where a tokenizer is trained
-LONG_RUN = re.compile(r"\S{%d}|\s{%d}" % (LONG, LONG))
-LONG_WORD = re.compile(r"[^\W\d_]{%d}|\d{%d}|(?:[^\w\s]|_){%d}|\s{%d}" % ((LONG,) * 4))
+LONG_RUN = re.compile(rf"\S{{{LONG}}}|\s{{{LONG}}}")
+LONG_WORD = re.compile(rf"[^\W\d_]{{{LONG}}}|\d{{{LONG}}}|(?:[^\w\s]|_){{{LONG}}}|\s{{{LONG}}}")
 CUT = cutter(2**17)  # tiktoken's pattern engine fails on a million blanks in a row; ids differ only where a run is cut
 
 
