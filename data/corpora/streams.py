@@ -62,14 +62,10 @@ def _unpacked(file: Path) -> Iterator[bytes]:
     try:
         with file.open("rb") as stream:
             head, suffix = stream.peek(4), file.suffix.lower()
-            if (
-                head.startswith(ZSTANDARD)
-                or SKIPPABLE.match(head)
-                or suffix in (".zst", ".zstd")
-                and not head.startswith(GZIP)
-            ):
+            zstd, gz = head.startswith(ZSTANDARD) or SKIPPABLE.match(head), head.startswith(GZIP)
+            if zstd or suffix in (".zst", ".zstd") and not gz:
                 yield from _zstandard(stream, file)
-            elif head.startswith(GZIP) or suffix == ".gz":
+            elif gz or suffix == ".gz":
                 yield from _gzip(stream)
             else:
                 yield from iter(lambda: stream.read(CHUNK), b"")
