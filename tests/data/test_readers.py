@@ -214,7 +214,7 @@ def test_the_cost_of_a_row_of_marks_is_its_length():
         text = "xe" + "\u0301\u0323\u0345" * count + "y\u0301\u0323"
         assert normalise(text) == unicodedata.normalize("NFC", text)
     started = time.process_time()
-    assert len(normalise("e" + "\u0301\u0323" * 200_000)) == 400_000  # the square takes minutes
+    assert len(normalise("e" + "\u0301\u0323" * 60_000)) == 120_000  # the square takes a minute
     assert time.process_time() - started < 20
 
 
