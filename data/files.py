@@ -28,6 +28,10 @@ REMEDIES = {
     errno.EROFS: NO_RIGHT,
     errno.EACCES: NO_RIGHT,
     errno.EPERM: NO_RIGHT,
+    errno.ENOTDIR: "a file stands where a folder should be: choose another folder, or move it away",
+    errno.EISDIR: "a folder stands where a file should be: move it away",
+    errno.ELOOP: "links lead in a circle: choose another folder, or mend them",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 

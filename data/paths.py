@@ -15,6 +15,8 @@ def expanded(path: str) -> str:
 
     A folder that has such a name stays what it is: a path is expanded more than once, here and where a job reads it.
     """
+    if not path:
+        raise ValueError("the path is empty, as after a variable that is not set; write . for this folder")
     full = os.path.expanduser(path)
     full = full if has_such_a_folder(full) else os.path.expandvars(full)
     if "\0" in full:
@@ -23,6 +25,8 @@ def expanded(path: str) -> str:
         raise ValueError(f"there is no home folder {full.split('/')[0]}; write the path in full, or ./~ for that name")
     if (unknown := re.search(r"\$(\w+|\{\w+\})", full)) and not has_such_a_folder(full):
         raise ValueError(f"{unknown[0]} is not set in the environment; set it, or write the path in full")
+    if (shell := re.search(r"\$\{.*?\}|\$\(.*?\)|`.*?`", full)) and not has_such_a_folder(full):
+        raise ValueError(f"{shell[0]} is known to a shell alone; write the path in full")
     return full
 
 

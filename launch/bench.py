@@ -17,7 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from thriftlab.data.errors import ConfigError
-from thriftlab.data.files import make_folder
+from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.data.paths import FilePath
 from thriftlab.data.prepare.request import split_commas
 from thriftlab.launch.peers import FLOOR, FLOOR_OF, NO_REFRESH, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
@@ -83,6 +83,8 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
         raise ConfigError(f"methods: unknown {', '.join(sorted(unknown))}; there are {', '.join(sorted(METHODS))}")
     if options.out:
         make_folder(Path(options.out).parent)
+        if Path(options.out).is_dir():
+            raise ConfigError(f"out: {options.out} is a folder; name a file in it")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,7 +100,7 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
     }  # fmt: skip
     print(table(result))
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        replace_atomically(Path(options.out), json.dumps(result, indent=1).encode())
     return result
 
 

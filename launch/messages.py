@@ -77,12 +77,13 @@ def tell_torchrun(message: str) -> None:
 
 
 def no_room_or_right(error: Exception) -> str | None:
-    """What to do about a disk that is full or must not be written; None for other errors."""
+    """What to do about a disk that is full or must not be written, or a path that cannot be; None for other errors."""
     from thriftlab.data.files import REMEDIES  # which numpy comes with, and --help is quick
 
     if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return None
-    return f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}, and start the same command again"
+    place = error.filename or "what is printed, or a file"
+    return f"{place}: {error.strerror}; {REMEDIES[error.errno]}, and start the same command again"
 
 
 def missing_extra(error: Exception) -> str | None:

@@ -6,9 +6,10 @@ being read is held, so a corpus may be larger than memory.
 
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,17 @@ def read(
 
 def normalise(text: str) -> str:
     """Unicode NFC, Unix line ends, no NUL."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\0", ""))
+    text = text.replace("\r\n", "\n").replace("\0", "")
+    if re.search(r"[^\x00-\x7f]{1000}", text):
+        text = _marks().sub(lambda marks: "".join(sorted(marks[0], key=unicodedata.combining)), text)
+    return unicodedata.normalize("NFC", text)
+
+
+@cache
+def _marks() -> re.Pattern[str]:
+    """A long row of combining marks: sorted as NFC wants it, or `unicodedata` takes the square of its length."""
+    marks = "".join(filter(unicodedata.combining, map(chr, range(sys.maxunicode + 1))))
+    return re.compile(f"[{marks}]{{1000,}}")
 
 
 def locate(path: str, format: Format | None = None) -> tuple[str, str]:
@@ -136,17 +147,28 @@ def all_empty(file: Path | str, path: Path | str) -> DataError:
 
 
 def _ask(file: Path, text: str) -> None:
-    """Refuses text that looks like lines of JSON."""
-    first = re.match(r"\s*(\{.*)", text)
+    """Refuses what is no plain text by its content: binary files, objects of JSON or an array of them."""
+    if "\0" in text:
+        raise DataError(
+            f"{file}: plain text by its name, but character {text.index(chr(0))} is NUL, as in binary files and in "
+            "UTF-16; move it out or convert it, or say format=text to read it without them"
+        )
+    if not (start := re.match(r"\s*(?=[{\[])", text)):
+        return
     try:
-        if not first or not isinstance(json.loads(first[1]), dict):
-            return
+        value, end = json.JSONDecoder().raw_decode(text, start.end())
     except (ValueError, RecursionError):
         return
-    raise DataError(
-        f"{file}: plain text by its name, but its first line is a JSON object; say which it is, format=jsonl or "
-        "format=text"
-    )
+    objects = value if isinstance(value, list) else [value]
+    in_one_line = "\n" not in text[start.end() : end]
+    if not all(isinstance(each, dict) for each in objects) or not (any(objects) or objects and in_one_line):
+        return
+    if re.compile(r"[ \t]*(\n|\Z)").match(text, end):
+        how = "jsonl" if isinstance(value, dict) and in_one_line else "json"
+        raise DataError(
+            f"{file}: plain text by its name, but its first line is a JSON object; say which it is, format={how} or "
+            "format=text"
+        )
 
 
 def _text(file: Path, text_key: str) -> Iterator[Row]:

@@ -25,6 +25,17 @@ WINDOW = 1 << 31  # bytes that zstandard may look back, all of which are held; i
 LARGEST = 1 << 28  # bytes of one document, or of the line that holds it
 
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # the first frame of what pzstd writes
+FOREIGN = (  # place and bytes of what is neither read nor text in UTF-8
+    (0, codecs.BOM_UTF16_LE, "UTF-16; convert it: iconv -f utf-16 -t utf-8"),
+    (0, codecs.BOM_UTF16_BE, "UTF-16; convert it: iconv -f utf-16 -t utf-8"),
+    (0, b"BZh", "compressed by bzip2; unpack it"),
+    (0, b"\xfd7zXZ", "compressed by xz; unpack it"),
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4; unpack it"),
+    (0, b"PK\x03\x04", "a zip archive; unpack it"),
+    (0, b"PAR1\x15", "a parquet file; give it that suffix, or format=parquet"),
+    (257, b"ustar", "a tar archive; unpack it"),
+)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
@@ -37,7 +48,17 @@ def too_large(where: str) -> DataError:
 
 
 def chunks(file: Path) -> Iterator[bytes]:
-    """Pieces of CHUNK bytes at most."""
+    """Pieces of CHUNK bytes at most. DataError for what is no text in UTF-8 by its first bytes."""
+    pieces = _unpacked(file)
+    if head := next(pieces, b""):
+        for place, mark, what in FOREIGN:
+            if head.startswith(mark, place):
+                raise DataError(f"{file}: {what}")
+        yield head
+    yield from pieces
+
+
+def _unpacked(file: Path) -> Iterator[bytes]:
     try:
         with file.open("rb") as stream:
             packing = _packing(file, stream.peek(4))
@@ -54,6 +75,8 @@ def chunks(file: Path) -> Iterator[bytes]:
 
 
 def is_packed(file: Path) -> bool:
+    """DataError for what is no text in UTF-8 by its first bytes."""
+    next(chunks(file), b"")
     try:
         with file.open("rb") as stream:
             return _packing(file, stream.peek(4)) is not None
@@ -62,10 +85,10 @@ def is_packed(file: Path) -> bool:
 
 
 def _packing(file: Path, head: bytes) -> str | None:
-    suffix = file.suffix.lower()
-    if head.startswith(ZSTANDARD) or suffix in (".zst", ".zstd") and not head.startswith(GZIP):
+    suffix, gzipped = file.suffix.lower(), head.startswith(GZIP)
+    if head.startswith(ZSTANDARD) or SKIPPABLE.match(head) or suffix in (".zst", ".zstd") and not gzipped:
         return "zstandard"
-    return "gzip" if head.startswith(GZIP) or suffix == ".gz" else None
+    return "gzip" if gzipped or suffix == ".gz" else None
 
 
 def unreadable(file: Path, error: OSError) -> DataError:
@@ -241,6 +264,10 @@ def _zstandard(stream: BinaryIO, file: Path) -> Iterator[bytes]:
             try:
                 piece = frame.decompress(data)
             except zstandard.ZstdError:
+                if head.startswith(ZSTANDARD) and head[4] & 3:  # the size of a dictionary's number
+                    raise DataError(
+                        f"{file}: compressed with a dictionary, which is not in it; unpack it: zstd -d -D DICTIONARY"
+                    ) from None
                 if (window := _window(head)) <= WINDOW:
                     raise
                 raise DataError(
@@ -256,6 +283,8 @@ def _zstandard(stream: BinaryIO, file: Path) -> Iterator[bytes]:
 
 def _window(head: bytes) -> int:
     """The window that the head of a frame asks for (RFC 8878, 3.1.1.1)."""
+    if not head.startswith(ZSTANDARD):
+        return 0
     if len(head) < 6 or head[4] & 32:  # a single segment, of the size of the content
         return max(0, zstandard.frame_content_size(head))
     base = 1 << 10 + (head[5] >> 3)

@@ -80,7 +80,7 @@ def launch(argv: Sequence[str]) -> None:
         raise UserError(f"{said}; the same command goes on from the newest checkpoint in {out}")
 
 
-HOST = re.compile(r"(?:[\w.-]+@)?(?:\w[\w.-]*|\[[\da-fA-F:.]+\])", re.ASCII)
+HOST = re.compile(r"(?:\w[\w.-]*@)?(?:\w[\w.-]*|\[[\da-fA-F:.]+\])", re.ASCII)
 COUNT = re.compile(r"(?::|\s+slots=)([1-9]\d{0,5})(?:\s+max[_-]slots=\d+)?", re.ASCII)
 ADDRESS = re.compile(r"(?:[\w.-]+@)?(?:[\da-fA-F]*:){2,}[\da-fA-F.]*", re.ASCII)
 FORMS = "node1 slots=8, node1:8, me@node1 slots=8 or [fd00::1] slots=8"
@@ -96,18 +96,19 @@ def read_hosts(path: Path) -> dict[str, int]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
         if line:
             host, count = read_host(line) or ("", 0)
-            if not host or host.rpartition("@")[2] in named:
+            name = host.rpartition("@")[2].lower()  # ssh and DNS ignore case
+            if not host or name in named:
                 raise ConfigError(
                     f"{path}, line {number}: {line!r}; write each machine once, as: node1 slots=8"
                     f"{'' if host else f' (the forms are {FORMS})'}"
                 )
             hosts[host] = count
-            named.add(host.rpartition("@")[2])
+            named.add(name)
     if not hosts:
         raise ConfigError(f"{path} names no machine; write one a line, as: node1 slots=8")
     return hosts

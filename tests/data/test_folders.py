@@ -1,9 +1,13 @@
 """Which files of a folder are read, as what, and that none is passed over in silence."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import socket
+import tarfile
 
 import pyarrow
 import pyarrow.parquet
@@ -157,6 +161,39 @@ def test_format_overrides_and_what_is_packed_is_unpacked_whatever_its_name(tmp_p
     assert texts(tmp_path, format="parquet") == ["row"]
 
 
+def a_tar(data):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.add(__file__, "a.txt")
+    return file.getvalue()
+
+
+def parquet(data):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["row"]}), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("make, message", [
+    (lambda data: data.decode().encode("utf-16"), "UTF-16; convert it: iconv -f utf-16"),
+    (bz2.compress, "compressed by bzip2; unpack it"), (lzma.compress, "compressed by xz; unpack it"),
+    (a_tar, "a tar archive; unpack it"), (parquet, "a parquet file; give it that suffix, or format=parquet"),
+], ids=["utf-16", "bzip2", "xz", "tar", "parquet"])  # fmt: skip
+def test_what_is_no_text_under_a_name_of_text_is_said_by_its_content(tmp_path, name, make, message):
+    data = make(LINES)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(DataError, match=f"{name}: {message}"):
+        texts(tmp_path)
+
+
+def test_binary_files_and_utf16_without_a_mark_are_no_plain_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("words".encode("utf-16-le"))
+    with pytest.raises(DataError, match="a.txt: .*character 1 is NUL.*convert it, or say format=text"):
+        texts(tmp_path)
+    assert texts(tmp_path, format="text") == ["w\0o\0r\0d\0s\0"]
+
+
 def test_a_compressed_parquet_file_is_explained(tmp_path):
     (tmp_path / "a.parquet.zst").write_bytes(b"")
     for given in (None, "parquet"):
@@ -172,7 +209,20 @@ def test_text_that_starts_like_lines_of_json_is_asked_about(tmp_path, data):
     assert texts(tmp_path, format="text") == [data.decode("utf-8-sig")]
 
 
-@pytest.mark.parametrize("text", ["{ set of } names", '{"text": 1', "[1, 2]\n", '"text"', "1", "{" * 99_999, "{\n}"])
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("tree", [[{"text": "one"}, {"text": "two"}], {"text": "one"}])
+def test_text_that_is_an_array_or_an_object_over_lines_is_asked_about(tmp_path, tree, indent):
+    (tmp_path / "a.md").write_text(json.dumps(tree, indent=indent))
+    one_line = indent is None and isinstance(tree, dict)
+    with pytest.raises(DataError, match=f"a.md: .*JSON.*format={'jsonl' if one_line else 'json'} or format=text"):
+        texts(tmp_path)
+    assert texts(tmp_path, format="json")[0] == "one"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"a": 1} and more', "{ set of } names", '{"text": 1', "[1, 2]\n", '"text"', "1", "{" * 99_999, "{\n}"],
+)
 def test_other_text_is_not(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     assert texts(tmp_path) == [text]

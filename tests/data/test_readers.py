@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import json
+import time
 import tracemalloc
+import unicodedata
 from itertools import islice
 
 import numpy as np
@@ -205,6 +207,15 @@ def test_the_knobs_of_synthetic_text_do_what_they_say():
 
 def test_normalise():
     assert normalise("e\u0301\r\na\0b\rc") == "é\nab\rc"
+
+
+def test_the_cost_of_a_row_of_marks_is_its_length():
+    for count in (1100, 3000):
+        text = "xe" + "\u0301\u0323\u0345" * count + "y\u0301\u0323"
+        assert normalise(text) == unicodedata.normalize("NFC", text)
+    started = time.process_time()
+    assert len(normalise("e" + "\u0301\u0323" * 60_000)) == 120_000  # the square takes a minute
+    assert time.process_time() - started < 20
 
 
 def slow_overlap(text, held_out):

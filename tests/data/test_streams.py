@@ -50,6 +50,18 @@ def test_a_window_beyond_the_limit_says_window_and_limit(tmp_path, monkeypatch):
         texts(path, format="jsonl")
 
 
+def test_a_file_that_needs_a_dictionary_is_not_called_damaged(tmp_path):
+    trained = zstandard.train_dictionary(1024, [b"%d %s" % (i, LINES * 9) for i in range(99)])
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor(dict_data=trained).compress(LINES * 9))
+    with pytest.raises(DataError, match="a.jsonl.zst: compressed with a dictionary.*unpack it: zstd -d -D"):
+        texts(tmp_path)
+
+
+def test_a_file_that_begins_with_a_table_is_unpacked_whatever_its_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(struct.pack("<II", 0x184D2A50, 4) + bytes(4) + zstandard.compress(LINES))
+    assert texts(tmp_path) == ["one", "two"]
+
+
 def test_skippable_frames_are_skipped_and_truncation_is_seen_at_every_byte(tmp_path):
     skipped = struct.pack("<II", 0x184D2A5E, 5) + b"table"
     whole = zstandard.compress(LINES[:16]) + skipped + zstandard.compress(LINES[16:])

@@ -1,5 +1,7 @@
 import importlib.metadata
 import json
+import random
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from thriftlab.data import tokens
 from thriftlab.data.errors import DataError
-from thriftlab.data.tokens import encode_document, load_tokenizer, read_bpe, train_bpe
+from thriftlab.data.tokens import encode_document, load_tokenizer, read_bpe, train_bpe, without_long_words
 
 PROSE = [
     "The cat sat on the mat; the cat's hat isn't the dog's. We'll see: 1234 times 99 is 122166.\n\n",
@@ -107,6 +109,17 @@ def test_file_round_trip(bpe, tmp_path):
 def test_training_is_deterministic(bpe):
     assert train_bpe(PROSE * 3, 400).sha256 == bpe.sha256
     assert train_bpe(PROSE, 257).vocab_size == 257
+
+
+def test_long_words_are_cut_where_a_tokenizer_is_trained_and_others_are_not():
+    words = ["x" * 1023, "y" * 1024, "z" * 3000, "1" * 1025, "!_" * 600, " " * 1500, "\u0301" * 2000, " a-b "]
+    for text in ("".join(words), " ".join(words)):
+        pieces = [*without_long_words(text)]
+        assert "".join(pieces) == text and 8 <= len(pieces) < 16
+        runs = [run for piece in pieces for run in re.findall(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+|\s+", piece)]
+        assert max(map(len, runs)) == 1024
+    assert [*without_long_words("x" * 1023 + "1" * 1023)] == ["x" * 1023 + "1" * 1023]
+    assert train_bpe(["".join(random.Random(0).choices("ab", k=200_000))], 300).vocab_size == 300
 
 
 @pytest.mark.parametrize(

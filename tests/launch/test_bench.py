@@ -53,6 +53,7 @@ def test_held_bytes_look_into_objects_and_count_a_storage_once():
     (["bench"], "thriftlab bench optim"),
     (["bench", "data"], "thriftlab bench optim"),
     (["bench", "optim", "--methods", "adamw,nadam"], "unknown nadam; there are adamw"),
+    (["bench", "optim", "out=."], "out: . is a folder; name a file in it"),
     (["bench", "optim", "rounds=0"], "integer >= 1"),
     (["bench", "optim", "preset=nan"], "it takes nano | micro"),
 ])  # fmt: skip

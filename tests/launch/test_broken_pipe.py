@@ -1,5 +1,6 @@
 """`thriftlab ... | head` ends quietly, as other tools do; what a terminal cannot show is replaced."""
 
+import errno
 import io
 import subprocess
 import sys
@@ -38,6 +39,15 @@ def test_help_whose_reader_has_left():
     process = subprocess.Popen([*COMMAND, "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+
+
+def test_no_room_for_what_is_printed_is_one_line(monkeypatch, capsys):
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a stream, which has no file name
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(full, ""))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err.startswith("error: what is printed, or a file: No space left on device; make room")
 
 
 def test_another_broken_pipe_is_a_defect_and_keeps_its_traceback(monkeypatch):

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -236,6 +237,15 @@ def test_messages_of_the_project_end_without_a_traceback(monkeypatch, capsys, er
     monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(fails, ""))
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("make", [os.listdir, lambda place: open(f"{place}/x"), lambda place: open(Path(place).parent)])
+def test_a_path_that_cannot_be_is_one_line(monkeypatch, capsys, tmp_path, make):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(lambda argv: make(f"{tmp_path}/file"), ""))
+    assert cli.main(["train"]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path) in said and "stands where a f" in said and said.count("\n") == 1
 
 
 def test_a_defect_keeps_its_trace(monkeypatch):

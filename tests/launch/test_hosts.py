@@ -57,6 +57,7 @@ def test_what_runs_on_each_machine(capsys, monkeypatch):
     [
         ("nodeA slots=0", "hosts, line 1: 'nodeA slots=0'; write each machine once, as: node1 slots=8"),
         ("a\nb\na", "hosts, line 3: 'a'; write each machine once"),
+        ("a\nme@A", "hosts, line 2: 'me@A'; write each machine once"),
         ("# none\n", "hosts names no machine; write one a line"),
         (None, "hosts: No such file or directory"),
         ("a slots=3", "train.batch_size = 32 is not a multiple of the 3 ranks"),
@@ -85,7 +86,8 @@ def test_forms_of_a_hostfile(line):
 @pytest.mark.parametrize(
     "line",
     ["node1:", "node1 2", "node1 slots=two", "node1 slots=0", "node1:0", "node1:2 slots=2", "fd00::1", "fd00::1:2",
-     "[fd00::1", "-oProxyCommand=x", "a@-o", "node1, node2", "node1;node2", "node1 slots=2 cores=3", "node1\u0662"],
+     "[fd00::1", "-oProxyCommand=x", "a@-o", "-v@node1", "node1, node2", "node1;node2",
+     "node1 slots=2 cores=3", "node1\u0662"],
 )  # fmt: skip
 def test_what_is_no_line_of_a_hostfile_is_refused_with_the_forms_that_are(line):
     Path("hosts").write_text(f"node0\n{line}\n")

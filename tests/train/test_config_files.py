@@ -73,6 +73,11 @@ def test_marks_of_the_byte_order(tmp_path, encoding, name, text):
     assert load(RunConfig, ["--config", str(tmp_path / name)]).seed == 3
 
 
+def test_a_name_that_is_not_utf8():
+    with pytest.raises(ConfigError, match=r"command line: out = 'run.udce9' is not UTF-8; choose another name"):
+        load(RunConfig, ["out=run\udce9"])
+
+
 # ---------------------------------------------------------------------------------------------------------- paths
 
 
@@ -100,7 +105,7 @@ def test_paths_are_expanded_in_every_field(home, model, key):
     for part in key.split("."):
         found = found[part] if isinstance(found, dict) else getattr(found, part)
     assert str(found) == f"{prefix}{home}/there/x"
-    for wrong in ("~no.such.user/x", "${NOWHERE}/x"):
+    for wrong in ("~no.such.user/x", "${NOWHERE}/x", "${NOWHERE:-/tmp}/x", "$(pwd)/x", "`pwd`/x", ""):
         with pytest.raises(ConfigError, match=key):
             load(model, [f"{key}={prefix}{wrong}", *needed])
 

@@ -93,6 +93,9 @@ def test_a_record_comes_back(tmp_path):
     digest = hashlib.sha256((tmp_path / "metrics.jsonl").read_bytes()).hexdigest()
     assert found == {**RECORD, "results": {"loss": 1 / 3, "nan": None}, "files": {"metrics.jsonl": digest}}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "record.json"]
+    (tmp_path / "code.diff").mkdir()  # of somebody else: no file of the run
+    write_record(tmp_path, RECORD)
+    assert read_record(tmp_path / "record.json") == found
 
 
 @pytest.mark.parametrize("name", ["record.json", "metrics.jsonl"])

@@ -40,6 +40,8 @@ def explain(model: type[BaseModel], tree: dict[str, Any], origin: dict[KeyPath, 
         return f"{sources(origin, path[:-1])}: {key} is missing; it takes {takes}"
     if error["type"] in ("value_error", "plugin"):
         return f"{source}: {key} = {value!r}: {said(error)}"
+    if error["type"] == "string_unicode":
+        return f"{source}: {key} = {value!r} is not UTF-8; choose another name"
     if isinstance(value, dict):
         return f"{source}: {key} is not a section and has no {', '.join(map(repr, value))}; it takes {takes}"
     return f"{source}: {key} = {value!r} is not possible; it takes {takes}"

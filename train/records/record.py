@@ -220,7 +220,7 @@ BESIDE = ("metrics.jsonl", "config.json", "code.diff")  # what a record vouches 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """Atomically write OUT/record.json, sealed, with the sha256 of the run's other files."""
-    files = {name: sha256(Path(out) / name) for name in BESIDE if (Path(out) / name).exists()}
+    files = {name: sha256(Path(out) / name) for name in BESIDE if (Path(out) / name).is_file()}
     replace_atomically(Path(out) / "record.json", seal({**finite(record), "files": files}))
 
 
