@@ -127,7 +127,7 @@ def states_here(optimizer: Any, state_dict: dict[str, Any], groups: list[dict[st
         for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
             if not (saved := states.get(index)):
                 continue
-            if has_idle:
+            if has_idle and not is_idle(saved):
                 check_complete(name, saved, optimizer.passing_spec(p, group))
             states[index] = state_here(optimizer, name, p, saved, group, of_rank)
     return states
