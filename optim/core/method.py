@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
 from thriftlab.optim.core.fragments import Fragment, begin
-from thriftlab.optim.core.groups import named_tensors, refuse_switches, without_switches
+from thriftlab.optim.core.groups import named_tensors, refuse_set, refuse_switches, without_switches
 from thriftlab.optim.core.guard import guarded, refuse_kind
 from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.optim.core.saving import load_state, saved_state
@@ -60,6 +60,7 @@ class Method(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         self.fit: dict[Any, list] = {}  # what the guard has found fit
+        refuse_set(params)
         super().__init__(params, {"maximize": False, **defaults})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
