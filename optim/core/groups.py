@@ -84,9 +84,10 @@ def unzipped(pairs: list[Any]) -> tuple[list[str], list[Tensor]]:
         if not (
             isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
         ):
-            kind = f"a tensor {tuple(pair.shape)}" if isinstance(pair, Tensor) else f"{pair!r:.60}"
-            raise TypeError(
-                f"parameter {i} of the group is {kind}; a group has tensors, or (name, tensor) pairs for all of them"
+            what = f"a tensor {tuple(pair.shape)}" if isinstance(pair, Tensor) else f"{pair!r:.60}"
+            error = ValueError if isinstance(pair, Tensor) else TypeError  # as in torch
+            raise error(
+                f"parameter {i} of the group is {what}; a group has tensors, or (name, tensor) pairs for all of them"
             )
     return [name for name, _ in pairs], [p for _, p in pairs]
 
