@@ -50,8 +50,7 @@ def named_tensors(group: dict[str, Any], others: list[dict[str, Any]]) -> dict[s
     What torch would call `param_names` is there as well, as it was given. Such names need not be unique, since two
     modules have like ones; from the second on, `names` has "weight#2" for "weight".
     """
-    if isinstance(group["params"], set):
-        raise TypeError("parameters in a set have no order; use a list")
+    refuse_set(group["params"])
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     local, params = unzipped(params) if any(not isinstance(p, Tensor) for p in params) else (None, params)
     local = group.get("param_names") if local is None else local
@@ -73,15 +72,22 @@ def named_tensors(group: dict[str, Any], others: list[dict[str, Any]]) -> dict[s
     return {"params": params, "names": names, **({} if local is None else {"param_names": list(local)})}
 
 
+def refuse_set(params: Any) -> None:
+    """TypeError for a set: names, and with them randomness and the state of a file, would change from run to run."""
+    if isinstance(params, set | frozenset):
+        raise TypeError("parameters in a set have no order; use a list")
+
+
 def unzipped(pairs: list[Any]) -> tuple[list[str], list[Tensor]]:
     """Names and tensors of `(name, tensor)` pairs."""
     for i, pair in enumerate(pairs):
         if not (
             isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
         ):
-            kind = f"a tensor {tuple(pair.shape)}" if isinstance(pair, Tensor) else f"{pair!r:.60}"
-            raise TypeError(
-                f"parameter {i} of the group is {kind}; a group has tensors, or (name, tensor) pairs for all of them"
+            what = f"a tensor {tuple(pair.shape)}" if isinstance(pair, Tensor) else f"{pair!r:.60}"
+            error = ValueError if isinstance(pair, Tensor) else TypeError  # as in torch
+            raise error(
+                f"parameter {i} of the group is {what}; a group has tensors, or (name, tensor) pairs for all of them"
             )
     return [name for name, _ in pairs], [p for _, p in pairs]
 

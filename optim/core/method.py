@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
 from thriftlab.optim.core.fragments import Fragment, begin
-from thriftlab.optim.core.groups import named_tensors, refuse_switches, without_switches
+from thriftlab.optim.core.groups import named_tensors, refuse_set, refuse_switches, without_switches
 from thriftlab.optim.core.guard import guarded, refuse_kind
 from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.optim.core.saving import load_state, saved_state
@@ -60,6 +60,7 @@ class Method(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         self.fit: dict[Any, list] = {}  # what the guard has found fit
+        refuse_set(params)
         super().__init__(params, {"maximize": False, **defaults})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,6 +84,10 @@ class Method(torch.optim.Optimizer):
     def idle(self, name: str, weight: Tensor, group: dict[str, Any], state: State) -> bool:
         """Whether a tensor with this state is to have no moments now."""
         return False
+
+    def passing_spec(self, weight: Tensor, group: dict[str, Any]) -> Spec:
+        """The part of its `spec` that the state of a tensor has at times, and at others not."""
+        return {}
 
     def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
         """What a state that a tensor of this shape already has must be, where that may differ from a new one's."""
@@ -115,12 +120,12 @@ class Method(torch.optim.Optimizer):
         return Cost(name, self.work(weight, group), spec_bytes(self.spec(tuple(weight.shape), weight.dtype, **group)))
 
     def costs(self) -> list[Cost]:
-        """Of the parameters of all groups that take gradients, in order."""
+        """Of the parameters of all groups that take gradients or have one left, in order."""
         return [
             self.cost(name, p, group)
             for group in self.param_groups
             for name, p in zip(group["names"], group["params"], strict=True)
-            if p.requires_grad
+            if p.requires_grad or p.grad is not None
         ]
 
     def remarks(self) -> list[str]:
@@ -237,7 +242,9 @@ class Method(torch.optim.Optimizer):
                     other["param_names"] = theirs
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name.
+        """torch's index-keyed state dict, fit for `weights_only=True`; an object is written as its type's name. It has
+        zeros for idle blocks, because torch.distributed.checkpoint wants the keys before it reads; `rank_state_dict`
+        has not.
 
         Of parameters that are DTensors it has DTensors, fit for torch.distributed.checkpoint at any number of ranks; of
         chosen rows and entries they are made in a collective operation. ValueError where the state of a tensor lies

@@ -5,9 +5,12 @@ the parameter does, as in torch.optim. So torch.distributed.checkpoint saves it,
 
 Two surprises. Of chosen rows and single entries the ranks have different numbers, which no DTensor can say: such a
 moment is a plain piece here, and a state dict deals it out evenly, a collective operation. And torch wants the keys of
-a checkpoint before it reads one, so idle blocks have zeros and `start` = IDLE in a state dict, not nothing.
+a checkpoint before it reads one, so what is idle has zeros and a negative `start` in a state dict, not nothing; that of
+one process as well.
 """
 
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +21,10 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.functional import pad
 
 from thriftlab.optim.core.fragments import LOCAL, Fragment, is_moment, place, small_shape
+from thriftlab.optim.core.guard import MOMENT_NAMES
 from thriftlab.optim.state.keys import Spec, State
 
-IDLE = -1  # `start` of a block without moments, in a state dict
+IDLE = -1  # less `start`: what a state dict has for the `start` of a tensor without moments
 UNKNOWN = "diagnostic."  # what a state says of a whole matrix, and no rank knows
 
 
@@ -91,17 +95,22 @@ def closed(p: DTensor, here: State, state: State, group: dict[str, Any]) -> Stat
 
 
 def show(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Puts into a state dict what all ranks have together of the parameters that are DTensors."""
+    """Puts into a state dict what all ranks have together of the parameters that are DTensors, and what is idle."""
     for group, indices in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
-            if not (isinstance(p, DTensor) and index in saved["state"]):
+            if index not in saved["state"]:
                 continue
             state, shape = saved["state"][index], tuple(p.shape)
-            if optimizer.elementwise(shape, group):
+            if isinstance(p, DTensor) and optimizer.elementwise(shape, group):
                 saved["state"][index] = shown(p, state, group, optimizer.spec(shape, p.dtype, **group))
-            else:
+                continue
+            if isinstance(p, DTensor):
                 refuse_owned(optimizer, name, p)
-                saved["state"][index] = {key: value for key, value in state.items() if key != "owner"}
+                state = {key: value for key, value in state.items() if key != "owner"}
+            if "start" in state and not any(key in state for key in MOMENT_NAMES):
+                zeros = partial(torch.zeros, device=p.device)
+                state = filled(state, optimizer.passing_spec(p, group), zeros)
+            saved["state"][index] = state
 
 
 def states_here(optimizer: Any, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Any, State]:
@@ -118,8 +127,8 @@ def states_here(optimizer: Any, state_dict: dict[str, Any], groups: list[dict[st
         for name, p, index in zip(group["names"], group["params"], indices["params"], strict=True):
             if not (saved := states.get(index)):
                 continue
-            if has_idle and optimizer.elementwise(tuple(p.shape), group):
-                check_complete(name, saved, optimizer.spec(tuple(p.shape), p.dtype, **group))
+            if has_idle and not is_idle(saved):
+                check_complete(name, saved, optimizer.passing_spec(p, group))
             states[index] = state_here(optimizer, name, p, saved, group, of_rank)
     return states
 
@@ -127,7 +136,7 @@ def states_here(optimizer: Any, state_dict: dict[str, Any], groups: list[dict[st
 def state_here(optimizer: Any, name: str, p: Tensor, saved: State, group: dict[str, Any], of_rank: bool) -> State:
     """What is kept here of the saved state of a tensor; `of_rank`: this rank saved it."""
     if not of_rank:
-        saved = of_one_process(saved, optimizer.idle(name, p, group, saved))
+        saved = of_one_process(saved, optimizer.idle(name, p, group, saved), optimizer.passing_spec(p, group))
     if isinstance(p, DTensor) and optimizer.elementwise(tuple(p.shape), group):
         return kept_rows(p, saved, group) if of_rank else taken_up(name, p, saved, group)
     if isinstance(p, DTensor) and not of_rank:
@@ -152,14 +161,25 @@ def shown(p: DTensor, state: State, group: dict[str, Any], spec: Spec) -> State:
         key: dealt_out(tensor, shape, p) if is_moment(key, tensor.shape) and not isinstance(tensor, DTensor) else tensor
         for key, tensor in state.items()
     }
-    for key, (size, dtype) in spec.items():
-        if key.startswith(UNKNOWN):
-            saved[key] = torch.tensor(torch.nan)
-        elif is_moment(key, size) and key not in state:
-            rows = rows_here(size[0], p)
-            zeros = torch.zeros(rows[1] - rows[0], *size[1:], dtype=dtype, device=p.device)
-            saved[key], saved["start"] = as_dtensor(zeros, size, p), torch.tensor(IDLE)
-    return saved
+    saved |= {key: torch.tensor(torch.nan) for key in spec if key.startswith(UNKNOWN)}
+    absent = {key: entry for key, entry in spec.items() if is_moment(key, entry[0]) and key not in state}
+
+    def zeros(size: tuple[int, ...], dtype: torch.dtype) -> DTensor:
+        start, stop = rows_here(size[0], p)
+        return as_dtensor(torch.zeros(stop - start, *size[1:], dtype=dtype, device=p.device), size, p)
+
+    return filled(saved, absent, zeros)
+
+
+def filled(state: State, absent: Spec, zeros: Callable[..., Tensor]) -> State:
+    """A state with zeros for what is absent, and marked as idle, if anything is."""
+    if not absent:
+        return state
+    values = {
+        key: torch.tensor(torch.nan, dtype=dtype) if key.startswith(UNKNOWN) else zeros(size, dtype=dtype)
+        for key, (size, dtype) in absent.items()
+    }
+    return {**state, **values, "start": IDLE - state["start"]}
 
 
 def dealt_out(piece: Tensor, shape: tuple[int, ...], p: DTensor) -> DTensor:
@@ -178,29 +198,33 @@ def dealt_out(piece: Tensor, shape: tuple[int, ...], p: DTensor) -> DTensor:
 
 
 def is_idle(saved: Any) -> bool:
-    """Whether it is what `shown` says of a block without moments, and not a user's own entry."""
+    """Whether it is what `filled` says of a tensor without moments, and not a user's own entry."""
     start = saved.get("start") if isinstance(saved, dict) else None
-    return isinstance(start, Tensor) and int(start) == IDLE
+    return isinstance(start, Tensor) and not start.ndim and int(start) <= IDLE
 
 
-def of_one_process(saved: State, idle: bool) -> State:
+def of_one_process(saved: State, idle: bool, passing: Collection[str] = MOMENT_NAMES) -> State:
     """A saved state without what is not of one process: diagnostics that nobody knew, zeros of an idle block. Where a
     state of one process was read over one of ours, the zeros have no mark: those of a tensor that is to be `idle` now.
+
+    Args:
+        passing: the keys that come and go.
     """
     state = {key: value for key, value in saved.items() if not (key.startswith(UNKNOWN) and bool(value.isnan()))}
-    moments = {key: value for key, value in state.items() if isinstance(value, Tensor) and is_moment(key, value.shape)}
-    if is_idle(saved) or idle and not any(value.any() for value in as_local(moments).values()):
-        state = {key: value for key, value in state.items() if key not in moments}
-    return state | {"start": torch.tensor(0)} if is_idle(saved) else state
+    come = {key: value for key, value in state.items() if key in passing}
+    marked = bool(passing) and is_idle(saved)
+    if marked or idle and not any(value.any() for value in as_local(come).values()):
+        state = {key: value for key, value in state.items() if key not in come}
+    return state | {"start": IDLE - state["start"]} if marked else state
 
 
-def check_complete(name: str, saved: State, spec: Spec) -> None:
+def check_complete(name: str, saved: State, passing: Spec) -> None:
     """ValueError where moments are missing in a state dict that has them of idle blocks, too."""
-    if missing := [key for key, (shape, _) in spec.items() if is_moment(key, shape) and key not in saved]:
+    if missing := [key for key, (shape, _) in passing.items() if is_moment(key, shape) and key not in saved]:
         raise ValueError(
-            f"{name}: the saved state has no {missing[0]}, though the block was active; torch.distributed.checkpoint "
-            "reads only the keys that the optimizer has before: save and load with full_state_dict=True, or load into "
-            "parameters of fully_shard without flatten_optimizer_state_dict"
+            f"{name}: the saved state has no {missing[0]}, though the block was active; "
+            "torch.distributed.checkpoint.state_dict with flatten_optimizer_state_dict=True loses it, since it takes "
+            "only the keys that the optimizer has before; save and load without flatten_optimizer_state_dict"
         )
 
 

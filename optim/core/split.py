@@ -170,6 +170,14 @@ class SplitOptimizer(Method):
         kept = {**{f"basis.{key}": entry for key, entry in basis.items()}, **moments, **rounding_spec(group)}
         return {**COUNTERS, **kept, **(DIAGNOSTICS if basis else {})}
 
+    def passing_spec(self, weight: Tensor, group: dict[str, Any]) -> Spec:
+        """All but counters: there is none of it in an idle block, or before the first finite gradient."""
+        if "subspace" not in group or not is_split(weight, group) or not hasattr(subspace_of(group), "spec"):
+            return {}
+        stays = {**COUNTERS, **rounding_spec(group)}
+        spec = self.spec(tuple(weight.shape), weight.dtype, **group)
+        return {key: entry for key, entry in spec.items() if key not in stays}
+
     def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
         if "subspace" not in group or not splits(shape, group):
             return super().state_spec(shape, dtype, state, group)

@@ -62,7 +62,10 @@ def active_blocks(
     if callable(order):
         chosen = set(order(names, count))
         if not chosen <= set(names):
-            raise ValueError(f"order chose {sorted(chosen - set(names))[:3]}, which are not names of the group")
+            raise ValueError(
+                f"order chose {sorted(chosen - set(names))[:3]}, which are not names of the group; "
+                "choose among those that it is given"
+            )
         return chosen
     blocks = [[name] for name in names] if unit == "tensor" else layers(names)
     entries = dict(zip(names, sizes, strict=True)) if balance == "bytes" else {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.data.errors import CheckpointError
+from thriftlab.optim import Method
 
 IDENTITY = ("params", "names", "param_names")  # of a group: what says which parameters it has
 
@@ -27,7 +28,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     """
     names = group_names(optimizer)
     flat = [name for group in names for name in group]
-    saved = optimizer.state_dict()
+    saved = state_here(optimizer)
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
     trees = {flat[index]: _detach(entries, flat[index], tensors, keys) for index, entries in saved["state"].items()}
@@ -58,7 +59,7 @@ def unpack_optimizer(
     copy = functools.cache(lambda key: tensors[key].clone())  # training must not write into the checkpoint
     state = {name: _attach(trees[name], copy) for name in flat if name in trees and owns(name)}
 
-    current = optimizer.state_dict()
+    current = state_here(optimizer)
     groups = [
         _merge(group, _attach(options[frozenset(named)], copy))
         for group, named in zip(current["param_groups"], names, strict=True)
@@ -70,6 +71,11 @@ def unpack_optimizer(
     for name, parameter in zip(flat, parameters, strict=True):
         if name in state:
             optimizer.state[parameter] = _exact(state[name], optimizer.state[parameter])
+
+
+def state_here(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state dict, of our own methods without zeros for what is idle."""
+    return optimizer.rank_state_dict() if isinstance(optimizer, Method) else optimizer.state_dict()
 
 
 def state_trees(keys: Iterable[str], written: dict[str, Any]) -> dict[str, Any]:
