@@ -3,6 +3,10 @@
 The work is done in a hidden folder beside the target, locked by `flock` on the folder itself and renamed at the end.
 The kernel drops the lock of a killed process, so nothing has to guess whether an old folder is in use. Surprise: a lock
 follows the folder through its renaming, so who waited for it holds the finished folder and has to look again.
+
+The lock of a folder is one of this machine: NFS and Lustre hand on the locks of files alone, which must be open for
+writing besides. Two machines that make the same folder at once are kept apart by nothing. Where a file system refuses
+the lock, a warning says so, and the work goes on.
 """
 
 import errno
@@ -13,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from thriftlab.data.lock import warn_of_no_locks
 
 
 @contextmanager
@@ -90,6 +96,8 @@ def _lock(work: Path) -> int:
         except BlockingIOError:
             print(f"{work}: another process is at work here; waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            warn_of_no_locks(work.parent, error)
         if _is_open(work, lock):
             return lock
         os.close(lock)

@@ -23,7 +23,7 @@ from thriftlab.data.corpora import recipes
 from thriftlab.data.corpora.folders import PassOver
 from thriftlab.data.corpora.readers import locate, read
 from thriftlab.data.errors import DataError
-from thriftlab.data.files import printable
+from thriftlab.data.files import REMEDIES, printable
 from thriftlab.data.manifest import Manifest, fingerprint, read_manifest, verify_files, write_manifest
 from thriftlab.data.prepare.dedup import HeldOut
 from thriftlab.data.prepare.pool import EMPTY, EXACT, Chosen, Pool, hold_out, spool
@@ -91,7 +91,8 @@ def prepare(config: PrepareConfig) -> Summary:
             notes = _build(config, work)
             install(work, config.out)
     except OSError as error:  # readers report their own
-        raise DataError(f"{config.out}: cannot be made ({error}); choose another out, or make room") from error
+        remedy = REMEDIES.get(error.errno or 0, "choose another out")
+        raise DataError(f"{config.out}: cannot be made ({error}); {remedy}") from error
     return Summary(config.out, read_manifest(config.out), notes)
 
 
