@@ -38,18 +38,22 @@ def claimed(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             raise UserError(refusal(path)) from None
         except OSError as error:
-            warnings.warn(
-                f"{folder}: its file system has no locks ({error.strerror}), so nothing keeps a second process from "
-                "writing here; see to it that there is one",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn_of_no_locks(folder, error)
         with writing(path):
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), (json.dumps(myself()) + "\n").encode())
         yield file.fileno()
     finally:
         file.close()
+
+
+def warn_of_no_locks(folder: Path, error: OSError) -> None:
+    warnings.warn(
+        f"{folder}: its file system has no locks ({error.strerror}), so nothing keeps a second process from "
+        "writing here; see to it that there is one",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def myself() -> dict[str, str | int]:

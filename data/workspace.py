@@ -4,6 +4,10 @@ The work is done in a hidden folder beside the target, locked by `flock` on the 
 renamed at the end. The kernel drops the lock of a killed process, so nothing has to guess whether an old folder is in
 use. Surprise: a lock follows a folder through its renaming, so who waited for it may hold the finished folder and has
 to look again.
+
+The lock of a folder is one of this machine: NFS and Lustre hand on the locks of files alone, which must be open for
+writing besides. Two machines that make the same folder at once are kept apart by nothing. Where a file system refuses
+the lock, a warning says so, and the work goes on.
 """
 
 import errno
@@ -15,13 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from thriftlab.data.lock import warn_of_no_locks
+
 
 @contextmanager
 def workspace(target: Path, resumed: bool = False) -> Iterator[Path]:
     """Yields a folder for what will be `target`, alone; waits for another process that has it.
 
     `install` makes it, or a folder in it, the target. It is empty, and removed at the end. If it is `resumed` it holds
-    what an earlier attempt left, and is removed only if the body ends well or leaves nothing in it. Where the target is a link, the folder lies where the link leads.
+    what an earlier attempt left, and is removed only if the body ends well or leaves nothing in it. Where the target is
+    a link, the folder lies where the link leads.
     """
     target = _resolved(target)
     work, old = target.with_name(f".{target.name}.partial"), _old(target)
@@ -94,6 +101,8 @@ def _lock(work: Path) -> int:
         except BlockingIOError:
             print(f"{work}: another process is at work here; waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            warn_of_no_locks(work.parent, error)
         if _is_open(work, lock):
             return lock
         os.close(lock)

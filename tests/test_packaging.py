@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.tools.imports import imports, sources
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +101,25 @@ def test_the_base_install_is_for_the_optimizers_alone():
     extras = {name: list(map(Requirement, lines)) for name, lines in project["optional-dependencies"].items()}
     assert {"deepspeed", "wandb", "datasets", "triton"} <= {need.name for need in extras["train"]}
     assert any("train" in need.extras for need in extras["dev"])
+
+
+WITH_PYDANTIC = {"pydantic-core": "pydantic", "typing-extensions": "pydantic"}  # of one version, which it chooses
+BROUGHT = {**WITH_PYDANTIC, "requests": "wandb"}  # imported only where the other is
+
+
+def test_what_the_code_imports_is_declared():
+    """Not left to another package, which may stop to bring it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    packages = {
+        top: {canonicalize_name(name) for name in names} for top, names in metadata.packages_distributions().items()
+    }
+    own = {name.partition(".")[0] for path in sources(ROOT) for _, name in imports(path)}
+    for top in own - sys.stdlib_module_names - {"thriftlab"}:
+        assert packages.get(top, {canonicalize_name(top)}) & (declared | BROUGHT.keys()), f"{top} is in no extra"
+    for name, by in BROUGHT.items():
+        assert name in {canonicalize_name(Requirement(line).name) for line in metadata.requires(by)}
 
 
 OPTIMIZERS = """

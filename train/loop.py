@@ -5,6 +5,7 @@ a checkpoint holds the weights, the optimizer's state and a few counters, and a 
 Only with a budget in seconds, where progress is a clock and not a step, may it differ.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -281,8 +282,12 @@ def summary(entry: dict[str, Any]) -> str:
     results, spent, speed = record.results, record.budget, record.speed.tokens_per_second
     rate = f" ({speed:,.0f} tokens/s)" if speed else ""
     return (
-        f"held-out loss {results.loss:.4f} nats/token, {results.bits_per_byte:.4f} bits/byte\n"
+        f"held-out loss {decimals(results.loss)} nats/token, {decimals(results.bits_per_byte)} bits/byte\n"
         f"{spent.steps:,} steps, {spent.tokens:,} tokens, {spent.seconds:.1f} s{rate}; "
         f"optimizer state {record.memory.state_bytes:,} bytes\n"
         f"record: {record.config['out']}/record.json"
     )
+
+
+def decimals(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "not finite"

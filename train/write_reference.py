@@ -101,9 +101,12 @@ def refuse_other_tokenizer(dataset: Dataset, config: RunConfig, asked: Reference
 
 def load_model(config: RunConfig, dataset: Dataset, run: Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a finished run with its last weights."""
-    found = latest(run / "checkpoints")
-    if found is None:
-        raise UserError(f"{run}/checkpoints has no checkpoint; run it again to its end")
+    found, steps = latest(run / "checkpoints"), Record.from_json(read_record(run / "record.json")).budget.steps
+    if found is None or found.step != steps:
+        raise UserError(
+            f"{run}/checkpoints has no whole checkpoint of the last step, {steps}; remove {run}/record.json and give "
+            "the command of the run again, which makes both again"
+        )
     model, _ = make_model(config, dataset)
     model.to_empty(device=device)
     model.tie()

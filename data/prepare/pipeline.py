@@ -22,7 +22,7 @@ from tqdm import tqdm
 from thriftlab.data.corpora import recipes
 from thriftlab.data.corpora.readers import locate
 from thriftlab.data.errors import DataError
-from thriftlab.data.files import replace_atomically
+from thriftlab.data.files import REMEDIES, replace_atomically
 from thriftlab.data.manifest import read_manifest, verify_files
 from thriftlab.data.prepare import stages, tokenize
 from thriftlab.data.prepare.clean import DOCUMENTS, clean, unique
@@ -68,9 +68,8 @@ def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
                 raise
             install(folder / "out", config.out)
     except OSError as error:  # readers report their own
-        raise DataError(
-            f"{config.out}: cannot be made ({error}); choose another out, or make room: the same command goes on"
-        ) from error
+        remedy = REMEDIES.get(error.errno or 0, "choose another out")
+        raise DataError(f"{config.out}: cannot be made ({error}); {remedy}; then the same command goes on") from error
     return Summary(config.out, read_manifest(config.out), notes)
 
 

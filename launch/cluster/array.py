@@ -28,7 +28,16 @@ from thriftlab.launch.report.results import STUDY
 from thriftlab.launch.studies import compare, written
 from thriftlab.launch.studies.arms import StudyRequest
 from thriftlab.launch.studies.jobs import Job, refuse_other_run
-from thriftlab.launch.studies.run import Draft, Setting, make_drafts, make_setting, take_turns, tune, write_plan
+from thriftlab.launch.studies.run import (
+    Draft,
+    Setting,
+    make_drafts,
+    make_setting,
+    take_turns,
+    tune,
+    without_rate,
+    write_plan,
+)
 from thriftlab.train.config.choice import Plugins
 from thriftlab.train.config.parse import Settings
 from thriftlab.train.records.tracking import OF_ONE_RUN
@@ -50,9 +59,16 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
         draft.runs[0].config.train.rows_per_rank(c.nodes * processes(c))
     trials = [job for job in take_turns([draft.trials for draft in drafts]) if not job.record]
     waiting = {job.arm for job in trials}
-    runs = [job for job in take_turns([draft.runs for draft in drafts]) if job.arm in waiting or not job.record]
+    left_out = [draft.arm.name for draft in drafts if draft.tuning.how == "failed"]
+    runs = [job for job in take_turns([draft.runs for draft in drafts if draft.arm.name not in left_out])
+            if job.arm in waiting or not job.record]  # fmt: skip
+    said = f"every trial of {', '.join(left_out)} failed; choose other learning rates (lr_grid)"
     if not runs:
-        raise UserError(f"{out} is done; thriftlab report {out} writes its report again")
+        raise UserError(
+            f"{out} is done{f', but {said}' if left_out else ''}; thriftlab report {out} writes its report again"
+        )
+    if left_out:
+        print(f"left out: {said}", file=sys.stderr)
 
     thriftlab = f"{shlex.quote(sys.executable)} -m thriftlab.launch"
     apart = f"unset {' '.join(OF_ONE_RUN)}"
@@ -65,7 +81,7 @@ def submit(c: SubmitConfig, settings: Settings) -> None:
         refuse_busy(out, [run for batch in batches for run in batch.runs])
         make_folder((out / REQUEST).parent)
         write_json(out / REQUEST, {"gpus": c.gpus, "request": asked.to_json()})
-        write_plan(setting, asked, drafts, at_once, {})
+        write_plan(setting, asked, drafts, at_once, without_rate(drafts))
     submit_batches(c, out, batches)
 
 
@@ -93,7 +109,8 @@ def settle(request: Path, run: Path) -> None:
     setting, drafts = open_study(asked, saved["gpus"], any)
     draft, job = next((draft, job) for draft in drafts for job in draft.runs if job.folder == run)
     if draft.trials and draft.tuning.lr is None:
-        raise UserError(f"no trial of {job.arm} has finished, so {run} has no learning rate; submit the study again")
+        none = "ended with a finite loss" if draft.tuning.how == "failed" else "has finished"
+        raise UserError(f"no trial of {job.arm} {none}, so {run} has no learning rate; submit the study again")
     refuse_other_run(job, setting.dataset.fingerprint)
     write_json(run / "config.json", job.config.model_dump(mode="json"))
     plan = unseal((setting.out / STUDY).read_bytes())

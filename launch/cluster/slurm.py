@@ -248,7 +248,7 @@ def sbatch(path: Path, after: Sequence[str]) -> str:
     wait = [f"--dependency=afterany:{number}" for number in after]
     done = subprocess.run(["sbatch", "--parsable", *wait, str(path)], capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise UserError(f"SLURM refused {path}: {done.stderr.strip().removeprefix('sbatch: error: ')}")
+        raise UserError(f"SLURM refused {path}: {' '.join(done.stderr.split()).removeprefix('sbatch: error: ')}")
     return done.stdout.strip().split(";")[0]
 
 
@@ -260,7 +260,7 @@ def refuse_busy(out: Path, runs: Sequence[Path]) -> None:
         )
     queue = subprocess.run(["squeue", "--me", "--noheader", "--format=%F"], capture_output=True, text=True)
     if queue.returncode:
-        raise UserError(f"SLURM does not answer: {queue.stderr.strip()}")
+        raise UserError(f"SLURM does not answer: {' '.join(queue.stderr.split())}")
     earlier = {number for path in out.glob("jobs/*/id") for number in path.read_text().split()}
     if active := sorted(earlier & set(queue.stdout.split())):
         raise UserError(f"job {' and '.join(active)} is at work in {out}; wait for it, or: scancel {' '.join(active)}")

@@ -80,9 +80,10 @@ def tail(path: Path) -> bytes:
 def parsed(line: bytes) -> dict[str, Any]:
     """A line of metrics; the first one of a tail may have lost its beginning."""
     try:
-        return json.loads(line)
-    except ValueError:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------- whose folder

@@ -10,7 +10,7 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,15 @@ def run_arms(setting: "Setting", request: StudyRequest, places: list[dict[str, s
         failures = run_all(take_turns(runs), places, lock, bar)
     finally:
         bar.close()
-    why = "not run: every trial of its learning rate failed"
-    failures |= {job.name: why for draft in drafts if draft.tuning.how == "failed" for job in draft.runs}
+    failures |= without_rate(drafts)
     write_plan(setting, request, drafts, len(places), failures)
     return failures
+
+
+def without_rate(drafts: Iterable["Draft"]) -> dict[str, str]:
+    """{name: why} of the runs of arms that have no learning rate."""
+    why = "not run: every trial of its learning rate failed"
+    return {job.name: why for draft in drafts if draft.tuning.how == "failed" for job in draft.runs}
 
 
 # -------------------------------------------------------------------------------------------------------------- jobs

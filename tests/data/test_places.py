@@ -1,6 +1,8 @@
 """Where a prepared folder may lie, and that a preparation goes on from whatever a killed one left."""
 
 import builtins
+import errno
+import fcntl
 import io
 import os
 import shutil
@@ -65,7 +67,7 @@ def test_places_where_no_folder_can_be_are_refused_before_anything_is_read(tmp_p
 @pytest.mark.parametrize("code", ["EBUSY", "EXDEV"])
 def test_a_folder_that_cannot_be_renamed_is_refused_before_anything_is_read(tmp_path, never_read, monkeypatch, code):
     (tmp_path / "mount").mkdir()
-    number = getattr(__import__("errno"), code)
+    number = getattr(errno, code)
     rename = os.rename
 
     def refuse(source, target):
@@ -103,6 +105,29 @@ def test_an_empty_folder_survives_a_failure(tmp_path):
     with pytest.raises(DataError, match="too few"):
         prepare(config(tmp_path / "out", str(tmp_path / "a.txt")))
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "out"]
+
+
+@pytest.mark.parametrize("code", [errno.EBADF, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, code):
+    def refuse(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(RuntimeWarning, match=f"{tmp_path}: its file system has no locks .{os.strerror(code)}"):
+        prepare(config(tmp_path / "out"))
+    open_dataset(tmp_path / "out")
+
+
+@pytest.mark.parametrize("code, remedy", [(errno.EACCES, "get the right to write"), (errno.ENOSPC, "make room"),
+                                          (errno.ENOENT, "choose another out$")])  # fmt: skip
+def test_a_folder_that_cannot_be_made_is_one_line_with_what_helps(tmp_path, never_read, monkeypatch, code, remedy):
+    def refuse(path, *given, **named):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(DataError, match=f"out: cannot be made .*{os.strerror(code)}.*{remedy}") as refused:
+        prepare(config(tmp_path / "out"))
+    assert "\n" not in str(refused.value)
 
 
 # --- stopped after each write ----------------------------------------------------------------------------------------

@@ -452,7 +452,8 @@ def test_what_is_meant_for_one_run_is_not_handed_on(tmp_path, monkeypatch):
     code = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + '.env', 'w'))"
     monkeypatch.setattr(jobs, "TRAINER", (sys.executable, "-c", code))
     kept = {"WANDB_PROJECT": "p", "WANDB_RUN_GROUP": "g", "WANDB_MODE": "offline", "WANDB_API_KEY": "k"}
-    for name in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "RANK",
+    for name in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM",
+                 "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "RANK",
                  "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # fmt: skip
         monkeypatch.setenv(name, "1")
     for name, value in kept.items():
@@ -463,3 +464,10 @@ def test_what_is_meant_for_one_run_is_not_handed_on(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "a" / "config.json.env").read_text())
     ours = {key: value for key, value in found.items() if key.startswith("WANDB_") or "RANK" in key or "MASTER" in key}
     assert ours == kept and "WORLD_SIZE" not in found and found["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("line", [b"7", b"null", b"[1]", b"[" * 100_000, b"\xff", b'"loss"'])
+def test_progress_passes_over_lines_that_are_no_lines_of_metrics(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.5}\n' + line[-100:] + b"\n" + line + b"\n")
+    job = jobs.Job("a", RunConfig(out=str(tmp_path)), "", None)
+    assert job.last("loss") == (2.5 if len(line) < 99 else None)

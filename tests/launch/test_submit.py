@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.tools.tiny import tiny_config
+from thriftlab.data.shards import open_dataset
 from thriftlab.launch import cli
+from thriftlab.train.config.schema import RunConfig, fingerprint
+from thriftlab.train.records.record import write_record
 
 PROGRAMS = {
     "scontrol": '[ $1 = requeue ] && echo "$2" > requeued\n[ "$2" = hostnames ] && echo n1\necho NodeAddr=127.0.0.1',
@@ -82,6 +85,14 @@ def test_slurms_own_refusal_is_passed_on_and_leaves_nothing_in_the_way(desk, cap
     assert "job.sbatch: invalid partition specified: gpu" in capsys.readouterr().err.replace("out.sbatch", "job.sbatch")
     monkeypatch.delenv("REFUSED")
     assert submit() == 0 and "submitted job 7" in capsys.readouterr().out
+
+
+def test_what_slurm_says_over_several_lines_becomes_one(desk, capsys):
+    (desk / "bin" / "squeue").write_text(
+        "#!/bin/bash\nprintf 'squeue: error: no server\\nsqueue: fatal: gone\\n' >&2; exit 1\n"
+    )
+    assert submit() == 2
+    assert capsys.readouterr().err == "error: SLURM does not answer: squeue: error: no server squeue: fatal: gone\n"
 
 
 def test_a_folder_with_a_job_at_work_or_a_stop_file_is_refused(desk, capsys):
@@ -216,3 +227,44 @@ def test_methods_of_parts_are_submitted(capsys):
     data = json.loads(Path("run.json").read_text())["data"]["path"]
     assert cli.main(["submit", *argv, f"data.path={data}", "model.preset=nano", "data.sequence_length=32"]) == 0
     assert "study/lost+fira/seed-0" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tuned(desk, capsys):
+    """Submits a study of two arms whose trials are done, with the losses {arm: [at each of two rates]}."""
+    run = json.loads(Path("run.json").read_text())
+    base = {key: run[key] for key in ("model", "data", "train", "budget", "eval")}
+    Path("mine.yaml").write_text(MINE.replace("{BASE}", json.dumps(base)))
+
+    def submit_study(losses):
+        assert cli.main(["submit", "study", "mine.yaml", "--out", "study"]) == 0
+        for arm, values in losses.items():
+            for rate, loss in zip(("0.001", "0.01"), values, strict=True):
+                folder = Path("study/trials", arm, f"lr-{rate}")
+                config = json.loads((folder / "config.json").read_text())
+                mark = fingerprint(RunConfig.model_validate(config), open_dataset(run["data"]["path"]).fingerprint)
+                write_record(folder, {"config": config, "fingerprint": mark, "results": {"loss": loss}})
+        capsys.readouterr()
+        return cli.main(["submit", "study", "mine.yaml", "--out", "study"])
+
+    return submit_study
+
+
+def test_the_runs_of_an_arm_whose_trials_all_diverged_are_not_submitted(tuned, capsys):
+    assert tuned({"dense": [4.0, 3.0], "layer+rule": [None, None]}) == 0
+    out, err = capsys.readouterr()
+    assert out.count("submitted job 7: runs, 1 run(s)") == 1 and "trials" not in out
+    assert err == "left out: every trial of layer+rule failed; choose other learning rates (lr_grid)\n"
+    assert "study/layer+rule/seed-0" not in Path("study/jobs/002/runs.sbatch").read_text()
+    assert json.loads(Path("study/dense/seed-0/config.json").read_text())["optim"]["lr"] == 0.01
+    failures = json.loads(Path("study/study.json").read_text())["failures"]
+    assert failures == {"layer+rule/seed-0": "not run: every trial of its learning rate failed"}
+    assert cli.main(["settle", "study/jobs/request.json", "study/layer+rule/seed-0"]) == 2
+    assert "no trial of layer+rule ended with a finite loss" in capsys.readouterr().err
+
+
+def test_a_study_whose_trials_all_diverged_submits_nothing(tuned, capsys):
+    assert tuned({"dense": [None, None], "layer+rule": [None, None]}) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: study is done, but every trial of dense, layer+rule failed; choose other")
+    assert err.count("\n") == 1 and not Path("study/jobs/002").exists()

@@ -11,7 +11,7 @@ WHOLE = [b"", b"[" * 100_000, b"null", b"{}", b"[]", b"\xff\xfe", b"\xef\xbb\xbf
 
 def damaged(content, draw):
     """Bytes that are near `content`."""
-    raw = bytearray(content)
+    raw = bytearray(content or b"\0")
     place = draw.randrange(len(raw) or 1)
     kind = draw.randrange(5)
     if kind == 0:

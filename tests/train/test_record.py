@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from thriftlab.data import files
+from thriftlab.train.loop import summary
 from thriftlab.train.records import record
 from thriftlab.train.records.record import (
     MetricsWriter,
@@ -113,6 +114,16 @@ def test_any_flipped_bit_is_found(tmp_path, name):
             read_record(tmp_path / "record.json")
 
 
+def test_the_summary_of_a_run_whose_loss_is_not_finite(tmp_path):
+    """As it comes from the run, and as it is read when the same command is given again."""
+    results = {"loss": float("nan"), "bits_per_byte": float("inf")}
+    entry = {**RECORD, "config": {"out": str(tmp_path)}, "results": results, "speed": {"tokens_per_second": None},
+             "budget": {"steps": 1, "tokens": 8, "seconds": 1.0}, "memory": {"state_bytes": 0}}  # fmt: skip
+    write_record(tmp_path, entry)
+    first, again = summary(entry), summary(read_record(tmp_path / "record.json"))
+    assert first == again and first.startswith("held-out loss not finite nats/token, not finite bits/byte\n")
+
+
 def test_the_seal_protects_every_byte(tmp_path):
     write_record(tmp_path, RECORD)
     path = tmp_path / "record.json"
@@ -127,6 +138,19 @@ def test_what_is_no_record_is_refused(tmp_path, content):
     (tmp_path / "record.json").write_bytes(content)
     with pytest.raises(RecordError, match="record.json is damaged"):
         read_record(tmp_path / "record.json")
+
+
+ODD_LINES = [b"7", b"null", b'"step"', b"[1]", b"{}", b'{"step": null}', b'{"step": "4"}', b'{"step": 1.5}',
+             b'{"step": true}', b"[" * 100_000, b"\xff"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=lambda line: repr(line[:16]))
+def test_a_line_that_is_no_line_of_metrics_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n" + b'{"step": 2}\n')
+    for read in (read_metrics, lambda path: MetricsWriter(path, resume_step=2)):
+        with pytest.raises(RecordError, match="metrics.jsonl, line 2 is damaged"):
+            read(path)
 
 
 def test_a_missing_record_says_that_the_run_is_not_done(tmp_path):

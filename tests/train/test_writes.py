@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 
 import pytest
 
@@ -151,6 +152,30 @@ def test_a_full_disk_is_one_line_of_the_reference_too(small, tmp_path):
     with claimed(out), pytest.raises(UserError, match="at work in"):
         write_reference(asked)
     assert write_reference(asked) == out and (out / "reference.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", None])
+def test_losses_of_a_run_whose_last_weights_are_lost_are_refused(small, tmp_path, name):
+    """Those of the checkpoint before would be another model's."""
+    out, config = tmp_path / "out", small(checkpoint={"every": 2, "keep": 2})
+    run(config)
+    end, last = end_of(out), out / "checkpoints" / "step-00000004"
+    if name:
+        content = bytearray((last / name).read_bytes())
+        content[-1] ^= 1
+        (last / name).write_bytes(content)
+    else:
+        shutil.rmtree(last)
+    asked = ReferenceConfig(run=str(out), out=str(tmp_path / "reference"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(UserError, match=f"{out}/checkpoints has no whole checkpoint of the last step, 4; remove"):
+            write_reference(asked)
+        assert not (tmp_path / "reference").exists()
+        (out / "record.json").unlink()
+        run(config)
+    assert_same_end(out, end)
+    write_reference(asked)
 
 
 def test_what_others_put_among_the_checkpoints_is_theirs(small, tmp_path):

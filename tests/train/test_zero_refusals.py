@@ -1,6 +1,8 @@
 """What DeepSpeed would do wrong or nobody has proved right is refused, with the reason and what works."""
 
 import dataclasses
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -186,12 +188,31 @@ def test_settings_that_deepspeed_knows_get_as_far_as_the_ranks():
         "flops_profiler": {"enabled": False},
         "compile": {},
         "data_efficiency": {"enabled": False},
+        "bf16": {"enabled": False},
+        "zero_optimization": {"offload_optimizer": {"device": "none"}},
     }
     for stage in range(4):
         with pytest.raises(BackendError, match="needs torchrun"):
-            make_backend(
-                "deepspeed", stage=stage, settings={**theirs, **OVERLAP, "data_efficiency": {"enabled": False}}
-            )
+            make_backend("deepspeed", stage=stage, settings=theirs)
+            make_backend("deepspeed", stage=stage, settings=OVERLAP)
+
+
+def test_what_is_refused_may_be_switched_off():
+    """Files that were made for others say so of what they do not use; the engine is told nothing of it."""
+    off = {"fp16": {"enabled": False}, "elasticity": {"enabled": False}}
+    ours = engine_settings(2, "fp32")
+    assert merged(ours, {**off, "zero_optimization": {"offload_param": {"device": "none"}}}) == ours
+    for theirs in ({"fp16": {"enabled": "auto"}}, {"fp16": {}}, {"train_batch_size": 0}):
+        with pytest.raises(BackendError, match="backend.settings cannot set"):
+            merged(ours, theirs)
+
+
+def test_the_missing_package_names_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(
+        BackendError, match=rf"deepspeed {re.escape(VERSION)}: pip install 'thriftlab\[train\]'; or use"
+    ):
+        make_backend("deepspeed", stage=1)
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,11 @@ def _parse(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             metrics.append(json.loads(line))
-            metrics[-1]["step"]
-        except (ValueError, TypeError, KeyError):
-            raise RecordError(f"{path}, line {number} is damaged; restore the file or delete that line") from None
+            whole = type(metrics[-1]["step"]) is int
+        except (ValueError, TypeError, KeyError, RecursionError):
+            whole = False
+        if not whole:
+            raise RecordError(f"{path}, line {number} is damaged; restore the file or delete that line")
     return metrics
 
 

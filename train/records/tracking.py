@@ -19,7 +19,7 @@ INIT_SECONDS = "30"  # patience with wandb's server at the start, where WANDB_IN
 FINISH_SECONDS = "60"  # and at the end; what was not sent stays in OUT/wandb for `wandb sync`
 OF_ONE_RUN = (  # variables that say which run it is, or where it goes on: not for the runs of a study
     "WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_RUN_DIR",
-    "WANDB_RUN_STORAGE_ID", "WANDB_SWEEP_PARAM_PATH",
+    "WANDB_RUN_STORAGE_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH",
 )  # fmt: skip
 
 

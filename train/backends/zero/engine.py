@@ -185,7 +185,8 @@ def load_deepspeed(cuda: bool) -> None:
         from deepspeed.utils import logger
     except ImportError as error:
         raise BackendError(
-            f"backend deepspeed needs the package: pip install deepspeed=={VERSION}; or use backend.name=owned"
+            f"backend deepspeed needs the package deepspeed {VERSION}: pip install 'thriftlab[train]'; or use "
+            "backend.name=owned"
         ) from error
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*_tensor. is deprecated")
@@ -212,6 +213,8 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> dict
     """Both, one inside the other. BackendError for a key of theirs that is ours, or that cannot be used here."""
     result = dict(ours)
     for key, value in theirs.items():
+        if path + key in REFUSED and is_off(value):
+            continue
         if reason := REFUSED.get(path + key):
             raise BackendError(f"backend.settings cannot set {path}{key}: {reason}")
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
@@ -221,3 +224,8 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> dict
         else:
             result[key] = value
     return result
+
+
+def is_off(section: Any) -> bool:
+    """Whether a section of DeepSpeed's JSON switches off what it is about, as files that were made for others do."""
+    return isinstance(section, dict) and (section.get("enabled") is False or section.get("device") == "none")
