@@ -67,8 +67,8 @@ def find_text(documents: Documents, words: str) -> Row:
     if found:
         raise _several(documents, "--text", found)
     raise DataError(
-        f"{documents.folder}: no document has the words {words!r}, of those whose text was kept or whose input is still "
-        "there; give its id, as --document FILE:LINE"
+        f"{documents.folder}: no document has the words {words!r}, of those whose text was kept or can be read again; "
+        "give its id, as --document FILE:LINE"
     )
 
 
@@ -242,7 +242,7 @@ def _tokens(documents: Documents, row: Row) -> list[str]:
     if row["stage"] != "kept":
         return []
     at = documents.place(row)
-    return [f"{row['tokens']:,} tokens: {at.file}, tokens {at.start:,} to {at.stop:,}, document {at.document} of the file"]
+    return [f"{row['tokens']:,} in {at.file}, from {at.start:,} to {at.stop:,}; document {at.document} of the file"]
 
 
 def _shown(found: Found | None) -> list[str]:
