@@ -57,8 +57,8 @@ def export(folder: str | Path, out: Path, force: bool = False) -> int:
 def kept(documents: Documents) -> Iterator[list[Row]]:
     """The rows of the documents that stayed, with their texts."""
     decoded: dict[tuple[str, str], Iterator[str]] = {}
-    for batch in documents.batches([*KEPT, *documents.scores], pc.field("stage") == "kept"):
-        rows = batch.to_pylist()
+    for batch in documents.in_order([*KEPT, *documents.scores, "stage"]):
+        rows = batch.filter(pc.equal(batch["stage"], "kept")).drop_columns("stage").to_pylist()
         for row in rows:
             if row.get("text") is None:
                 place = row["source"], row["split"]

@@ -73,7 +73,7 @@ def find_text(documents: Documents, words: str) -> Row:
 
 
 def _several(documents: Documents, what: str, found: list[Row]) -> DataError:
-    lines = [f"  {row['source']}/{row['id']}: {_first_line(row['text'])}" for row in found[:SHOWN]]
+    lines = [f"  {row['source']}/{row['id']}: {_first_line(row.get('text'))}" for row in found[:SHOWN]]
     more = ["  ..."] if len(found) > SHOWN else []
     return DataError("\n".join([f"{documents.folder}: {what} fits several documents; name one:", *lines, *more]))
 

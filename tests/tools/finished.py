@@ -91,7 +91,7 @@ def write_ledger(folder, rows, parts, keep_text, units):
             row["text"] = None if row["stage"] in UNNUMBERED else row["text"]
         name = f"documents/{part:05}.parquet"
         table = pa.Table.from_pylist([{key: row.get(key) for key in types} for row in mine], pa.schema(types))
-        pq.write_table(table, folder / name, row_group_size=7)
+        pq.write_table(table, folder / name, row_group_size=40)
         written[name] = file_sha256(folder / name)
     return written
 
