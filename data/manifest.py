@@ -58,9 +58,11 @@ def _summed(split: Manifest) -> Manifest:
 
 def _scored(source: Manifest) -> Manifest:
     shards = [*source["train"]["shards"], *source["validation"]["shards"]]
-    keys = {"scores_file", "scores_sha256"}
-    if any(keys & shard.keys() != (keys if source.get("columns") else set()) for shard in shards):
-        raise ValueError("columns: not with scores_file and scores_sha256 in every shard, or these without columns")
+    needed = {"scores_file", "scores_sha256"} if source.get("columns") else set()
+    if any(needed != {"scores_file", "scores_sha256"} & shard.keys() for shard in shards):
+        raise ValueError(
+            "columns: every shard has scores_file and scores_sha256 where there are columns, and only there"
+        )
     return source
 
 
