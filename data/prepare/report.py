@@ -62,13 +62,13 @@ def section(name: str, content: str) -> str:
 
 
 def lead(documents: Documents) -> str:
-    steps = list(documents.funnel["funnel"].values())
-    read, left = (sum(each[k]["documents"] for each in steps) for k in (0, -1))
-    size = sum(each[-1]["bytes"] for each in steps)
-    splits = [entry[split] for entry in documents.manifest["sources"].values() for split in ("train", "validation")]
+    read = sum(steps[0]["documents"] for steps in documents.funnel["funnel"].values())
+    sources = documents.manifest["sources"].values()
+    splits = [entry[split] for entry in sources for split in ("train", "validation")]
+    left, size, tokens = (sum(split[key] for split in splits) for key in ("documents", "bytes", "tokens"))
     return (
-        f"{left:,} of {read:,} documents stayed ({percent(left, read)}): {in_bytes(size)}, "
-        f"{sum(split['tokens'] for split in splits):,} tokens in {count(len(steps), 'source')}."
+        f"{left:,} of {read:,} documents stayed ({percent(left, read)}): {in_bytes(size)}, {tokens:,} tokens in "
+        f"{count(len(sources), 'source')}."
     )
 
 

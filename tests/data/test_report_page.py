@@ -131,7 +131,7 @@ def test_twenty_samples_of_each_reason_in_turns(tmp_path):
 def test_the_table_of_stages(prepared):
     cells = Page(prepared[2]).all("td")
     web = cells.index("web")
-    assert cells[web + 1 : web + 7] == ["90", "90", "60", "60", "60", "60"]
+    assert cells[web + 1 : web + 9] == ["90", "90", "60", "60", "60", "60", "58", "2"]
     small = Page(prepared[2]).all("small")
     assert any(each.startswith("66.7%, ") for each in small)
     assert re.search(r'style="--part: 66\.7%"', prepared[2])

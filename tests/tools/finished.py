@@ -103,6 +103,9 @@ def write_funnel(folder, rows, sources, units):
         for k, stage in enumerate(STAGES):
             left = [row for row in mine if row["stage"] == "kept" or STAGES.index(row["stage"]) > k]
             steps.append({"stage": stage, "documents": len(left), "bytes": sum(row["bytes"] for row in left)})
+        for split in ("train", "validation"):
+            left = [row for row in mine if row["split"] == split]
+            steps.append({"stage": split, "documents": len(left), "bytes": sum(row["bytes"] for row in left)})
         funnel[source] = steps
         stages = defaultdict(lambda: defaultdict(list))
         for row in mine:
