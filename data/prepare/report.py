@@ -151,15 +151,18 @@ def histograms(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         first, last = (next(k for k in order if total[k]) for order in (range(len(total)), range(len(total))[::-1]))
         edges, cuts = histogram["edges"][first : last + 2], histogram["cuts"]
         everything = {"all sources": total} | counts if len(counts) > 1 else counts
-        figures = [
-            f"<figure><h4>{escape(source)}</h4>{bars.histogram(source, edges, values[first : last + 1], cuts)}</figure>"
+        figures = "".join(
+            figure(source, edges, values[first : last + 1], cuts.get(source, []))
             for source, values in everything.items()
-        ]
-        said = f"Cut at {', '.join(f'{cut:.4g}' for cut in cuts)} (dashed). " if cuts else ""
-        yield (
-            f'<h3>{escape(MEASURES.get(name, name))}</h3><div class="figures">{"".join(figures)}</div>'
-            f"{note(f'{said}Number of documents; the highest bar is as high in every figure.')}"
         )
+        said = " Dashed: where pools are cut." if cuts else ""
+        words = note(f"Number of documents; the highest bar is as high in every figure.{said}")
+        yield f'<h3>{escape(MEASURES.get(name, name))}</h3><div class="figures">{figures}</div>{words}'
+
+
+def figure(source: str, edges: list[float], counts: list[int], cuts: list[float]) -> str:
+    said = f"<figcaption>cut at {', '.join(f'{cut:.4g}' for cut in cuts)}</figcaption>" if cuts else ""
+    return f"<figure><h4>{escape(source)}</h4>{bars.histogram(source, edges, counts, cuts)}{said}</figure>"
 
 
 def near_duplicates(documents: Documents) -> str:

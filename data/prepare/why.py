@@ -211,7 +211,7 @@ def _copies(documents: Documents, row: Row) -> list[str]:
 def _scores(documents: Documents, row: Row) -> list[str]:
     lines = []
     for name in documents.scores:
-        cuts = documents.funnel["histograms"].get(name, {}).get("cuts") or []
+        cuts = documents.funnel["histograms"].get(name, {}).get("cuts", {}).get(row["source"], [])
         between = f"   pools are cut at {', '.join(f'{cut:.4g}' for cut in cuts)}" if cuts else ""
         value = "not scored: it was dropped before" if row[name] is None else _number(row[name])
         lines.append(f"{name:8}{value}{between}")

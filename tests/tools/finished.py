@@ -121,10 +121,10 @@ def write_funnel(folder, rows, sources, units):
             }
             for stage, by_reason in stages.items()
         }  # fmt: skip
-    histograms = {"bytes": histogram(rows, sources, "bytes", [0, *(2**k for k in range(4, 20))], [])}
+    histograms = {"bytes": histogram(rows, sources, "bytes", [0, *(2**k for k in range(4, 20))], {})}
     for name, most in {"score": 1, "trigram": 10}.items():
         if name in units:
-            cuts = [0.25, 0.5, 0.75] if name == "score" else []
+            cuts = dict.fromkeys(sources, [0.25, 0.5, 0.75]) if name == "score" else {}
             histograms[name] = histogram(rows, sources, name, [most * k / 20 for k in range(21)], cuts)
     value = {"funnel": funnel, "reasons": reasons, "histograms": histograms, "edits": {sources[0]: {"c4-braces": 12}}}
     (folder / "documents/funnel.json").write_text(json.dumps(value))
