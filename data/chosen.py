@@ -5,6 +5,7 @@ Chosen neighbours make a run, which is a piece of the shard. A row of tokens is 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class ChosenTokens:
 
     def pieces(self) -> Iterator[NDArray[Any]]:
         """All of them in order, up to CHUNK at a time."""
-        for start, end, shift in zip(self.bounds[:-1].tolist(), self.bounds[1:].tolist(), self.shift.tolist()):
+        for (start, end), shift in zip(pairwise(self.bounds.tolist()), self.shift.tolist(), strict=True):
             for first in range(start, end, CHUNK):
                 yield self.shard[first + shift : min(first + CHUNK, end) + shift]
 

@@ -156,7 +156,7 @@ class Windows:
         if len(self.shards) > 1:
             raise DataError(f"a split of {len(self.shards)} shards has a tail in each; only validation has one tail")
         done = len(self) * self.sequence_length
-        return self.shards[0][done:] if self.tokens > done + 1 else None
+        return self.shards[0][done:] if self.tokens > done + 1 else None  # type: ignore[index]  # never chosen from
 
 
 def _rows(shard: NDArray[Any] | ChosenTokens, step: int) -> NDArray[Any] | ChosenRows:

@@ -185,7 +185,7 @@ def train(argv: list[str]) -> None:
 
 
 def compare_keys(argv: list[str]) -> str:
-    from thriftlab.launch.studies.compare import COMPARE, describe_keys
+    from thriftlab.launch.studies.compare import describe_keys
 
     load_plugins(argv)
     return f"{COMPARE}\n{describe_keys()}"

@@ -1,4 +1,4 @@
-"""thriftlab data show | export: what became of the documents of a prepared folder, and those that stayed as one file."""
+"""thriftlab data show | export: what became of the documents of a prepared folder; those that stayed, in a file."""
 
 from pydantic import Field
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.tools.tiny import tiny_config
 from thriftlab.data.prepare.pipeline import PrepareConfig
+from thriftlab.launch import documents
 from thriftlab.launch.cluster import array, hosts, slurm
 from thriftlab.launch.studies import compare, written
 from thriftlab.optim import LAYERS, METHODS
@@ -52,6 +53,9 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
         array.REQUESTS[kind[0]](rest) if kind else settings.validate(RunConfig, rest)
     elif command == "launch":
         settings.validate(hosts.LaunchConfig, settings.read(argv).drop(RunConfig.model_fields))
+    elif command == "data":
+        given = settings.read(argv)
+        assert given.words[0] in documents.KEYS and settings.validate(documents.DataOptions, given.drop([]))
     elif command == "reference":
         settings.load(ReferenceConfig, argv)
     elif command == "study":

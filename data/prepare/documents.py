@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as arrow
+import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 
 from thriftlab.data.errors import DataError
@@ -24,6 +25,7 @@ from thriftlab.data.shards import Dataset, open_dataset
 FUNNEL = "documents/funnel.json"
 SCORES = ("score", "trigram", "model", "pool")
 ROWS = 1024  # that are held at once
+BUFFER = 1 << 16  # bytes of a file
 REMEDY = "prepare it again with force=true"
 
 Row = dict[str, Any]
@@ -80,7 +82,7 @@ class Documents:
             raise DataError(f"{self.folder / name}: changed since it was prepared (sha256 differs); {REMEDY}")
 
     def batches(self, columns: Sequence[str], condition: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
-        """Rows that fit, in the order of the ledger; columns that the ledger lacks are left out."""
+        """Rows that fit; columns that the ledger lacks are left out."""
         names = [name for name in columns if name in self.ledger.schema.names]
         try:
             yield from self.ledger.scanner(
@@ -89,6 +91,13 @@ class Documents:
             ).to_batches()  # fmt: skip
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.folder}/documents: cannot be read ({error}); {REMEDY}") from None
+
+    def in_order(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """All rows in the order of the ledger. Unlike a scan, which reads ahead, it holds no more than ROWS."""
+        names = [name for name in columns if name in self.ledger.schema.names]
+        for path in self.files:
+            with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
+                yield from file.iter_batches(ROWS, columns=names, use_threads=False)
 
     def rows(self, condition: pc.Expression | None = None, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """The same, row by row; all columns unless given."""

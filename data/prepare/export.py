@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -57,8 +57,8 @@ def export(folder: str | Path, out: Path, force: bool = False) -> int:
 def kept(documents: Documents) -> Iterator[list[Row]]:
     """The rows of the documents that stayed, with their texts."""
     decoded: dict[tuple[str, str], Iterator[str]] = {}
-    for batch in documents.batches([*KEPT, *documents.scores], pc.field("stage") == "kept"):
-        rows = batch.to_pylist()
+    for batch in documents.in_order([*KEPT, *documents.scores, "stage"]):
+        rows = batch.filter(pc.equal(batch["stage"], "kept")).drop_columns("stage").to_pylist()
         for row in rows:
             if row.get("text") is None:
                 place = row["source"], row["split"]
@@ -74,7 +74,7 @@ def open_writer(path: Path, name: str, scores: list[str], stack: ExitStack) -> W
         schema = pa.schema(list(types.items()))
         table = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
         return lambda rows: rows and table.write_table(pa.Table.from_pylist(rows, schema))
-    file: IO[bytes] = stack.enter_context(open(path, "wb"))
+    file: Any = stack.enter_context(open(path, "wb"))
     if name.endswith(".gz"):
         file = stack.enter_context(gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename=""))
     elif name.endswith(".zst"):

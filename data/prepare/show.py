@@ -1,5 +1,6 @@
 """What a prepared folder holds and what was dropped on the way, as tables of text."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from thriftlab.data.prepare.documents import Documents, open_documents
 from thriftlab.data.prepare.summary import Summary
 from thriftlab.data.prepare.why import explain, find, find_text
 
+UNSCORED = np.iinfo(np.int32).min
 SHOWN = 3  # sources of a reason, by name
 
 
@@ -35,11 +37,13 @@ Table = list[Sequence[str]]
 def funnel_table(documents: Documents, key: str) -> Table:
     funnel = documents.funnel["funnel"]
     stages = list(dict.fromkeys(step["stage"] for steps in funnel.values() for step in steps))
-    rows = {name: [after(steps, stage, key) for stage in stages] for name, steps in funnel.items()}
-    if len(rows) > 1:
-        rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
-    shown = {name: [f"{n:,}" if key == "documents" else f"{n / 1e6:,.3f}" for n in row] for name, row in rows.items()}
-    return [["source", *stages], *([name, *row] for name, row in shown.items())]
+    rows = [(name, [after(steps, stage, key) for stage in stages]) for name, steps in funnel.items()]
+    total = [sum(column) for column in zip(*(row for _, row in rows), strict=True)]
+    shown = [*rows, ("all", total)] if len(rows) > 1 else rows
+    return [
+        ["source", *stages],
+        *([name, *(f"{n:,}" if key == "documents" else f"{n / 1e6:,.3f}" for n in row)] for name, row in shown),
+    ]
 
 
 def after(steps: list[dict], stage: str, key: str) -> int:
@@ -48,7 +52,7 @@ def after(steps: list[dict], stage: str, key: str) -> int:
 
 
 def reason_table(documents: Documents) -> Table:
-    rows = [["stage", "reason", "documents", "MB", "", "most in"]]
+    rows: Table = [["stage", "reason", "documents", "MB", "", "most in"]]
     for (stage, reason), by_source in reasons_by_source(documents.funnel).items():
         count, size = (sum(entry[key] for entry in by_source.values()) for key in ("count", "bytes"))
         acted = any(entry["acted"] for entry in by_source.values())
@@ -59,7 +63,7 @@ def reason_table(documents: Documents) -> Table:
 
 
 def reasons_by_source(funnel: dict) -> dict[tuple[str, str], dict[str, dict]]:
-    """(stage, reason) -> source -> what funnel.json says of it; stages in their order, the most frequent reason first."""
+    """(stage, reason) -> source -> what funnel.json says; stages in their order, the most frequent reason first."""
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for source, stages in funnel["reasons"].items():
         for stage, reasons in stages.items():
@@ -73,8 +77,8 @@ def reasons_by_source(funnel: dict) -> dict[tuple[str, str], dict[str, dict]]:
 
 
 def edit_table(documents: Documents) -> Table:
-    edits = documents.funnel.get("edits", {})
-    return [["source", "rule", "lines"], *([s, r, f"{n:,}"] for s, rules in edits.items() for r, n in rules.items() if n)]
+    edits = documents.funnel.get("edits", {}).items()
+    return [["source", "rule", "lines"], *([name, r, f"{n:,}"] for name, rules in edits for r, n in rules.items() if n)]
 
 
 def score_table(documents: Documents) -> Table:
@@ -83,9 +87,10 @@ def score_table(documents: Documents) -> Table:
     for source, entry in documents.manifest["sources"].items():
         units, shards = entry.get("columns", {}), entry["train"]["shards"]
         for k, (name, unit) in enumerate(units.items()):
-            scores = [np.load(documents.folder / shard["scores_file"], mmap_mode="r")[:, k] for shard in shards]
-            values = np.quantile(np.concatenate(scores), [0, 0.1, 0.5, 0.9, 1], method="nearest") / unit
-            rows.append([source, name, *(f"{value:.4g}" for value in values)])
+            scores = np.concatenate([np.load(documents.folder / shard["scores_file"])[:, k] for shard in shards])
+            scored = scores[scores != UNSCORED]
+            values = np.quantile(scored, [0, 0.1, 0.5, 0.9, 1], method="nearest") / unit if len(scored) else []
+            rows.append([source, name, *(f"{value:.4g}" for value in values), *[""] * (5 - len(values))])
     return rows
 
 
@@ -94,6 +99,6 @@ def aligned(rows: Table) -> str:
     columns = []
     for head, *cells in zip(*rows, strict=True):
         width = max(map(len, (head, *cells)))
-        number = all(cell.replace(",", "").replace(".", "").replace("-", "").replace("e", "").isdecimal() for cell in cells)
+        number = all(re.fullmatch(r"[-\d.,e]+", cell) for cell in cells)
         columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in (head, *cells)])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

@@ -67,13 +67,13 @@ def find_text(documents: Documents, words: str) -> Row:
     if found:
         raise _several(documents, "--text", found)
     raise DataError(
-        f"{documents.folder}: no document has the words {words!r}, of those whose text was kept or whose input is still "
-        "there; give its id, as --document FILE:LINE"
+        f"{documents.folder}: no document has the words {words!r}, of those whose text was kept or can be read again; "
+        "give its id, as --document FILE:LINE"
     )
 
 
 def _several(documents: Documents, what: str, found: list[Row]) -> DataError:
-    lines = [f"  {row['source']}/{row['id']}: {_first_line(row['text'])}" for row in found[:SHOWN]]
+    lines = [f"  {row['source']}/{row['id']}: {_first_line(row.get('text'))}" for row in found[:SHOWN]]
     more = ["  ..."] if len(found) > SHOWN else []
     return DataError("\n".join([f"{documents.folder}: {what} fits several documents; name one:", *lines, *more]))
 
@@ -211,7 +211,7 @@ def _copies(documents: Documents, row: Row) -> list[str]:
 def _scores(documents: Documents, row: Row) -> list[str]:
     lines = []
     for name in documents.scores:
-        cuts = documents.funnel["histograms"].get(name, {}).get("cuts") or []
+        cuts = documents.funnel["histograms"].get(name, {}).get("cuts", {}).get(row["source"], [])
         between = f"   pools are cut at {', '.join(f'{cut:.4g}' for cut in cuts)}" if cuts else ""
         value = "not scored: it was dropped before" if row[name] is None else _number(row[name])
         lines.append(f"{name:8}{value}{between}")
@@ -242,7 +242,7 @@ def _tokens(documents: Documents, row: Row) -> list[str]:
     if row["stage"] != "kept":
         return []
     at = documents.place(row)
-    return [f"{row['tokens']:,} tokens: {at.file}, tokens {at.start:,} to {at.stop:,}, document {at.document} of the file"]
+    return [f"{row['tokens']:,} in {at.file}, from {at.start:,} to {at.stop:,}; document {at.document} of the file"]
 
 
 def _shown(found: Found | None) -> list[str]:

@@ -91,7 +91,7 @@ def write_ledger(folder, rows, parts, keep_text, units):
             row["text"] = None if row["stage"] in UNNUMBERED else row["text"]
         name = f"documents/{part:05}.parquet"
         table = pa.Table.from_pylist([{key: row.get(key) for key in types} for row in mine], pa.schema(types))
-        pq.write_table(table, folder / name, row_group_size=7)
+        pq.write_table(table, folder / name, row_group_size=40)
         written[name] = file_sha256(folder / name)
     return written
 
@@ -103,6 +103,9 @@ def write_funnel(folder, rows, sources, units):
         for k, stage in enumerate(STAGES):
             left = [row for row in mine if row["stage"] == "kept" or STAGES.index(row["stage"]) > k]
             steps.append({"stage": stage, "documents": len(left), "bytes": sum(row["bytes"] for row in left)})
+        for split in ("train", "validation"):
+            left = [row for row in mine if row["split"] == split]
+            steps.append({"stage": split, "documents": len(left), "bytes": sum(row["bytes"] for row in left)})
         funnel[source] = steps
         stages = defaultdict(lambda: defaultdict(list))
         for row in mine:
@@ -118,10 +121,11 @@ def write_funnel(folder, rows, sources, units):
             }
             for stage, by_reason in stages.items()
         }  # fmt: skip
-    histograms = {"bytes": histogram(rows, sources, "bytes", [0, *(2**k for k in range(4, 20))], [])}
-    for name in units:
-        if name != "pool":
-            histograms[name] = histogram(rows, sources, name, [k / 20 for k in range(21)], [0.25, 0.5, 0.75])
+    histograms = {"bytes": histogram(rows, sources, "bytes", [0, *(2**k for k in range(4, 20))], {})}
+    for name, most in {"score": 1, "trigram": 10}.items():
+        if name in units:
+            cuts = dict.fromkeys(sources, [0.25, 0.5, 0.75]) if name == "score" else {}
+            histograms[name] = histogram(rows, sources, name, [most * k / 20 for k in range(21)], cuts)
     value = {"funnel": funnel, "reasons": reasons, "histograms": histograms, "edits": {sources[0]: {"c4-braces": 12}}}
     (folder / "documents/funnel.json").write_text(json.dumps(value))
     return {"documents/funnel.json": file_sha256(folder / "documents/funnel.json")}
