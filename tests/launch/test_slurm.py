@@ -190,5 +190,5 @@ def test_a_preparation_on_two_nodes_preempted_and_requeued_is_that_of_one_proces
     assert "the run is preempted" in said and "the run is done" in said
     assert prepared(desk / "many") == prepared(desk / "one")
     assert sorted(path.name for path in (desk / "many.job").iterdir()) == ["config.json", "jobs", "status"]
-    assert cli.main(["submit", *many]) == 2 and "many is there already" in capsys.readouterr().err
+    assert cli.main(["submit", *many]) == 2 and "many is prepared already" in capsys.readouterr().err
     assert not [*Path("/tmp").glob(f"*-{number}")]

@@ -220,6 +220,8 @@ def test_methods_of_parts_are_submitted(capsys):
 
 # ------------------------------------------------------------------------------------------------------ preparations
 
+ALLOCATED = {"SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "2"}
+
 
 def prepare(*argv):
     return cli.main(["submit", "prepare", "out=made", "inputs.a.path=synthetic:documents=9", *argv])
@@ -268,7 +270,7 @@ def test_a_mistake_in_a_preparation_is_seen_before_anything_is_submitted(argv, m
 def test_a_finished_preparation_is_not_submitted_again(capsys):
     Path("made").mkdir()
     Path("made/manifest.json").touch()
-    assert prepare() == 2 and "made is there already" in capsys.readouterr().err
+    assert prepare() == 2 and "made is prepared already" in capsys.readouterr().err
     assert prepare("force=true") == 0
 
 
@@ -277,12 +279,12 @@ def test_how_a_preparation_ends_is_its_exit_code(code, word, ended, capsys, monk
     monkeypatch.setenv("CODE", str(code))
     assert prepare("--dry-run") == 0
     Path("job.sh").write_text(capsys.readouterr().out)
-    assert run("exit $CODE") == ended and Path("made.job/status").read_text() == f"{word}\n"
+    assert run("exit $CODE", **ALLOCATED) == ended and Path("made.job/status").read_text() == f"{word}\n"
 
 
 def test_a_preparation_is_ended_when_the_time_is_up_and_goes_back_to_the_queue(capsys):
     assert prepare("--dry-run") == 0
     Path("job.sh").write_text(capsys.readouterr().out)
     Path("out").mkdir()
-    assert run("touch out/started; exec sleep 60", send=signal.SIGUSR1) == (-9, True)
+    assert run("touch out/started; exec sleep 60", send=signal.SIGUSR1, **ALLOCATED) == (-9, True)
     assert Path("made.job/status").read_text() == "preempted\n" and not Path("made.job/STOP").exists()
