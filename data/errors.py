@@ -15,6 +15,10 @@ class DataError(UserError, ValueError):
     """What is wrong with the data, which file, and what to do."""
 
 
+class EngineError(DataError):
+    """Not the data but what does the work: a worker that is killed again and again. What is finished stays."""
+
+
 class BackendError(UserError):
     """A backend that cannot run here; says why and what can."""
 

@@ -101,7 +101,8 @@ def test_the_base_install_is_for_the_optimizers_alone():
     assert sorted(Requirement(line).name for line in project["dependencies"]) == sorted(BASE)
     extras = {name: list(map(Requirement, lines)) for name, lines in project["optional-dependencies"].items()}
     assert {"deepspeed", "wandb", "datasets", "triton"} <= {need.name for need in extras["train"]}
-    assert any("train" in need.extras for need in extras["dev"])
+    assert any({"train", "cluster"} <= need.extras for need in extras["dev"])
+    assert [need.name for need in extras["cluster"]] == ["ray"]
 
 
 WITH_PYDANTIC = {"pydantic-core": "pydantic", "typing-extensions": "pydantic"}  # of one version, which it chooses
@@ -170,6 +171,13 @@ def test_the_optimizers_need_nothing_but_torch_numpy_and_pydantic(python):
 def test_a_command_without_its_extra_says_what_to_install(python, words, module, package):
     done = python(f"from thriftlab.launch.cli import main\nsys.exit(main({words!r}))", refused=f"top == {module!r}")
     said = f"error: this command needs the package {package}: pip install 'thriftlab[train]'\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_cluster_needs_its_extra(python, tmp_path):
+    words = ["prepare", "engine=ray", "inputs.a.path=synthetic:documents=9", f"out={tmp_path}/made"]
+    done = python(f"from thriftlab.launch.cli import main\nsys.exit(main({words!r}))", refused="top == 'ray'")
+    said = "error: engine=ray needs the package ray: pip install 'thriftlab[cluster]'\n"
     assert (done.returncode, done.stderr) == (2, said)
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from thriftlab.data.cores import usable_cores
-from thriftlab.data.errors import DataError, UserError
+from thriftlab.data.errors import EngineError, UserError
 from thriftlab.data.files import make_folder
 from thriftlab.data.prepare.exchange import Mapper, Reducer, split, versions
 from thriftlab.data.prepare.workers import ONE_THREAD, TRIES, loaded, poisonous
@@ -29,7 +29,7 @@ try:
     import ray
     from ray.exceptions import RayError, RayTaskError
 except ModuleNotFoundError as error:
-    raise DataError(f"engine=ray needs the package {error.name}: pip install 'thriftlab[cluster]'") from None
+    raise EngineError(f"engine=ray needs the package {error.name}: pip install 'thriftlab[cluster]'") from None
 
 STORE = 256 << 20  # bytes of objects in memory for each worker; the rest waits on the disk
 OBJECTS = 200_000  # of one exchange
@@ -79,7 +79,7 @@ class OnRay:
         if not parts:
             return
         if pieces * len(parts) > OBJECTS:
-            raise DataError(
+            raise EngineError(
                 f"{what}: {pieces:,} pieces x {len(parts):,} parts are more than the {OBJECTS:,} objects that "
                 "engine=ray can hold; prepare fewer sources at a time, or use engine=processes"
             )
@@ -129,7 +129,7 @@ class OnRay:
 
 
 def result(task: Any, what: str, item: object) -> Any:
-    """Of a task that has ended. Its own exception; DataError if its worker was killed each time."""
+    """Of a task that has ended. Its own exception; EngineError if its worker was killed each time."""
     try:
         return ray.get(task)
     except RayTaskError as error:
@@ -146,7 +146,7 @@ def result(task: Any, what: str, item: object) -> Any:
 
 def refuse_other(wanted: dict[str, str]) -> None:
     if (own := versions()) != wanted:
-        raise DataError(
+        raise EngineError(
             f"node {os.uname().nodename} has {own} and the first process {wanted}; use one environment on all nodes"
         )
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from thriftlab.data.errors import DataError, UserError
+from thriftlab.data.errors import EngineError, UserError
 
 TRIES = 4  # of an item whose worker is killed
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
@@ -34,7 +34,7 @@ class Pool:
         self.busy: dict[Connection, tuple[Worker, int]] = {}  # with the number of its item
 
     def results(self, f: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[tuple[int, Any]]:
-        """(i, f(items[i])) as they come. What `f` raises comes out of here, DataError if an item kills its workers."""
+        """(i, f(items[i])) as they come. What `f` raises comes out of here, EngineError if an item kills its workers."""
         code = pickle.dumps(f)
         waiting, killed = deque(range(len(items))), Counter[int]()
         busy = self.busy
@@ -74,8 +74,8 @@ class Pool:
             self.idle.pop().end()
 
 
-def poisonous(what: str, item: object, how: str) -> DataError:
-    return DataError(
+def poisonous(what: str, item: object, how: str) -> EngineError:
+    return EngineError(
         f"{what} {item}: its worker was killed {TRIES} times ({how}); if memory ran out, give more of it or fewer "
         "workers, else leave this part of the input out"
     )

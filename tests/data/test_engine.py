@@ -22,7 +22,7 @@ import thriftlab.data
 from tests.tools import counting
 from tests.tools.counting import check_exchange, contents, double, killed_at
 from thriftlab.data.cores import usable_cores
-from thriftlab.data.errors import DataError, UserError
+from thriftlab.data.errors import DataError, EngineError, UserError
 from thriftlab.data.files import WriteError
 from thriftlab.data.prepare.engine import open_engine
 from thriftlab.data.prepare.exchange import split
@@ -103,7 +103,7 @@ def test_a_killed_worker_changes_nothing(two, tmp_path, verb):
 )
 def test_an_item_that_kills_every_worker_is_named(two, tmp_path, verb, name):
     around = lambda f: partial(killed_at, f, 2, tmp_path / "tries", 99)  # noqa: E731
-    with pytest.raises(DataError, match=rf"^{name}: its worker was killed 4 times \(SIGKILL\); .*\Z"):
+    with pytest.raises(EngineError, match=rf"^{name}: its worker was killed 4 times \(SIGKILL\); .*\Z"):
         if verb == "each":
             two.each(around(double), range(5), "double")
         else:

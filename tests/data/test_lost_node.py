@@ -3,6 +3,7 @@
 import threading
 import time
 from functools import partial
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -14,13 +15,21 @@ pytestmark = pytest.mark.slow
 PIECES, PARTS, SIZE = 6, 12, 6 << 20  # objects of half a MB: what is below 100 kB lies with the first process
 
 
-def test_a_node_lost_in_mid_exchange_changes_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
+    """Where Ray puts its sockets, whose paths have 107 bytes at most."""
+    with TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
+
+
+def test_a_node_lost_in_mid_exchange_changes_nothing(short, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="no ray here: pip install 'thriftlab[cluster]'")
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     store = {"object_store_memory": 100 << 20}
-    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": f"/tmp/ray-{time.monotonic_ns() % 10**8}"}
+    head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head | store)
     nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)

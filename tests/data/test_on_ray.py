@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.tools import counting
 from tests.tools.counting import check_exchange, contents, double, killed_at
-from thriftlab.data.errors import DataError
+from thriftlab.data.errors import DataError, EngineError
 from thriftlab.data.prepare.engine import open_engine, versions
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_a_killed_worker_changes_nothing(engine, tmp_path, verb):
 def test_a_piece_that_kills_every_worker_is_named(engine, tmp_path):
     around = lambda f: partial(killed_at, f, 2, tmp_path / "tries", 99)  # noqa: E731
     said = r"^count, piece 2: its worker was killed 4 times \(WorkerCrashedError\); .*\Z"
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(EngineError, match=said):
         check_exchange(engine, tmp_path / "out", mapper=around)
     assert (tmp_path / "tries").read_text() == "...."
 
@@ -96,12 +96,12 @@ def test_a_worker_has_one_thread_and_this_python(engine):
 
 def test_a_node_with_another_python_is_refused(engine, monkeypatch):
     monkeypatch.setattr("thriftlab.data.prepare.on_ray.versions", lambda: {**versions(), "unicode": "16.0.0"})
-    with pytest.raises(DataError, match="node .* and the first process .*16.0.0.*; use one environment on all nodes"):
+    with pytest.raises(EngineError, match="node .* and the first process .*16.0.0.*; use one environment on all nodes"):
         engine.each(double, [1])
 
 
 def test_too_many_objects_are_refused(engine):
-    with pytest.raises(DataError, match="^near: 1,000 pieces x 201 parts are more than the 200,000 objects"):
+    with pytest.raises(EngineError, match="^near: 1,000 pieces x 201 parts are more than the 200,000 objects"):
         engine.exchange(abs, 1000, abs, range(201), counting.ROWS, "near")
 
 

@@ -73,8 +73,8 @@ def wait(condition, seconds=120):
         time.sleep(0.1)
 
 
-def finish(number, *expected):
-    wait(lambda: not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"} & set(states(number)))
+def finish(number, *expected, seconds=120):
+    wait(lambda: not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"} & set(states(number)), seconds)
     assert states(number) == [*expected], logs()
 
 
@@ -161,3 +161,34 @@ def test_a_study_is_an_array_of_trials_and_one_of_runs(tiny_data, desk, capsys):
     assert "signsgd" in report and "adamw" in report and "pending" not in report
     assert cli.main(["submit", *study, "--config", "study.json"]) == 2
     assert "study is done" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ preparations
+
+
+def prepared(folder):
+    """All that lies in a prepared folder, but for when and how it was made."""
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files.pop(Path("manifest.sha256"))
+    manifest = json.loads(files.pop(Path("manifest.json")))
+    return files, {key: value for key, value in manifest.items() if key != "made"}
+
+
+def test_a_preparation_on_two_nodes_preempted_and_requeued_is_that_of_one_process(desk, capsys):
+    pytest.importorskip("ray", reason="no ray here: pip install 'thriftlab[cluster]'")
+    common = ["inputs.a.path=synthetic:documents=400", "piece_bytes=10000", "near.bands=14x8", "tokenizer=bytes"]
+    many = ["prepare", "--nodes", "2", "--cpus", "2", "--memory", "2G", "engine=ray", "out=many", *common]
+    (number,) = submit(capsys, *many)
+    unfinished = desk / ".many.partial"
+    wait(lambda: any(unfinished.rglob("*.json")), 300)  # of a finished piece
+    subprocess.run(["scancel", "--signal=USR1", "--batch", number], check=True)
+    (one,) = submit(capsys, "prepare", "workers=1", "out=one", *common)
+    finish(one, "COMPLETED", seconds=300)
+    finish(number, "COMPLETED", seconds=300)
+    said = logs()
+    assert "attempt 0, on n1 n2" in said and "attempt 1, on n1 n2" in said and "Traceback" not in said
+    assert "the run is preempted" in said and "the run is done" in said
+    assert prepared(desk / "many") == prepared(desk / "one")
+    assert sorted(path.name for path in (desk / "many.job").iterdir()) == ["config.json", "jobs", "status"]
+    assert cli.main(["submit", *many]) == 2 and "many is prepared already" in capsys.readouterr().err
+    assert not [*Path("/tmp").glob(f"*-{number}")]

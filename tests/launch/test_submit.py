@@ -268,3 +268,75 @@ def test_a_study_whose_trials_all_diverged_submits_nothing(tuned, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: study is done, but every trial of dense, layer+rule failed; choose other")
     assert err.count("\n") == 1 and not Path("study/jobs/002").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ preparations
+
+ALLOCATED = {"SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "2"}
+
+
+def prepare(*argv):
+    return cli.main(["submit", "prepare", "out=made", "inputs.a.path=synthetic:documents=9", *argv])
+
+
+def test_a_preparation_on_one_node_is_a_plain_job(capsys):
+    assert prepare("--dry-run", "--cpus", "8", "--time", "30") == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --cpus-per-task=8\n" in script and "runs=(made.job)" in script and "ray" not in script
+    assert prepare("--cpus", "8", "near.bands=14x8") == 0
+    config = json.loads(Path("made.job/config.json").read_text())
+    assert (config["out"], config["near"]["bands"]) == ("made", "14x8")
+    assert Path("made.job/jobs/001/code/thriftlab/data/prepare/engine.py").exists() and not Path("made").exists()
+
+
+def test_a_preparation_on_four_nodes_has_a_ray_that_others_cannot_use(capsys):
+    pytest.importorskip("ray")
+    assert prepare("--dry-run", "--nodes", "4", "--cpus", "32", "--memory", "128G", "engine=ray") == 0
+    script = capsys.readouterr().out
+    for line in ("nodes=4", "cpus-per-task=32", "mem=128G"):
+        assert f"#SBATCH --{line}\n" in script, line
+    assert "RAY_AUTH_MODE=token" in script and "umask 077" in script and "ray stop" not in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--nodes 2", "engine=processes works on one node; for 2: engine=ray"),
+        ("engine=ray", "engine=ray needs --memory"),
+        ("--processes 2", "processes and restarts are for training"),
+        ("--memori 2G", "unknown key 'memori'; did you mean 'memory'?"),
+        ("near.bandz=14x8", "unknown key"),
+        ("optim.lr=1", "unknown key 'optim.lr'"),
+        ("more", "'more' has no value"),
+    ],
+)
+def test_a_mistake_in_a_preparation_is_seen_before_anything_is_submitted(argv, message, capsys, desk):
+    if "ray" in argv:
+        pytest.importorskip("ray")
+    assert prepare(*shlex.split(argv)) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (desk / "submitted").exists()
+
+
+def test_a_finished_preparation_is_not_submitted_again(capsys):
+    Path("made").mkdir()
+    Path("made/manifest.json").touch()
+    assert prepare() == 2 and "made is prepared already" in capsys.readouterr().err
+    assert prepare("force=true") == 0
+
+
+@pytest.mark.parametrize("code, word, ended", [(0, "done", (0, False)), (2, "failed", (1, False))])
+def test_how_a_preparation_ends_is_its_exit_code(code, word, ended, capsys, monkeypatch):
+    monkeypatch.setenv("CODE", str(code))
+    assert prepare("--dry-run") == 0
+    Path("job.sh").write_text(capsys.readouterr().out)
+    assert run("exit $CODE", **ALLOCATED) == ended and Path("made.job/status").read_text() == f"{word}\n"
+
+
+def test_a_preparation_is_ended_when_the_time_is_up_and_goes_back_to_the_queue(capsys):
+    assert prepare("--dry-run") == 0
+    Path("job.sh").write_text(capsys.readouterr().out)
+    Path("out").mkdir()
+    assert run("touch out/started; exec sleep 60", send=signal.SIGUSR1, **ALLOCATED) == (-9, True)
+    assert Path("made.job/status").read_text() == "preempted\n" and not Path("made.job/STOP").exists()
