@@ -43,10 +43,10 @@ from thriftlab.data.workspace import check_place, empty, install, workspace
 
 
 def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
-    """Makes `config.out`, or leaves it alone if it is whole and made with the same settings from it.
+    """Makes `config.out`, or leaves it alone if it is whole and made with the same settings from the same input.
 
-    Killed at any moment it leaves nothing in `out` or a whole folder (workspace.py); the same command goes on. DataError
-    says what is wrong with the input, or with what is already there, and what to do. `model` scores texts, for
+    Killed at any moment it leaves nothing there, or a whole folder (workspace.py); the same command goes on. DataError
+    says what is wrong with the input, or with what is already there, and what to do. `model` scores texts for
     perplexity.run.
     """
     request = request_of(config, model)

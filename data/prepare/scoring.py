@@ -1,7 +1,7 @@
-"""Scores of the distinct documents: models are trained on some sources, then each part is scored alone.
+"""Scores of the distinct documents: models are trained on some sources, each part is scored alone.
 
-Columns of `scores/PART.npy` [documents, columns], integers: score, trigram and model in units of 1/65536, pool as it is;
-UNSCORED where a document left before. Cuts of pools come from exact counts of all parts.
+Columns of `scores/PART.npy` [documents, columns] are integers: score, trigram and model in units of 1/65536, pool as it
+is; UNSCORED where a document left before. Cuts of pools come from exact counts of all parts.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +85,7 @@ def _train_trigram(parts: Parts, names: list[str], sources: tuple[str, ...]) -> 
             read[:] = [number]
             yield word_ids(text)
 
-    counts = trigram.add([trigram.count(batch) for batch in trigram.batches(ids())])
+    counts = trigram.train(ids(), IDS).levels[-1].grams  # all others are sums of them
     write_array(parts.work.folder("models") / "trigram.npy", np.stack([counts.values, counts.counts]))
     parts.work.finish("models/trigram", {"last": read[0] if read else -1})
 

@@ -243,14 +243,15 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         with open(place / "a.jsonl", "w") as file:
             for _ in range(1500 * copies):
                 file.write(json.dumps({"text": " ".join(words[k] for k in draw.integers(0, 2000, 400))}) + "\n")
-        code = (
-            "import resource, sys\n"
-            "from thriftlab.data.prepare import Input, PrepareConfig, prepare\n"
-            f"prepare(PrepareConfig(out={str(place / 'out')!r}, inputs={{'a': Input(path={str(place / 'a.jsonl')!r})}},\n"
-            "  near={'bands': '14x8'}, rules=('gopher-words',), piece_bytes=2**19, holdout=1e-9, holdout_bytes=0,\n"
-            "  engine='here'))\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
+        code = f"""
+import resource
+from thriftlab.data.prepare import Input, PrepareConfig, prepare
+prepare(PrepareConfig(
+    out={str(place / "out")!r}, inputs={{"a": Input(path={str(place / "a.jsonl")!r})}}, near={{"bands": "14x8"}},
+    rules=("gopher-words",), piece_bytes=2**19, holdout=1e-9, holdout_bytes=0, engine="here",
+))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] < 1.1 * peaks[0], f"{peaks} kB: 6 and 24 MB of text"

@@ -8,7 +8,6 @@ import signal
 import sys
 import traceback
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,8 @@ from pydantic import ValidationError
 from thriftlab.data.corpora.readers import normalise, read
 from thriftlab.data.corpora.synthetic import generate
 from thriftlab.data.errors import DataError
-from thriftlab.data.prepare import Input, PrepareConfig, prepare
+from thriftlab.data.prepare import Input, PrepareConfig, prepare, stages, tokenize
 from thriftlab.data.prepare import pipeline as module
-from thriftlab.data.prepare import stages, tokenize
 from thriftlab.data.prepare.clean import point
 from thriftlab.data.prepare.dedup import HeldOut
 from thriftlab.data.shards import open_dataset
