@@ -13,6 +13,7 @@ from thriftlab.data.prepare.clean import EMPTY, EXACT, Samples
 from thriftlab.data.prepare.histograms import EDGES
 from thriftlab.data.prepare.ledger import LEAK_REASON, NEAR_REASON
 from thriftlab.data.prepare.parts import HELD, LEAKS, NEAR, TRAIN, Parts
+from thriftlab.data.prepare.report import write_report
 from thriftlab.data.prepare.request import PrepareConfig, settings_of_result
 from thriftlab.data.prepare.scoring import units
 from thriftlab.data.prepare.stages import fates
@@ -67,6 +68,9 @@ def write_result(
         },
         "made": made | {"documents": {file.relative_to(out).as_posix(): file_sha256(file) for file in files}},
     }
+    write_manifest(out, manifest)
+    write_report(out, config.out.name)  # which reads the manifest, and is then in it
+    manifest["made"]["documents"]["report.html"] = file_sha256(out / "report.html")
     write_manifest(out, manifest)
 
 
