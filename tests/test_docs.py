@@ -50,7 +50,10 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
     elif command == "submit":
         _, rest = slurm.read_options(argv)
         kind, rest.words = rest.words[:1], rest.words[1:]
-        array.REQUESTS[kind[0]](rest) if kind else settings.validate(RunConfig, rest)
+        if kind and kind[0] in array.REQUESTS:
+            array.REQUESTS[kind[0]](rest)
+        else:
+            settings.validate(PrepareConfig if kind == ["prepare"] else RunConfig, rest)
     elif command == "launch":
         settings.validate(hosts.LaunchConfig, settings.read(argv).drop(RunConfig.model_fields))
     elif command == "data":

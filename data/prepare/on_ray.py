@@ -7,6 +7,7 @@ objects small is the memory of this process, 6 kB for each.
 
 import hashlib
 import itertools
+import logging
 import os
 import pickle
 import secrets
@@ -46,7 +47,7 @@ class OnRay:
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"),
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": environment},
             **own,
         )
@@ -114,9 +115,9 @@ class OnRay:
                     running[start(items[i])] = i
                 if not running:
                     return results
-                for task in ray.wait([*running], fetch_local=False)[0]:
-                    i = running.pop(task)
-                    results[i] = result(task, what, (names or items)[i])
+                for ref in ray.wait([*running], fetch_local=False)[0]:
+                    i = running.pop(ref)
+                    results[i] = result(ref, what, (names or items)[i])
                     bar.update()
 
     def close(self) -> None:
@@ -128,10 +129,10 @@ class OnRay:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def result(task: Any, what: str, item: object) -> Any:
+def result(ref: Any, what: str, item: object) -> Any:
     """Of a task that has ended. Its own exception; EngineError if its worker was killed each time."""
     try:
-        return ray.get(task)
+        return ray.get(ref)
     except RayTaskError as error:
         cause = error.cause
         if not isinstance(cause, UserError):
@@ -144,6 +145,9 @@ def result(task: Any, what: str, item: object) -> Any:
 # --------------------------------------------------------------------------------------------------------- in a worker
 
 
+task: Any = ray.remote(max_retries=TRIES - 1)
+
+
 def refuse_other(wanted: dict[str, str]) -> None:
     if (own := versions()) != wanted:
         raise EngineError(
@@ -151,13 +155,13 @@ def refuse_other(wanted: dict[str, str]) -> None:
         )
 
 
-@ray.remote(max_retries=TRIES - 1)
+@task
 def of_item(wanted: dict[str, str], code: bytes, item: Any) -> Any:
     refuse_other(wanted)
     return loaded(code)(item)
 
 
-@ray.remote(max_retries=TRIES - 1)
+@task
 def of_piece(
     wanted: dict[str, str], code: bytes, piece: int, parts: Sequence[int], schema: pa.Schema
 ) -> Iterator[pa.RecordBatch | None]:
@@ -167,7 +171,7 @@ def of_piece(
     yield None
 
 
-@ray.remote(max_retries=TRIES - 1)
+@task
 def of_part(wanted: dict[str, str], code: bytes, part: int, schema: pa.Schema, *batches: pa.RecordBatch) -> None:
     refuse_other(wanted)
     loaded(code)(part, pa.Table.from_batches(batches, schema))

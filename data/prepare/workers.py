@@ -34,7 +34,7 @@ class Pool:
         self.busy: dict[Connection, tuple[Worker, int]] = {}  # with the number of its item
 
     def results(self, f: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[tuple[int, Any]]:
-        """(i, f(items[i])) as they come. What `f` raises comes out of here, EngineError if an item kills its workers."""
+        """(i, f(items[i])) as they come. What `f` raises comes out of here; EngineError if an item kills workers."""
         code = pickle.dumps(f)
         waiting, killed = deque(range(len(items))), Counter[int]()
         busy = self.busy
@@ -155,7 +155,7 @@ def outcome(code: bytes, item: bytes) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def loaded(code: bytes) -> Callable[[Any], Any]:
+def loaded(code: bytes) -> Callable[..., Any]:
     return pickle.loads(code)
 
 

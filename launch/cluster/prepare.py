@@ -26,19 +26,21 @@ prepare() {
   "$@" &
   step=$!
   until [ -e "$run/STOP" ] || ! kill -0 $step 2> /dev/null; do sleep 1; done
-  [ ! -e "$run/STOP" ] || kill $step
+  [ ! -e "$run/STOP" ] || scancel --signal=TERM "$SLURM_JOB_ID.0" # to its processes; srun would have them killed
   wait $step && end=done || { [ -e "$run/STOP" ] && end=preempted || end=failed; }
   rm -f "$run/.token"
   echo $end > "$run/status"
 }
 """
 TOKEN = """\
-export RAY_USAGE_STATS_ENABLED=0 RAY_task_oom_retries=3 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(realpath "$run")/.token"
+export RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_task_oom_retries=3
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(realpath "$run")/.token"
 (umask 077; @PYTHON -c 'import secrets; print(secrets.token_hex(), end="")' > "$RAY_AUTH_TOKEN_PATH")
 """
 ON_A_NODE = """\
 temporary="/tmp/ray-$SLURM_JOB_ID" spilled="${TMPDIR:-/tmp}/spilled-$SLURM_JOB_ID"
-trap 'rm -rf "$temporary" "$spilled"' EXIT
+trap exit TERM
+trap 'kill $(jobs -p) 2> /dev/null; wait; rm -rf "$temporary" "$spilled"' EXIT
 ray=(@PYTHON -m ray.scripts.scripts start --block --node-ip-address="$(address_of "$SLURMD_NODENAME")"
   --num-cpus="$SLURM_CPUS_ON_NODE" --object-store-memory=$((SLURM_MEM_PER_NODE * 300000))
   --min-worker-port=0 --max-worker-port=0 --temp-dir="$temporary" --object-spilling-directory="$spilled")
@@ -54,8 +56,6 @@ else
   while answers; do sleep 2; done
   code=0
 fi
-kill $!
-wait
 exit $code
 """
 

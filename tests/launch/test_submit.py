@@ -18,7 +18,8 @@ from thriftlab.train.records.record import write_record
 
 PROGRAMS = {
     "scontrol": '[ $1 = requeue ] && echo "$2" > requeued\n[ "$2" = hostnames ] && echo n1\necho NodeAddr=127.0.0.1',
-    "srun": 'eval "$TRAINER"',
+    "srun": 'echo $$ > step; eval "$TRAINER"',
+    "scancel": "kill $(cat step)",
     "squeue": "cat queue",
     "sbatch": 'echo "$@" > submitted; [ -z "$REFUSED" ] && echo 7 || { echo "sbatch: error: $REFUSED" >&2; exit 1; }',
 }
