@@ -170,7 +170,7 @@ def near_duplicates(documents: Documents) -> str:
     if not found:
         return ""
     rest = len(found) - LARGEST
-    shown = f"the {LARGEST} largest and {rest} others" if rest > 0 else "all of them"
+    shown = f"the {LARGEST} largest and {rest} others" if rest > 0 else "all are shown"
     words = f"{count(total, 'cluster')}; {shown}. Words that differ from the document that stayed are marked."
     return "".join(map(cluster, found)) + note(words)
 
