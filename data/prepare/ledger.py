@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from thriftlab.data.prepare import histograms
 from thriftlab.data.prepare.clean import SAMPLED, Samples
+from thriftlab.data.prepare.histograms import count_histograms
 from thriftlab.data.prepare.parts import HELD, LEAKS, NEAR, TRAIN, Parts
 from thriftlab.data.prepare.work import putting, read_table
 
@@ -49,7 +49,7 @@ def write_ledger(parts: Parts, sources: Sequence[str], units: dict[str, int], ke
     facts = {
         "documents": len(table),
         "samples": {name: each.first for name, each in samples.items()},
-        "histograms": histograms.count(parts, len(sources), units, part),
+        "histograms": count_histograms(parts, len(sources), units, part),
     }
     parts.work.finish(f"ledger/{part:05}", facts)
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from thriftlab.data.corpora import readers, streams
 from thriftlab.data.corpora.folders import Format, formats, name_below
+from thriftlab.data.files import printable
 from thriftlab.data.prepare.engine import Engine
 from thriftlab.data.prepare.request import Input, PrepareConfig
 from thriftlab.data.prepare.work import Work
@@ -142,7 +143,7 @@ def documents(unit: Unit, text_key: str) -> Iterator[tuple[str, str]]:
         return
     part = readers.Part(*unit.part) if unit.part else None
     for row, text, _ in readers.rows(Path(unit.file), unit.format, text_key, unit.given, part):
-        yield unit.name + row, text
+        yield printable(unit.name) + row, text
 
 
 # --- landing ---------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def land(work: Work, config: PrepareConfig, item: tuple[int, str, Unit | None]) 
             source.path, name, source.text_key, source.streaming, config.downloads, source.format,
             lambda *told: passed.append(told),
         )  # fmt: skip
-        found = ((document.id, document.text) for document in read)
+        found = ((printable(document.id), document.text) for document in read)
     landed = []
     for count, (ids, texts, size) in enumerate(_filled(found, config.piece_bytes)):
         file = work.folder(f"land/{number:05}") / f"{count:05}.arrow"

@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+import thriftlab.data.prepare.bars as bars
 from thriftlab.data.files import replace_atomically
-from thriftlab.data.prepare import bars
 from thriftlab.data.prepare.clusters import LARGEST, Cluster, clusters, differing
 from thriftlab.data.prepare.documents import Documents, open_documents
 from thriftlab.data.prepare.show import after, reasons_by_source

@@ -57,6 +57,7 @@ def write_result(
         sources[name] = (
             entries[name] | columns | {"licence": source.licence, "provenance": text, "drops": funnel.drops[s]}
         )
+    listed = {file.relative_to(out).as_posix(): file_sha256(file) for file in files}
     manifest = {
         "tokenizer": write_tokenizer(out, tokenizer),
         "dtype": token_dtype(tokenizer.vocab_size),
@@ -66,12 +67,11 @@ def write_result(
             reason: sum(each.get(reason, 0) for each in funnel.drops)
             for reason in dict.fromkeys(reason for each in funnel.drops for reason in each)
         },
-        "made": made | {"documents": {file.relative_to(out).as_posix(): file_sha256(file) for file in files}},
     }
-    write_manifest(out, manifest)
-    write_report(out, config.out.name)  # which reads the manifest, and is then in it
-    manifest["made"]["documents"]["report.html"] = file_sha256(out / "report.html")
-    write_manifest(out, manifest)
+    name = write_manifest(out, manifest | {"made": made | {"documents": listed}})[:16]
+    write_report(out, f"data {name}")  # which reads the manifest, and is then in it
+    listed["report.html"] = file_sha256(out / "report.html")
+    write_manifest(out, manifest | {"made": made | {"documents": listed}})
 
 
 class Funnel:
