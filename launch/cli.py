@@ -153,8 +153,7 @@ def prepare(argv: list[str]) -> None:
 @command(
     """thriftlab data show FOLDER [--document NUMBER|ID] [--text WORDS]
 thriftlab data export FOLDER FILE [force=true]
-    What became of each document that was prepared, and why; the documents that stayed, as one file
-    for other programs (.parquet, .jsonl, .jsonl.gz, .jsonl.zst).""",
+    What became of each prepared document, and why; those that stayed, as a file (.parquet, .jsonl).""",
     keys_of("thriftlab.launch.documents:DataOptions"),
 )
 def data(argv: list[str]) -> None:
