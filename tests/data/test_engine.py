@@ -146,9 +146,9 @@ def test_no_worker_outlives_its_parent(tmp_path, number, code):
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path], env={**os.environ, "PYTHONPATH": path},
-                           stderr=subprocess.PIPE, text=True)  # fmt: skip
+                           start_new_session=True, stderr=subprocess.PIPE, text=True)  # fmt: skip
     wait(lambda: len(contents(tmp_path / "pids")) == 2)
-    run.send_signal(number)
+    (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C goes to all processes of a terminal
     said = run.communicate(timeout=10)[1]
     assert run.returncode == code and said.count("Traceback") == (number == signal.SIGINT)
     wait(lambda: not any(alive(int(pid)) for pid in contents(tmp_path / "pids")))
