@@ -58,6 +58,8 @@ def clean(work: Work, config: PrepareConfig, rules: Rules | None, parts: int, nu
             if judged.reason:
                 counts.dropped(judged.stage, judged.reason, len(encoded), acted=True)
                 samples.add(f"{judged.stage}/{judged.reason}", digest, identity, text)
+            else:
+                counts.edited_bytes += len(text.encode()) - len(encoded)
             rows.append((
                 source, int.from_bytes(digest[:8]), int.from_bytes(digest[8:16]), point(digest, config.seed),
                 len(encoded), identity, judged.stage, judged.reason, None if judged.reason else judged.text,
@@ -107,7 +109,7 @@ class Counts:
     """What a piece read and dropped; as integers, so that the sums over pieces are exact."""
 
     def __init__(self) -> None:
-        self.documents = self.bytes = self.text_sum = 0
+        self.documents = self.bytes = self.text_sum = self.edited_bytes = 0
         self.reasons: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # documents, bytes
         self.edits: Counter[str] = Counter()
 
@@ -119,15 +121,23 @@ class Counts:
         self.text_sum += int.from_bytes(hashlib.sha256(encoded).digest())
 
     def dropped(self, stage: str | None, reason: str, size: int, acted: bool) -> None:
-        tally = self.reasons[f"{stage}/{reason}/{int(acted)}"]
+        tally = self.reasons[f"{stage}/{reason}/{int(acted)}"]  # see `taken_apart`
         tally[0] += 1
         tally[1] += size
 
     def facts(self) -> dict[str, Any]:
         return {
-            "documents": self.documents, "bytes": self.bytes, "text_sum": f"{self.text_sum % 2**256:064x}",
+            "documents": self.documents, "bytes": self.bytes, "edited_bytes": self.edited_bytes,
+            "text_sum": f"{self.text_sum % 2**256:064x}",
             "reasons": dict(sorted(self.reasons.items())), "edits": dict(sorted(self.edits.items())),
         }  # fmt: skip
+
+
+def taken_apart(key: str) -> tuple[str, str, bool]:
+    """Stage, reason, and whether documents were dropped; else they were counted only."""
+    stage, _, rest = key.partition("/")
+    reason, _, acted = rest.rpartition("/")
+    return stage, reason, acted == "1"
 
 
 class Samples:

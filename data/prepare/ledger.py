@@ -44,8 +44,8 @@ def write_ledger(parts: Parts, sources: Sequence[str], units: dict[str, int], ke
     file = parts.work.out / "documents" / f"{part:05}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     written = table.select([*LEDGER.names[1:], *units, *columns]).add_column(0, LEDGER.field("source"), source)
-    with putting(file) as temporary:
-        pq.write_table(written, temporary, row_group_size=ROW_GROUP, compression="zstd")
+    with putting(file) as temporary, open(temporary, "wb") as sink:
+        pq.write_table(written, sink, row_group_size=ROW_GROUP, compression="zstd")
     facts = {
         "documents": len(table),
         "samples": {name: each.first for name, each in samples.items()},

@@ -6,6 +6,7 @@ first: read by one task, and written as units that can be read again.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -17,7 +18,7 @@ import pyarrow as pa
 from thriftlab.data.corpora import readers, streams
 from thriftlab.data.corpora.folders import Format, formats, name_below
 from thriftlab.data.files import printable
-from thriftlab.data.prepare.engine import Engine
+from thriftlab.data.prepare.engines.base import Engine
 from thriftlab.data.prepare.request import Input, PrepareConfig
 from thriftlab.data.prepare.work import Work
 
@@ -136,7 +137,7 @@ def read_piece(work: Work, number: int) -> Piece:
 def documents(unit: Unit, text_key: str) -> Iterator[tuple[str, str]]:
     """(id, text) of the documents of a unit."""
     if unit.format is None:
-        with pa.memory_map(unit.file) as stream, pa.ipc.open_file(stream) as reader:
+        with pa.memory_map(os.fsencode(unit.file)) as stream, pa.ipc.open_file(stream) as reader:
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
                 yield from zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
@@ -191,7 +192,7 @@ def _filled(found: Iterator[tuple[str, str]], most: int) -> Iterator[tuple[list[
 
 
 def _write_landed(file: Path, ids: Sequence[str], texts: Sequence[str]) -> None:
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, LANDED) as writer:
+    with pa.OSFile(os.fsencode(file), "wb") as sink, pa.ipc.new_file(sink, LANDED) as writer:
         writer.write_batch(pa.record_batch([pa.array(ids, pa.large_string()), pa.array(texts, pa.large_string())],
                                            schema=LANDED))  # fmt: skip
 

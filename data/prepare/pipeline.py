@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from thriftlab.data.corpora import recipes
 from thriftlab.data.corpora.readers import locate
-from thriftlab.data.errors import DataError
+from thriftlab.data.errors import DataError, EngineError
 from thriftlab.data.files import REMEDIES, replace_atomically
 from thriftlab.data.manifest import read_manifest, verify_files
 from thriftlab.data.prepare.clean import DOCUMENTS, clean, unique
-from thriftlab.data.prepare.engine import Engine, open_engine, versions
+from thriftlab.data.prepare.engines.base import Engine, open_engine, versions
 from thriftlab.data.prepare.intake import cut, is_small, tell_empty_files
 from thriftlab.data.prepare.ledger import write_ledger
 from thriftlab.data.prepare.near import PAIRS, banding
@@ -72,6 +72,8 @@ def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
             work = _begin(folder, config, request)
             try:
                 notes = _build(config, model, work, {"request": request, "packages": packages})
+            except EngineError:  # not of the input
+                raise
             except DataError:  # of the input: what was made of it is of no use
                 empty(folder)
                 raise
@@ -174,7 +176,7 @@ def _begin(folder: Path, config: PrepareConfig, request: PrepareRequest) -> Work
             f"{folder}: holds the unfinished work of another preparation, {other or 'by another version'}; finish that "
             "one with its settings, choose another out, or begin anew with force=true"
         )
-    if not file.is_file() or file.read_text() != plan:
+    if not file.is_file() or file.read_text() != plan or not (folder / "out").is_dir():  # else it was installed
         empty(folder)
         replace_atomically(file, plan.encode())
     for name in ("stages", "out"):

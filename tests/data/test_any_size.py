@@ -148,7 +148,7 @@ def test_these_bytes_are_promised(expected):
 def test_pieces_have_every_document_once_with_the_number_of_its_line(tmp_path, layout, size):
     inputs = write(tmp_path, layout)
     from thriftlab.data.corpora.readers import read
-    from thriftlab.data.prepare.engine import Here
+    from thriftlab.data.prepare.engines.base import Here
 
     for source in inputs.values():
         found = units(source, size, lambda *told: None, Here(tmp_path))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.tools import counting
 from tests.tools.counting import check_exchange, contents, double, killed_at
 from thriftlab.data.errors import DataError, EngineError
-from thriftlab.data.prepare.engine import open_engine, versions
+from thriftlab.data.prepare.engines.base import open_engine, versions
 
 pytestmark = pytest.mark.slow
 

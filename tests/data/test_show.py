@@ -9,10 +9,10 @@ import pytest
 from tests.tools.finished import SETTINGS, document, finish
 from tests.tools.stand_ins import rules_of
 from thriftlab.data.errors import DataError
-from thriftlab.data.prepare import show as module
-from thriftlab.data.prepare.documents import open_documents
-from thriftlab.data.prepare.show import show
-from thriftlab.data.prepare.why import explain
+from thriftlab.data.prepare.report import show as module
+from thriftlab.data.prepare.report.documents import open_documents
+from thriftlab.data.prepare.report.show import show
+from thriftlab.data.prepare.report.why import explain
 from thriftlab.launch import cli
 
 AGAIN = "web number 9, said again\nand much of 9"

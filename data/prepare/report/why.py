@@ -17,7 +17,7 @@ from thriftlab.data.corpora.packages import DOWNLOADS
 from thriftlab.data.corpora.readers import Document, locate, normalise, read
 from thriftlab.data.errors import DataError
 from thriftlab.data.prepare.clean import point
-from thriftlab.data.prepare.documents import Documents, Row
+from thriftlab.data.prepare.report.documents import Documents, Row
 from thriftlab.data.prepare.request import Input
 
 SHOWN = 10  # documents in a list

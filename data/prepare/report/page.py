@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from thriftlab.data.files import replace_atomically
-from thriftlab.data.prepare.bars import COLOURS, histogram, shares, short
-from thriftlab.data.prepare.clusters import LARGEST, Cluster, clusters, differing
-from thriftlab.data.prepare.documents import Documents, open_documents
-from thriftlab.data.prepare.show import after, reasons_by_source
+from thriftlab.data.prepare.report.bars import COLOURS, histogram, shares, short
+from thriftlab.data.prepare.report.clusters import LARGEST, Cluster, clusters, differing
+from thriftlab.data.prepare.report.documents import Documents, open_documents
+from thriftlab.data.prepare.report.show import after, reasons_by_source
 
 SAMPLES = 20  # of a reason
 MEASURES = {
@@ -41,7 +41,7 @@ def write_report(folder: Path, name: str | None = None) -> Path:
 
 
 def template() -> str:
-    return resources.files("thriftlab.data").joinpath("prepare/report.html").read_text("utf-8")
+    return resources.files("thriftlab.data").joinpath("prepare/report/page.html").read_text("utf-8")
 
 
 def body(documents: Documents, title: str) -> str:
