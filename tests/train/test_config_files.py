@@ -177,3 +177,9 @@ def test_any_command_line_is_read_or_refused(words):
         load(RunConfig, words)
     except ConfigError:
         pass
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", "{a: 1}"])
+def test_a_recipe_that_is_no_name_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match="recipe .* is unknown; there is medium"):
+        load(PrepareConfig, [f"recipe={value}"])
