@@ -8,6 +8,7 @@ one leaves training, not the test, which stays what it was.
 """
 
 import errno
+import hashlib
 import json
 import platform
 import sys
@@ -166,15 +167,17 @@ def _recipes(config: PrepareConfig) -> dict[str, str]:
 
 def _begin(folder: Path, config: PrepareConfig, request: PrepareRequest) -> Work:
     """The unfinished folder, as a killed attempt of the same plan left it, or empty."""
-    plan, file = json.dumps({"request": request, "versions": versions()}, indent=1), folder / "plan.json"
+    decides = {"request": request, "piece_bytes": config.piece_bytes, "versions": versions() | {"code": code_sha256()}}
+    plan, file = json.dumps(decides, indent=1), folder / "plan.json"
     if file.is_file() and file.read_text() != plan and not config.force:
         try:
             other = difference(json.loads(file.read_text())["request"], request)
         except (ValueError, KeyError, TypeError):
             other = None
+        why = other or "by another version, or with another piece_bytes"
         raise DataError(
-            f"{folder}: holds the unfinished work of another preparation, {other or 'by another version'}; finish that "
-            "one with its settings, choose another out, or begin anew with force=true"
+            f"{folder}: holds the unfinished work of another preparation, {why}; finish that one with its settings, choose "
+            "another out, or begin anew with force=true"
         )
     if not file.is_file() or file.read_text() != plan or not (folder / "out").is_dir():  # else it was installed
         empty(folder)
@@ -182,6 +185,13 @@ def _begin(folder: Path, config: PrepareConfig, request: PrepareRequest) -> Work
     for name in ("stages", "out"):
         (folder / name).mkdir(exist_ok=True)
     return Work(folder / "stages", folder / "out")
+
+
+def code_sha256() -> str:
+    """Of the files of this package: half of a preparation by one version and half by another is neither."""
+    root = Path(__file__).parents[1]
+    found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py"))
+    return hashlib.sha256(b"".join(name.encode() + (root / name).read_bytes() for name in found)).hexdigest()[:16]
 
 
 def _each(engine: Engine, f: Callable[[int], None], parts: Parts, names: str, what: str) -> None:
