@@ -176,8 +176,8 @@ def _begin(folder: Path, config: PrepareConfig, request: PrepareRequest) -> Work
             other = None
         why = other or "by another version, or with another piece_bytes"
         raise DataError(
-            f"{folder}: holds the unfinished work of another preparation, {why}; finish that one with its settings, choose "
-            "another out, or begin anew with force=true"
+            f"{folder}: holds the unfinished work of another preparation, {why}; finish that one with its settings, "
+            "choose another out, or begin anew with force=true"
         )
     if not file.is_file() or file.read_text() != plan or not (folder / "out").is_dir():  # else it was installed
         empty(folder)
