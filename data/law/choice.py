@@ -14,7 +14,7 @@ import numpy as np
 from thriftlab.data.errors import DataError
 from thriftlab.data.law.fit import Fit, Interval, interval_of
 from thriftlab.data.law.points import Point
-from thriftlab.data.law.utility import UtilityLaw, Weights
+from thriftlab.data.law.utility import Array, UtilityLaw, Weights
 
 STEPS = 100  # of a weight
 GRID = 120  # budgets between the ends, where a change of the best is looked for
@@ -38,8 +38,8 @@ class Option:
 
 @dataclass(frozen=True)
 class Answer:
-    """`options` by predicted loss. `best` is None where all are beyond the fitted epochs; `tied` are the candidates that
-    cannot be told apart from it."""
+    """`options` by predicted loss. `best` is None where all are beyond the fitted epochs; `tied` are the candidates
+    that cannot be told apart from it."""
 
     tokens: float
     options: tuple[Option, ...]
@@ -70,8 +70,8 @@ def answer(fit: Fit, tokens: float, candidates: Candidates | None = None) -> Ans
         raise DataError(f"not identified: no pool has a utility; {'; '.join(fit.missing.values())}")
     options = sorted((option(fit, tokens, *item) for item in given.items()), key=lambda found: found.loss)
     best = next((found for found in options if found.beyond is None), None)
-    rivals = [found for found in options if best and found.name != best.name and not found.beyond]
-    tied = tuple(rival.name for rival in rivals if not told_apart(fit, tokens, best, rival))
+    rivals = [found for found in options if found.beyond is None and found is not best]
+    tied = tuple(rival.name for rival in rivals if best and not told_apart(fit, tokens, best, rival))
     return Answer(tokens, tuple(options), best, tied)
 
 
@@ -103,10 +103,10 @@ def crossovers(fit: Fit, low: float, high: float, candidates: Candidates | None 
     return found
 
 
-def crossing(law: UtilityLaw, grid: Sequence[float], before: Weights, after: Weights) -> float:
+def crossing(law: UtilityLaw, grid: Array, before: Weights, after: Weights) -> float:
     """The first n at which `after` is the better one; 0 or inf where it always or never is. Exact to 1e-9 where n is
     between two budgets only."""
-    gaps = np.array(law.loss(np.asarray(grid), after)) - np.array(law.loss(np.asarray(grid), before))
+    gaps = law.loss(grid, after) - law.loss(grid, before)
     if gaps[0] < 0:
         return 0.0
     if not (gaps < 0).any():

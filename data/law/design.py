@@ -1,8 +1,11 @@
 """The law as a function of its parameters, for all points at once, with derivatives.
 
 The exponent of a mixture is a sum over its pools, so each pool of each point is one row with epochs of its own:
-ln(y - E) = ln A + sum over rows of w b (g(tau) - ln n_ref), with g = sum over epochs of (1/2)^(k / tau') ln(n_k / n_(k-1))
-and n_(-1) = 1. Parameters: E, ln A, ln n_ref, then b of each pool, then ln tau of each pool.
+
+    ln(y - E) = ln A + sum over rows of w b (g(tau) - ln n_ref)
+    g = sum over epochs of (1/2)^(k / tau') ln(n_k / n_(k-1)),    n_(-1) = 1
+
+Parameters: E, ln A, ln n_ref, then b of each pool, then ln tau of each pool.
 """
 
 import math
@@ -53,7 +56,7 @@ class Design:
         return terms.sum(1), math.log(2) * (terms * halvings).sum(1)
 
     def gather(self, rows: Array) -> Array:
-        return np.bincount(self.point, rows, len(self.observed))
+        return np.bincount(self.point, rows, len(self.observed)).astype(np.float64)
 
     def predict(self, theta: Array) -> tuple[Array, Array]:
         """ln y [points], and its Jacobian [points, parameters]."""
@@ -113,7 +116,7 @@ def huber(residuals: Array) -> float:
 
 def design(points: Sequence[Point], gamma: float) -> Design:
     names = tuple(dict.fromkeys(name for point in points for name in point.unique))
-    rows = []
+    rows: list[tuple[int, int, float, Array, Array]] = []
     for i, point in enumerate(points):
         total = math.fsum(point.unique.values())
         for name, share in point.shares.items():
@@ -123,9 +126,9 @@ def design(points: Sequence[Point], gamma: float) -> Design:
             edges, epochs = segments(point.tokens, [period], np.array([TAU_BOUNDS[1] * scale]))
             logs = np.log(edges[1:] / np.array([1.0, *edges[1:-1]]))
             rows.append((names.index(name), i, share, epochs[0] / scale, logs))
-    longest = max(len(logs) for *_, logs in rows)
-    padded = [[np.pad(row[j], (0, longest - len(row[j]))) for row in rows] for j in (3, 4)]
-    pool, point_of, weight = (np.array([row[j] for row in rows]) for j in range(3))
+    pool, point_of, weight, repeats, logs = zip(*rows, strict=True)
+    longest = max(map(len, logs))
+    halvings, steps = (np.array([np.pad(row, (0, longest - len(row))) for row in table]) for table in (repeats, logs))
     losses, tokens = np.array([point.loss for point in points]), np.array([point.tokens for point in points])
     count = len(names)
     low = [
@@ -143,6 +146,6 @@ def design(points: Sequence[Point], gamma: float) -> Design:
         *[math.log(TAU_BOUNDS[1])] * count,
     ]
     return Design(
-        names, pool, point_of, weight, np.array(padded[0]), np.array(padded[1]), np.log(losses),
+        names, np.array(pool), np.array(point_of), np.array(weight), halvings, steps, np.log(losses),
         np.array(low), np.array(high),
     )  # fmt: skip

@@ -41,7 +41,8 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Fit:
-    """`draws` are laws that the points could as well have given. `missing` says why (pool, parameter) is not identified."""
+    """`draws` are laws that the points could as well have given; `missing` says why (pool, parameter) is not
+    identified."""
 
     law: UtilityLaw
     points: tuple[Point, ...]

@@ -4,13 +4,13 @@ The reference code shuffles its grid without a seed and stops after 100 000 eval
 a random tenth. Here the search is complete, and ties go to the first of the grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from thriftlab.data.law.points import Point
-from thriftlab.data.law.utility import SAMPLES, Array, UtilityLaw, segments
+from thriftlab.data.law.utility import SAMPLES, Array, Pool, UtilityLaw, segments
 
 B = np.linspace(-0.005, -0.5, 100)
 TAU = np.linspace(1, 10, 100)
@@ -37,22 +37,22 @@ def fit_grid(
     quirk: bool = False,
 ) -> GridFit:
     """b and tau of each pool, and the a and d that they share; a number for a or d fixes it."""
-    pools: Mapping[str, list[Point]] = {}
+    pools: dict[str, list[Point]] = {}
     for point in points:
         (name,) = point.unique
         pools.setdefault(name, []).append(point)
     tables = {name: [exposures(point) for point in own] for name, own in pools.items()}
-    best: GridFit | None = None
+    fits = []
     for one_a in np.atleast_1d(a):
         for one_d in np.atleast_1d(d):
             found = {name: search(tables[name], own, one_a / s, one_d, quirk) for name, own in pools.items()}
             sse = float(np.mean([error for *_, error in found.values()]))
-            if best is None or sse < best.sse:
-                b, tau, _ = zip(*found.values(), strict=True)
-                law = UtilityLaw.reference(b, tau, [own[0].unique[n] for n, own in pools.items()], one_a, one_d, s,
-                                           quirk=quirk)  # fmt: skip
-                best = GridFit(law, float(one_a), float(one_d), sse)
-    return best
+            b, tau, _ = zip(*found.values(), strict=True)
+            sizes = [own[0].unique[name] for name, own in pools.items()]
+            chosen = tuple(map(Pool, pools, sizes, b, tau))
+            law = UtilityLaw(chosen, float(one_d), n_ref=float(s / one_a), quirk=quirk)
+            fits.append(GridFit(law, float(one_a), float(one_d), sse))
+    return min(fits, key=lambda one: one.sse)
 
 
 def exposures(point: Point) -> tuple[float, Array]:

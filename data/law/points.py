@@ -56,7 +56,7 @@ def before_the_rise(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
 
 
 def first_rise(curve: Sequence[Point]) -> float:
-    """The smallest number of tokens with repetition at which the mean loss over seeds has risen; inf if it never has."""
+    """The fewest tokens with repetition at which the mean loss over seeds has risen; inf if it never has."""
     budgets = sorted({point.tokens for point in curve})
     losses = {n: [point.loss for point in curve if point.tokens == n] for n in budgets}
     repeats = {point.tokens: max(point.epochs.values()) > 1 for point in curve}

@@ -1,4 +1,4 @@
-"""Two laws of a model of N parameters that sees U unique tokens D / U times: what repetition is worth, and what it costs.
+"""Two laws of a model of N parameters that sees U unique tokens D / U times: what that is worth, and what it costs.
 
 `DataConstrainedLaw` (arXiv 2305.16264): repeated tokens and excess parameters count for less and less; the loss never
 rises. The constants are the published ones, of C4; below some 10^8 tokens they predict more than a uniform guess.
@@ -71,7 +71,7 @@ class DataConstrainedLaw:
 
 
 def saturated(amount: float, unique: float, constant: float) -> float:
-    """What an amount is worth of which `unique` is new, and the rest decays by 1/e with every `constant` repetitions."""
+    """What an amount is worth of which `unique` is new and the rest decays, by 1/e with `constant` repetitions."""
     return unique - unique * constant * math.expm1(-(amount / unique - 1) / constant)
 
 

@@ -1,6 +1,7 @@
 """The utility law of data filtering (arXiv 2404.07177): the loss after n tokens of a pool, or of several mixed.
 
-    d ln(y - E) / d ln n = sum_i w_i b_i (1/2)^(k_i / tau_i'),   k_i = floor(n w_i / P_i),   tau_i' = tau_i (N / P_i)^gamma
+    d ln(y - E) / d ln n = sum_i w_i b_i (1/2)^(k_i / tau_i')
+    k_i = floor(n w_i / P_i),    tau_i' = tau_i (N / P_i)^gamma
 
 A pool of P_i unique tokens has a utility b_i < 0, which halves with every tau_i repetitions; w_i is its share of the
 tokens and N the unique tokens of all pools in use. The slope is constant between the starts of epochs, so the integral
@@ -14,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,10 @@ class UtilityLaw:
         """How often each pool in use is seen in n tokens."""
         return {name: n * share / self.named[name].tokens for name, share in self.shares(weights).items()}
 
+    @overload
+    def loss(self, n: float, weights: Weights | None = None) -> float: ...
+    @overload
+    def loss(self, n: Sequence[float] | Array, weights: Weights | None = None) -> Array: ...
     def loss(self, n: float | Sequence[float] | Array, weights: Weights | None = None) -> float | Array:
         """y after n tokens of the mixture; an array of them gives an array."""
         tokens = np.asarray(n, np.float64)
