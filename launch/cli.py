@@ -1,4 +1,4 @@
-"""thriftlab prepare | train | compare | study | reference | submit | launch | report | bench.
+"""thriftlab prepare | train | compare | study | reference | submit | launch | report | curate | bench.
 
 Nothing heavy is imported at the top, so that `thriftlab --help` is quick: each command imports what it needs.
 """
@@ -28,13 +28,6 @@ key=value, --key=value and --key value are the same; values are text, numbers, t
 over earlier ones, the command line over all, and on it the later of two values of one key.
 --plugin FILE.py runs a Python file first, which may register methods, signals and schedules.
 In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it takes).
-"""
-COMPARE = """
-All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
-optim.KEY is meant for every method, layer.KEY and signal.KEY for every one with a layer or a
-signal, and METHOD.KEY for one, as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two
-keys of one name apart.
---budget tokens=1e7 is short for the section `budget` with tokens alone.
 """
 HELP_FLAGS = ("-h", "--help")
 Action = Callable[[list[str]], None]
@@ -179,10 +172,10 @@ def train(argv: list[str]) -> None:
 
 
 def compare_keys(argv: list[str]) -> str:
-    from thriftlab.launch.studies.compare import describe_keys
+    from thriftlab.launch.studies.compare import INTRODUCTION, describe_keys
 
     load_plugins(argv)
-    return f"{COMPARE}\n{describe_keys()}"
+    return f"{INTRODUCTION}\n{describe_keys()}"
 
 
 @command(
@@ -204,9 +197,7 @@ def compare(argv: list[str]) -> None:
 
 
 def study_keys(argv: list[str]) -> str:
-    from thriftlab.launch.studies.written import describe_keys
-
-    return describe_keys()
+    return pkgutil.resolve_name("thriftlab.launch.studies.written:describe_keys")()
 
 
 @command(
@@ -296,6 +287,18 @@ def report(argv: list[str]) -> None:
     folder, *target = map(typed_path, argv)
     study = read_study(folder)
     print(publish(study, target[0]) if target else write_report(study))
+
+
+@command(
+    """thriftlab curate RUNS ... --budget tokens=1e8,1e9 [key=value ...]
+    Which pool or mixture ends lowest for each budget, from finished runs that differ in their data.""",
+    keys_of("thriftlab.launch.curate:CurateConfig"),
+    alone=True,
+)
+def curate(argv: list[str]) -> None:
+    from thriftlab.launch.curate import curate
+
+    print(curate(argv))
 
 
 @command(
