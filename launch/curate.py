@@ -13,12 +13,14 @@ from pydantic import BeforeValidator, Field
 
 from thriftlab.data.curation_law import (
     Fit,
+    Option,
     Point,
     best_weights,
     calibrated_gamma,
     crossovers,
     fit,
     mixture_error,
+    option,
     prefixes,
     with_gamma,
 )
@@ -165,24 +167,29 @@ def examine(points: Sequence[Point], asked: CurateConfig, notes: list[str], flop
         )
     candidates = {name: {name: 1.0} for name in fitted.known} if asked.mixtures == "own" else prefixes(fitted)
     observed = {label(dict(p.shares), dict(p.unique)): p.shares for p in mixtures if {*p.unique} <= {*fitted.known}}
-    answers = []
-    for tokens in asked.budget:
-        weighted = best_of_all_weights(fitted, tokens) if asked.mixtures == "law" else {}
-        answers.append(answer_for(fitted, tokens, {**observed, **candidates, **weighted}))
+    answers = [answer_for(fitted, tokens, {**observed, **candidates}) for tokens in asked.budget]
+    weighted = [by_weights(fitted, tokens) if asked.mixtures == "law" else None for tokens in asked.budget]
     ends = [point.tokens for point in points] + list(asked.budget)
-    changes = (
-        crossovers(fitted, min(ends), max(ends), candidates) if len(candidates) > 1 and min(ends) < max(ends) else []
+    changes = crossovers(fitted, min(ends), max(ends), candidates)
+    return Curation(
+        fitted,
+        tuple(mixtures),
+        tuple(answers),
+        tuple(weighted),
+        tuple(changes),
+        candidates,
+        tuple(notes),
+        flops_per_token,
     )
-    return Curation(fitted, tuple(mixtures), tuple(answers), tuple(changes), candidates, tuple(notes), flops_per_token)
 
 
-def best_of_all_weights(fitted: Fit, tokens: float) -> dict[str, dict[str, float]]:
-    """The best weights within the fitted epochs, by a name of their own; none with a single known pool."""
-    if set(fitted.known) != set(fitted.law.named) or len(fitted.known) < 2:
-        return {}
+def by_weights(fitted: Fit, tokens: float) -> Option | None:
+    """The best weights within the fitted epochs; None where they are no mixture, or not every utility is known."""
+    if set(fitted.known) != set(fitted.law.named):
+        return None
     try:
         weights = best_weights(fitted.law, tokens, fitted.last_epochs)
     except DataError:  # every pool would be repeated too often; the answer says so of each candidate
-        return {}
+        return None
     unique = {name: fitted.law.named[name].tokens for name in weights}
-    return {label(weights, unique): weights} if len(weights) > 1 else {}
+    return option(fitted, tokens, label(weights, unique), weights) if len(weights) > 1 else None

@@ -18,6 +18,7 @@ from thriftlab.data.law.utility import Array, UtilityLaw, Weights
 
 STEPS = 100  # of a weight
 GRID = 120  # budgets between the ends, where a change of the best is looked for
+AWAY = 1.1  # from n_ref
 SLACK = 1 + 1e-9  # of the last fitted number of epochs
 GAMMAS = np.linspace(0, 1, 21)
 
@@ -88,31 +89,34 @@ def told_apart(fit: Fit, tokens: float, better: Option, worse: Option) -> bool:
 
 
 def crossovers(fit: Fit, low: float, high: float, candidates: Candidates | None = None) -> list[Crossover]:
-    """Where between two budgets the candidate with the lowest predicted loss changes."""
+    """Where between two budgets the candidate with the lowest predicted loss changes.
+
+    Not below n_ref, where all pools have the same loss and their order is turned round.
+    """
     given = prefixes(fit) if candidates is None else candidates
+    low = max(low, AWAY * fit.law.n_ref)
+    if len(given) < 2 or low >= high:
+        return []
     grid = np.geomspace(low, high, GRID)
     names = list(given)
-    losses = np.array([fit.law.loss(grid, given[name]) for name in names])
-    best = losses.argmin(0)
+    best = np.array([fit.law.loss(grid, given[name]) for name in names]).argmin(0)
     found = []
     for i in np.flatnonzero(best[1:] != best[:-1]):
         before, after = names[best[i]], names[best[i + 1]]
-        tokens = crossing(fit.law, grid[i : i + 2], given[before], given[after])
-        drawn = [crossing(law, grid, given[before], given[after]) for law in fit.draws]
+        tokens = crossing(fit.law, grid, given[before], given[after], grid[i])
+        drawn = [crossing(law, grid, given[before], given[after], tokens) for law in fit.draws]
         found.append(Crossover(tokens, interval_of(drawn), before, after))
     return found
 
 
-def crossing(law: UtilityLaw, grid: Array, before: Weights, after: Weights) -> float:
-    """The first n at which `after` is the better one; 0 or inf where it always or never is. Exact to 1e-9 where n is
-    between two budgets only."""
+def crossing(law: UtilityLaw, grid: Array, before: Weights, after: Weights, near: float) -> float:
+    """The n nearest to `near` from which on `after` is the better one; 0 or inf if there is none on the grid."""
     gaps = law.loss(grid, after) - law.loss(grid, before)
-    if gaps[0] < 0:
-        return 0.0
-    if not (gaps < 0).any():
-        return math.inf
-    i = int((gaps < 0).argmax())
-    inner, outer = float(grid[i - 1]), float(grid[i])
+    changes = np.flatnonzero((gaps[:-1] >= 0) & (gaps[1:] < 0))
+    if not len(changes):
+        return 0.0 if law.at(near, after) < law.at(near, before) else math.inf
+    i = changes[np.abs(np.log(grid[changes] / near)).argmin()]
+    inner, outer = float(grid[i]), float(grid[i + 1])
     while outer > inner * (1 + 1e-9):
         middle = math.sqrt(inner * outer)
         better = law.at(middle, after) < law.at(middle, before)

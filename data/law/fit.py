@@ -8,7 +8,7 @@ least squares. An interval is where the cost, minimised over all other parameter
 the profile-likelihood interval of Gaussian noise of unknown size; for larger residuals, which Huber's loss counts
 linearly, it is wider than need be. A utility or half-life whose interval is wider than a factor of ten is not
 identified; a half-life also needs five points of its pool, two of them with four epochs. A half-life that is not
-identified is set to `PRIOR`. Predictions are of refits to resampled residuals.
+identified is set to `PRIOR`. Intervals of predictions are those of refits to simulated runs.
 """
 
 import itertools
@@ -32,7 +32,7 @@ START_E = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of the lowest loss
 START_TAU = (1.0, 3.0, 8.0, 20.0, 60.0)
 START_REF = (1.0, 0.1, 1e-2, 1e-4)  # of the smallest n, where n_ref is fitted
 STARTS = 8
-ROUGH = 1e-10  # tolerance of the many solutions behind intervals
+PROFILE_TOLERANCE, DRAW_TOLERANCE = 1e-10, 1e-6  # of cost: a profile follows a narrow valley
 HALVINGS = 6  # of the bracket of an interval's end
 FLOOR = 1e-6  # of a residual: noiseless points have intervals of this order
 
@@ -103,10 +103,9 @@ def fit(
         theta, cost = search(problem, free, log_ref)
         intervals = profile(problem, theta, cost, free)
     unique = {name: max(p.unique[name] for p in fitted if name in p.unique) for name in problem.names}
-    residuals = problem.observed - problem.predict(theta)[0]
     degrees = len(fitted) - int(free.sum())
-    laws = [law_of(problem, one, unique, gamma) for one in resampled(problem, theta, free, residuals, draws, seed)]
-    rms = math.sqrt(float((residuals**2).sum()) / degrees)
+    rms = math.sqrt(float(((problem.observed - problem.predict(theta)[0]) ** 2).sum()) / degrees)
+    laws = [law_of(problem, one, unique, gamma) for one in simulated(problem, theta, free, rms, draws, seed)]
     return Fit(
         law_of(problem, theta, unique, gamma), tuple(fitted), tuple(excluded), intervals, missing, rms, tuple(laws)
     )
@@ -192,7 +191,7 @@ def end_of(problem: Design, theta: Array, free: Mask, j: int, bound: float, limi
 
     def excess(part: float) -> float:
         state[j] = best + part * reach
-        state[:], cost = problem.solve(state, others, tolerance=ROUGH)
+        state[:], cost = problem.solve(state, others, tolerance=PROFILE_TOLERANCE)
         return math.log(cost + 1e-300) - math.log(limit)
 
     if abs(reach) < 1e-9:
@@ -208,24 +207,24 @@ def end_of(problem: Design, theta: Array, free: Mask, j: int, bound: float, limi
     return best + reach * outer
 
 
-def resampled(problem: Design, theta: Array, free: Mask, residuals: Array, draws: int, seed: int) -> list[Array]:
-    """Refits to fitted values with resampled residuals, which are as wide as Student's t for the degrees of freedom.
+def simulated(problem: Design, theta: Array, free: Mask, rms: float, draws: int, seed: int) -> list[Array]:
+    """Refits to the fitted values with Gaussian noise, as wide as Student's t for the degrees of freedom.
 
-    A half-life that is not identified is drawn from the range of the prior.
+    Noise, because residuals resampled are too small: Huber's loss lets a curve pass through as many points as it has
+    parameters. A half-life that is not identified is drawn from the range of the prior.
     """
     generator = np.random.default_rng(seed)
-    degrees = len(residuals) - int(free.sum())
-    student = stats.t.ppf((1 + LEVEL) / 2, degrees) / stats.norm.ppf((1 + LEVEL) / 2)
-    spread = (residuals - residuals.mean()) * math.sqrt(len(residuals) / degrees) * student
+    degrees = len(problem.observed) - int(free.sum())
+    spread = rms * stats.t.ppf((1 + LEVEL) / 2, degrees) / stats.norm.ppf((1 + LEVEL) / 2)
     expected = problem.predict(theta)[0]
     fixed = [j for j in range(problem.tau_at(0), problem.size) if not free[j]]
-    laws = []
+    found = []
     for _ in range(draws):
         start = theta.copy()
         start[fixed] = np.log(generator.uniform(*PRIOR_RANGE, len(fixed)))
-        observed = expected + generator.choice(spread, len(spread))
-        laws.append(problem.solve(start, free, observed, ROUGH)[0])
-    return laws
+        observed = expected + generator.normal(0, spread, len(expected))
+        found.append(problem.solve(start, free, observed, DRAW_TOLERANCE)[0])
+    return found
 
 
 def law_of(problem: Design, theta: Array, unique: Mapping[str, float], gamma: float) -> UtilityLaw:

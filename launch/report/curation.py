@@ -26,13 +26,17 @@ class Curation:
     fit: Fit
     mixtures: tuple[Point, ...]  # not fitted
     answers: tuple[Answer, ...]
+    weighted: tuple[Option | None, ...]  # the best weights for each answer's budget
     crossovers: tuple[Crossover, ...]
     candidates: Mapping[str, Mapping[str, float]]
     notes: tuple[str, ...]
     flops_per_token: float
 
     def lines(self) -> list[str]:
-        return [*map(sentence, self.answers), *map(self.change, self.crossovers), *self.warnings()]
+        return [*self.conclusions(), *self.warnings()]
+
+    def conclusions(self) -> list[str]:
+        return [*map(sentence, self.answers, self.weighted), *map(self.change, self.crossovers)]
 
     def change(self, found: Crossover) -> str:
         low, high = found.interval
@@ -61,7 +65,12 @@ def remedy(key: str) -> str:
     return "; a half-life of 13 epochs (10 to 17) is assumed" if key == "tau" else "; the pool is not offered"
 
 
-def sentence(found: Answer) -> str:
+def sentence(found: Answer, weighted: Option | None) -> str:
+    by_weights = f" Free weights: {weighted.name}, predicted loss {weighted.loss:.4f}." if weighted else ""
+    return verdict_of(found) + by_weights
+
+
+def verdict_of(found: Answer) -> str:
     at = f"{amount(found.tokens)} tokens"
     if found.best is None:
         nearest = found.options[0]
@@ -116,8 +125,8 @@ def budget_table(found: Curation) -> Table:
     head = ["data", "budget, tokens", "predicted loss", "epochs", "verdict"]
     rows = [
         [(o.name,), (amount(a.tokens),), (f"{o.loss:.4f}", span(o)), (epochs_of(o),), (verdict(a, o),)]
-        for a in found.answers
-        for o in a.options
+        for a, weighted in zip(found.answers, found.weighted, strict=True)
+        for o in (*a.options, *([weighted] if weighted else []))
     ]
     return head, rows
 
@@ -131,6 +140,8 @@ def verdict(answer: Answer, option: Option) -> str:
         return f"beyond the fitted epochs of {option.beyond}"
     if answer.best is option:
         return "best"
+    if option not in answer.options:
+        return "best weights"
     return "cannot be told apart from the best" if option.name in answer.tied else "worse"
 
 
@@ -249,14 +260,10 @@ def write_curation(found: Curation, folder: Path) -> Path:
     return page
 
 
-def answers(found: Curation) -> list[str]:
-    return [*map(sentence, found.answers), *map(found.change, found.crossovers)]
-
-
 def body(found: Curation) -> str:
     parts = [
         "<h1>Which data?</h1>", f'<p class="question">{QUESTION}</p>',
-        '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in answers(found)), "</ul>",
+        '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in found.conclusions()), "</ul>",
         warning_box(found.warnings()), *(html_section(*section, {}) for section in sections(found)),
         '<h2>Figures</h2><div class="figures">', *map(html_figure, pictures(found)), "</div>",
         "<h2>The fit</h2><dl>",
@@ -266,7 +273,7 @@ def body(found: Curation) -> str:
 
 
 def markdown(found: Curation) -> str:
-    parts = ["# Which data?", QUESTION, "\n".join(f"- {line}" for line in answers(found))]
+    parts = ["# Which data?", QUESTION, "\n".join(f"- {line}" for line in found.conclusions())]
     if warnings := found.warnings():
         parts.append("**Keep in mind**\n\n" + "\n".join(f"- {line}" for line in warnings))
     parts += [f"## {name}\n\n{markdown_table(rows)}\n\n{note}" for name, rows, note in sections(found)]
