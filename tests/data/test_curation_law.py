@@ -26,6 +26,7 @@ from thriftlab.data.curation_law import (
     with_gamma,
 )
 from thriftlab.data.errors import DataError
+from thriftlab.data.law.choice import crossing
 
 EXACT = 1e-9
 P, A, D, S = 12.8e6, 0.022, 0.1, 100_000
@@ -531,6 +532,18 @@ def test_a_change_outside_of_the_budgets_is_an_open_end():
     found = fit(runs(), draws=5)
     first = crossovers(found, 1.5 * M, 60 * M)[0]
     assert crossovers(found, 1.5 * M, first.tokens * 0.9) == []
+
+
+@pytest.mark.parametrize("reach, expected", [((1.5, 60), None), ((1.5, 3), math.inf), ((40, 60), 0.0)])
+def test_a_draw_that_does_not_change_on_the_grid_is_open(reach, expected):
+    before, after = {"a": 1.0}, {"a": 1.0, "b": 2.0}
+    grid = np.geomspace(reach[0] * M, reach[1] * M, 50)
+    found = crossing(TRUTH, grid, before, after, grid[25])
+    if expected is None:
+        low, high = (TRUTH.loss(found * x, before) - TRUTH.loss(found * x, after) for x in (1 - 1e-6, 1 + 1e-6))
+        assert low < 0 < high
+    else:
+        assert found == expected
 
 
 def test_gamma_is_calibrated_on_mixtures():
