@@ -534,7 +534,7 @@ def test_a_change_outside_of_the_budgets_is_an_open_end():
     assert crossovers(found, 1.5 * M, first.tokens * 0.9) == []
 
 
-@pytest.mark.parametrize("reach, expected", [((1.5, 60), None), ((1.5, 3), math.inf), ((40, 60), 0.0)])
+@pytest.mark.parametrize("reach, expected", [((1.5, 60), None), ((1.2, 2), math.inf), ((40, 60), 0.0)])
 def test_a_draw_that_does_not_change_on_the_grid_is_open(reach, expected):
     before, after = {"a": 1.0}, {"a": 1.0, "b": 2.0}
     grid = np.geomspace(reach[0] * M, reach[1] * M, 50)

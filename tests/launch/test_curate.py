@@ -99,8 +99,12 @@ def test_a_mixture_as_a_pool_of_its_own(tmp_path, capsys):
 def test_pools_without_runs_of_their_own_are_fitted_with_mixtures(tmp_path, capsys):
     for tokens in BUDGETS:
         write(tmp_path, "good", 0, tokens, {"good": 1})
-        write(tmp_path, "both", 0, tokens, {"good": 1, "plain": 4})
-    code, out, _ = curate(capsys, tmp_path, "--budget", "tokens=2e6", "draws=20")
+    for tokens in [*BUDGETS, 48 * M, 64 * M]:
+        write(tmp_path, "both", 0, tokens, {"good": 1, "plain": 1})
+    code, out, _ = curate(capsys, tmp_path, "--budget", "tokens=2e7", "draws=20")
+    expected = TRUTH.loss(20 * M, {"good": 1, "plain": 4})
+    assert out.startswith("2e+07 tokens: good + plain, predicted loss")
+    assert float(out.split("predicted loss ")[1].split()[0]) == pytest.approx(expected, abs=2e-4)
     assert code == 0 and "plain: fewer than two budgets of its own, so mixtures are fitted with the pools" in out
 
 
