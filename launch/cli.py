@@ -12,22 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from thriftlab.launch import messages
 from thriftlab.launch.messages import (
+    SYNTAX,
     fail,
     missing_extra,
     no_room_or_right,
     one_line,
-    print_anything,
     readers_left,
     tell_torchrun,
 )
 
-SYNTAX = """
-key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
---config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
-over earlier ones, the command line over all, and on it the later of two values of one key.
---plugin FILE.py runs a Python file first, which may register methods, signals and schedules.
-In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it takes).
+COMPARE = """
+All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
+optim.KEY is meant for every method, layer.KEY and signal.KEY for every one with a layer or a
+signal, and METHOD.KEY for one, as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two
+keys of one name apart.
+--budget tokens=1e7 is short for the section `budget` with tokens alone.
 """
 HELP_FLAGS = ("-h", "--help")
 Action = Callable[[list[str]], None]
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 2 for what the user can correct, 128 + n after signal n."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     warnings.formatwarning = one_line
-    print_anything()
+    messages.print_anything()
     try:
         if name in HELP_FLAGS:
             print(overview())
@@ -172,10 +173,10 @@ def train(argv: list[str]) -> None:
 
 
 def compare_keys(argv: list[str]) -> str:
-    from thriftlab.launch.studies.compare import INTRODUCTION, describe_keys
+    from thriftlab.launch.studies.compare import describe_keys
 
     load_plugins(argv)
-    return f"{INTRODUCTION}\n{describe_keys()}"
+    return f"{COMPARE}\n{describe_keys()}"
 
 
 @command(
@@ -197,7 +198,9 @@ def compare(argv: list[str]) -> None:
 
 
 def study_keys(argv: list[str]) -> str:
-    return pkgutil.resolve_name("thriftlab.launch.studies.written:describe_keys")()
+    from thriftlab.launch.studies.written import describe_keys
+
+    return describe_keys()
 
 
 @command(

@@ -27,14 +27,6 @@ from thriftlab.train.config.schema import SEAMS, RunConfig
 Rate = Annotated[float, Field(gt=0)]
 Grid = Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(split_commas)]
 
-INTRODUCTION = """
-All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
-optim.KEY is meant for every method, layer.KEY and signal.KEY for every one with a layer or a
-signal, and METHOD.KEY for one, as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two
-keys of one name apart.
---budget tokens=1e7 is short for the section `budget` with tokens alone.
-"""
-
 
 class CompareConfig(Section):
     """How the methods are compared."""
