@@ -13,15 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thriftlab.launch import messages
-from thriftlab.launch.messages import (
-    SYNTAX,
-    fail,
-    missing_extra,
-    no_room_or_right,
-    one_line,
-    readers_left,
-    tell_torchrun,
-)
+from thriftlab.launch.messages import SYNTAX, fail, missing_extra, no_room_or_right
 
 COMPARE = """
 All keys of `thriftlab train --help` but out, seed and optim.name set what the runs have in common.
@@ -67,7 +59,7 @@ def command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 2 for what the user can correct, 128 + n after signal n."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    warnings.formatwarning = one_line
+    warnings.formatwarning = messages.one_line
     messages.print_anything()
     try:
         if name in HELP_FLAGS:
@@ -87,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and readers_left():
+        if isinstance(error, BrokenPipeError) and messages.readers_left():
             return 128 + signal.SIGPIPE
         message = missing_extra(error) or (str(error) if is_message(error) else no_room_or_right(error))
         if message is None:
-            tell_torchrun(f"{type(error).__name__}: {error} (its traceback is above)")
+            messages.tell_torchrun(f"{type(error).__name__}: {error} (its traceback is above)")
             raise
-        tell_torchrun(message)
+        messages.tell_torchrun(message)
         return fail(message, getattr(error, "code", 2))
     return 0
 
