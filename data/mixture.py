@@ -138,6 +138,15 @@ class Plan:
         whole = turn * np.array(self.cycle.counts) + np.diff(self.cycle.before(self.cycle.bounds, within))
         return whole + np.bincount(block_rows(self.cycle, block)[0, :slot], minlength=len(self.sources))
 
+    def uses(self, steps: int) -> dict[str, dict[str, int]]:
+        """Of each source: `unique` training tokens, and `tokens` of them that a run of this length draws."""
+        drawn = self.drawn(steps * self.batch_size)
+        pairs = zip(self.sources, self.cycle.windows, drawn, strict=True)
+        return {
+            source.name: {"unique": n * self.sequence_length, "tokens": int(k) * self.sequence_length}
+            for source, n, k in pairs
+        }
+
     def table(self, steps: int | None = None) -> str:
         """The mixture as text; with `steps`, what a run of that length draws and how often it repeats it."""
         drawn = self.drawn((steps or 0) * self.batch_size)

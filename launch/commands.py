@@ -241,6 +241,18 @@ def report(argv: list[str]) -> None:
 
 
 @command(
+    """thriftlab curate RUNS ... --budget tokens=1e8,1e9 [key=value ...]
+    Which pool or mixture ends lowest for each budget, from finished runs that differ in their data.""",
+    keys_of("thriftlab.launch.curate:CurateConfig"),
+    alone=True,
+)
+def curate(argv: list[str]) -> None:
+    from thriftlab.launch.curate import curate
+
+    print(curate(argv))
+
+
+@command(
     """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
     What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
     keys_of("thriftlab.launch.bench:OptimBench"),

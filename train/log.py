@@ -146,7 +146,9 @@ def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: d
         config=run.config.model_dump(mode="json"),
         **origin,
         world=backend.world,
-        data=DataUsed(run.dataset.fingerprint, run.plan.fingerprint, run.dataset.tokenizer.name),
+        data=DataUsed(
+            run.dataset.fingerprint, run.plan.fingerprint, run.dataset.tokenizer.name, run.plan.uses(counters.step)
+        ),  # fmt: skip
         model=ModelUsed(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -124,6 +124,7 @@ class DataUsed:
     fingerprint: str
     plan: str  # fingerprint of the order
     tokenizer: str
+    sources: dict[str, dict[str, int]] | None = None  # name -> unique training tokens, and tokens drawn
 
 
 @dataclass(frozen=True)
