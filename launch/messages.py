@@ -25,14 +25,6 @@ In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it t
 PACKAGES = {"yaml": "pyyaml"}  # import name -> package, where the two differ by more than - and _
 WITH_PLACE = warnings.formatwarning
 
-SYNTAX = """
-key=value, --key=value and --key value are the same; values are text, numbers, true, null or [a, b].
---config FILE reads keys from a .yaml, .toml or .json file, any number of times. Later files win
-over earlier ones, the command line over all, and on it the later of two values of one key.
---plugin FILE.py runs a Python file first, which may register methods, signals and schedules.
-In paths, ~ and $NAME are replaced. Below: key=default, what it means (what it takes).
-"""
-
 
 def one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
