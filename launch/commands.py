@@ -175,8 +175,8 @@ def study(argv: list[str]) -> None:
 thriftlab submit compare METHOD ... [--gpus 1] [key=value ...]
 thriftlab submit study NAME [--gpus 1] [key=value ...]
 thriftlab submit prepare [--nodes 4] [--cpus 32] [--memory 128G] [engine=ray] [key=value ...]
-    A run as a SLURM job; a study as an array of jobs; a preparation on one node, or with engine=ray on
-    several. The same command again submits what is left.""",
+    A run as a SLURM job; a study as an array of jobs; a preparation on one node, or on several with
+    engine=ray. The same command again submits what is left.""",
     keys_of(
         "thriftlab.launch.cluster.slurm:SubmitConfig",
         "Besides these, all keys of `thriftlab train`, `compare`, `study` or `prepare`:\n\n",
