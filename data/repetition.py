@@ -112,7 +112,7 @@ class ControlledRepetition:
             units = total_units or (total_tokens or 0) // unit_tokens(source)
             pool_size = pool_tokens // unit_tokens(source) if pool_tokens is not None else pool_size
             self.amounts = of_units(self.items, units, fraction, repeats, pool_size, control, self.in_epochs)
-        self.max_same = max_same_per_step, batch_size
+        self.max_same = max_same_per_step, batch_size if max_same_per_step is not None else None
         if max_same_per_step is not None and (batch_size is None or spacing == "clustered" or self.in_epochs):
             raise DataError(
                 "max_same_per_step needs batch_size, the units of one step, and goes neither with spacing = clustered "

@@ -136,6 +136,13 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], origin: dict[s
     return entry
 
 
+def data_used(run: Run, steps: int) -> DataUsed:
+    plan = run.plan
+    drawn = (plan.drawn(steps * plan.batch_size) * plan.sequence_length).tolist()
+    tokens = dict(zip([source.name for source in plan.sources], drawn, strict=True))
+    return DataUsed(run.dataset.fingerprint, plan.fingerprint, run.dataset.tokenizer.name, tokens)
+
+
 def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
     model, backend, speed = run.model, run.backend, counters.tokens_per_second()
     return Record(
@@ -146,7 +153,7 @@ def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: d
         config=run.config.model_dump(mode="json"),
         **origin,
         world=backend.world,
-        data=DataUsed(run.dataset.fingerprint, run.plan.fingerprint, run.dataset.tokenizer.name),
+        data=data_used(run, counters.step),
         model=ModelUsed(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),

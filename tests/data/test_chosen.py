@@ -21,7 +21,8 @@ from thriftlab.data.loader import gather
 from thriftlab.data.mixture import Source, named_seed, plan
 from thriftlab.data.shards import Windows, open_dataset
 from thriftlab.train.build import make_plan
-from thriftlab.train.config.schema import RunConfig, SourceConfig, counted
+from thriftlab.train.config.data import SourceConfig
+from thriftlab.train.config.schema import RunConfig, counted
 from thriftlab.train.loop import run
 
 LENGTH = 16

@@ -49,7 +49,13 @@ def reference(items, slots, fraction, repeats, seed, pool_seed, spacing, control
 
 
 def rows_of(made):
-    return [tuple(made.occurrence(g)) for g in range(len(made))]
+    """[(id, exposure, is repeat)], the exposures counted here and compared at some units."""
+    rows, seen = [], Counter()
+    for item, again in zip(*(column.tolist() for column in made.at(np.arange(len(made)))), strict=True):
+        rows.append((item, seen[item], again))
+        seen[item] += again
+    assert all(tuple(made.occurrence(g)) == rows[g] for g in range(0, len(rows), 1 + len(rows) // 9))
+    return rows
 
 
 def made(items=400, slots=300, fraction=0.4, repeats=7, seed=3, **more):
@@ -118,7 +124,9 @@ def test_the_run_is_the_reference(slots, thousandths, repeats, spare, spacing, c
     given = {"seed": seed, "pool_seed": seed + 1, "spacing": spacing, "control": control}
     found = made(need + spare, slots, fraction, repeats, **given)
     wanted = reference(need + spare, slots, fraction, repeats, **given)
-    assert rows_of(found) == wanted and len(found) == len(wanted)
+    ids, again = found.at(np.arange(len(found)))
+    assert [*zip(ids.tolist(), again.tolist(), strict=True)] == [(item, repeat) for item, _, repeat in wanted]
+    assert all(tuple(found.occurrence(g)) == wanted[g] for g in range(0, len(wanted), 1 + len(wanted) // 7))
     exposures = Counter(Counter(item for item, _, _ in wanted).values())
     assert found.audit()["multiplicity"] == exposures
     if control is None and repeats > 1:
@@ -137,8 +145,9 @@ def test_units_are_read_at_any_point_and_in_any_world(spacing):
             together = [None] * 300
             for rank in range(world):
                 for step in range(-(-300 // batch_size)):
-                    for g in range(step * batch_size + rank, min(300, (step + 1) * batch_size), world):
-                        together[g] = run[g]
+                    mine = np.arange(step * batch_size + rank, min(300, (step + 1) * batch_size), world)
+                    for g, item in zip(mine, run.at(mine)[0].tolist(), strict=True):
+                        together[g] = item
             assert together == ids
     assert run.at(np.arange(300))[0].tolist() == ids
     with pytest.raises(IndexError):
@@ -150,7 +159,7 @@ def test_units_are_read_at_any_point_and_in_any_world(spacing):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_resume_is_one_integer(spacing):
     whole = list(made(spacing=spacing))
-    assert whole == [made(spacing=spacing)[g] for g in range(300)]
+    assert whole == [item for item, _, _ in rows_of(made(spacing=spacing))] and len(whole) == 300
     for stop in (0, 1, 117, 299, 300):
         first, second = made(spacing=spacing), made(spacing=spacing)
         begun = [item for _, item in zip(range(stop), first, strict=False)]
@@ -164,7 +173,8 @@ def test_resume_is_one_integer(spacing):
 def test_a_state_of_something_else_is_refused():
     state = made().state_dict()
     others = [{"fraction": 0.5}, {"repeats": 8}, {"seed": 4}, {"pool_seed": 4}, {"spacing": "even"},
-              {"control": "fresh"}, {"slots": 301}, {"max_same_per_step": 2, "batch_size": 8}, {"holdout_ids": {7}}]  # fmt: skip
+              {"control": "fresh"}, {"slots": 301},
+              {"max_same_per_step": 2, "batch_size": 8}, {"holdout_ids": {7}}]  # fmt: skip
     for other in others:
         with pytest.raises(DataError, match="another config hash"):
             made(**other).load_state_dict(state)
@@ -182,10 +192,6 @@ def test_seeds_change_the_order_and_not_the_counts():
     assert {i for i, n in Counter(first).items() if n > 1} == {  # the pool hangs on its own seed
         item for g in range(300) for item, _, again in [made(seed=2, pool_seed=1).occurrence(g)] if again
     }
-
-
-def pool(run):
-    return {item for item, _, again in rows_of(run) if again}
 
 
 def test_pools_are_nested_and_controls_are_paired():
@@ -263,10 +269,6 @@ def test_no_item_twice_in_a_step(spacing, most):
     assert max(together.values()) <= most
     assert [(r[0], r[2]) for r in rows if not r[2]] == [(r[0], r[2]) for r in plain if not r[2]]
     assert run.audit()["multiplicity"] == made(900, 800, 0.5, 20, spacing=spacing).audit()["multiplicity"]
-    seen = Counter()
-    for item, exposure, again in rows:
-        assert exposure == seen[item]
-        seen[item] += again
     changed = sum(a[0] != b[0] for a, b in zip(rows, plain, strict=True))
     assert changed <= 2 * sum(max(0, n - most) for n in before.values())  # two places for each that is too many
     if spacing == "random":

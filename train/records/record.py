@@ -124,6 +124,7 @@ class DataUsed:
     fingerprint: str
     plan: str  # fingerprint of the order
     tokenizer: str
+    tokens: dict[str, int] | None  # that were trained on, by source
 
 
 @dataclass(frozen=True)
