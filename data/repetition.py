@@ -218,8 +218,8 @@ class ControlledRepetition:
 
     def epochs_seen(self, g: int) -> dict[str, float]:
         """Passes over the source and over the pool before unit g."""
-        repeated = 0 if self.control else g if self.in_epochs else self.ranks.before(g)
-        return {"source": g / self.items, "pool": repeated / self.amounts.pool_size}
+        seen = min(g, self.amounts.counts[0]) if self.in_epochs else 0 if self.control else self.ranks.before(g)
+        return {"source": g / self.items, "pool": seen / self.amounts.pool_size}
 
     def plan(self) -> dict[str, Any]:
         """All counts."""

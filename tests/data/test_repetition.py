@@ -246,7 +246,11 @@ def test_whole_epochs():
     assert told["realised_fraction"] == 1 and run.epochs_seen(120) == {"source": 2.4, "pool": 2.4}
     assert run.audit()["multiplicity"] == {3: 30, 4: 20}
     more = ControlledRepetition(range(70), 170, 1.0, pool_size=50, seed=5)  # there is text left: it is seen once
-    assert more.audit()["multiplicity"] == {1: 20, 3: 50} and more.plan()["realised_fraction"] == 150 / 170
+    assert (
+        more.epochs_seen(160)["pool"] == 3
+        and more.audit()["multiplicity"] == {1: 20, 3: 50}
+        and more.plan()["realised_fraction"] == 150 / 170
+    )
     assert ControlledRepetition(range(50), 150, 1.0, 3, seed=5).audit()["multiplicity"] == {3: 50}
 
 

@@ -66,8 +66,10 @@ class RepetitionConfig(Section):
     def goes_together(self) -> "RepetitionConfig":
         ways = ("repeats", "pool_size", "pool_tokens")
         given = [way for way in ways if getattr(self, way) is not None]
-        if self.fraction is None and self.model_fields_set - {"fraction"} and self != RepetitionConfig():
+        if self.fraction is None and self.model_dump(exclude_defaults=True):
             raise ValueError("has no effect without data.repetition.fraction, the part that is repeated; set it")
+        if self.max_same_per_step is not None and (self.spacing == "clustered" or self.fraction == 1):
+            raise ValueError("max_same_per_step goes neither with spacing=clustered nor with fraction=1; leave it out")
         if self.fraction is not None and len(given) != 1:
             raise ValueError(f"takes one of {', '.join(ways)}; there is {' and '.join(given) or 'none'}")
         return self
