@@ -130,7 +130,7 @@ class RepeatedPlan(Plan):
             f"control {told['control'] or 'none'}, spacing {told['spacing']}, pool seed {told['pool_seed']}",
         ]
         if (left := told["left_over"]) and not told["control"]:
-            said.append(f"{amounts.asked} {unit} are no multiple of {told['repeats']}: {left} are seen once instead")
+            said.append(f"{amounts.asked:,} {unit} are no multiple of {told['repeats']}: {left} are seen once instead")
         return "\n".join([aligned(lines), *said])
 
 
