@@ -390,6 +390,14 @@ def test_fractions_of_documents_are_in_tokens(repeats):
     assert fresh.plan()["tokens"] >= 6000 > fresh.plan()["tokens"] - 60 and fresh.plan()["realised_fraction"] == 0
 
 
+def test_the_pool_takes_the_document_that_crosses_and_not_the_next():
+    texts = [np.arange(10)] * 100
+    for total, pool in ((400, 2), (401, 3), (410, 3)):  # 40, 40.1 and 41 tokens of repeats, twice each
+        run = ControlledRepetition(texts, total_tokens=total, fraction=0.1, repeats=2, unit="document")
+        assert run.plan()["pool_size"] == pool
+        assert run.plan()["unique_items"] == -(-(total - 20 * pool) // 10)
+
+
 def test_a_pool_of_documents_by_size_or_tokens():
     texts, given = documents(), {"total_tokens": 6000, "fraction": 0.5, "unit": "document", "pool_seed": 8}
     sizes = np.cumsum([len(texts[i]) for i in shuffled(400, 8)])

@@ -22,7 +22,6 @@ REPEATED = {"repetition": {"fraction": 0.5, "repeats": 4}}
 KINDS = {
     "sequence": REPEATED,
     "document": {"sequence_length": 16, "repetition": {"fraction": 0.5, "pool_size": 1, "unit": "document"}},
-    "once a step": {"repetition": {"fraction": 0.5, "repeats": 4, "max_same_per_step": 1, "spacing": "even"}},
     "reshuffled": {"reshuffle": "documents"},
 }
 
@@ -33,12 +32,11 @@ def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, kind):
     sections = {**LONG, "data": {**tiny_config(tiny_data, tmp_path).data.model_dump(), **KINDS[kind]}}
     whole = run(tiny_config(tiny_data, tmp_path / "whole", **sections))
     config = tiny_config(tiny_data, tmp_path / "broken", **sections)
-    for step in (1, 8, 17):
+    for step in (2, 17):
         stop_at(config, step)
     run(config)
     assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
-    plain = run(tiny_config(tiny_data, tmp_path / "plain", **LONG))
-    assert plain["results"]["loss"] != whole["results"]["loss"] and plain["fingerprint"] != whole["fingerprint"]
+    assert ("repeated" in whole["data"]["tokens"]) == (kind != "reshuffled")
 
 
 @pytest.mark.slow
