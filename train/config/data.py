@@ -64,8 +64,8 @@ class RepetitionConfig(Section):
 
     @model_validator(mode="after")
     def goes_together(self) -> "RepetitionConfig":
-        ways = ("repeats", "pool_size", "pool_tokens")
-        given = [way for way in ways if getattr(self, way) is not None]
+        ways = {"repeats": self.repeats, "pool_size": self.pool_size, "pool_tokens": self.pool_tokens}
+        given = [way for way, value in ways.items() if value is not None]
         if self.fraction is None and self.model_dump(exclude_defaults=True):
             raise ValueError("has no effect without data.repetition.fraction, the part that is repeated; set it")
         if self.max_same_per_step is not None and (self.spacing == "clustered" or self.fraction == 1):
@@ -103,5 +103,5 @@ class DataConfig(Section):
     @model_serializer(mode="wrap")
     def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Likewise for runs before there was repetition."""
-        off = {"reshuffle": self.reshuffle == "windows", "repetition": self.repetition.fraction is None}
+        off = {"reshuffle": self.reshuffle == "windows", "repetition": self.repetition == RepetitionConfig()}
         return {key: value for key, value in dump(self).items() if not off.get(key)}
