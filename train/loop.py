@@ -143,8 +143,9 @@ def examine(run: Run) -> None:
 
 
 def announce(run: Run, counters: Counters) -> None:
-    """Says once which layers are replaced, and what the method leaves to full AdamW."""
-    lines = [line for line in (replaced(run.config.layer.name, run.conversion), listing(run.optimizer)) if line]
+    """Says once which layers are replaced, what the method leaves to full AdamW, and which data are repeated."""
+    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement()
+    lines = [line for line in said if line]
     if lines and run.chief and counters.step == 0:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
@@ -185,8 +186,10 @@ def one_step(run: Run, batch: Batch) -> StepResult:
 
 
 def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:
-    """Held-out loss of some sources, or of all."""
-    c = run.config
+    """Held-out loss of some sources, or of all; of a pool that is repeated, its loss in training."""
+    c, pool = run.config, run.plan.pool
+    if sources is not None and pool is not None:
+        sources = [name for name in sources if name in run.dataset.sources]
     return evaluate(
         run.backend,
         run.dataset,
@@ -196,6 +199,7 @@ def measure(run: Run, tokens: int | None = None, sources: list[str] | None = Non
         run.mask_delimiter,
         tokens or c.eval.tokens,
         sources,
+        pool,
     )
 
 

@@ -18,10 +18,12 @@ from thriftlab.data import chosen as chosen_module
 from thriftlab.data.chosen import choose
 from thriftlab.data.errors import ConfigError, DataError
 from thriftlab.data.loader import gather
-from thriftlab.data.mixture import Source, named_seed, plan
+from thriftlab.data.mixture import named_seed, plan
+from thriftlab.data.quotas import Source
 from thriftlab.data.shards import Windows, open_dataset
 from thriftlab.train.build import make_plan
-from thriftlab.train.config.schema import RunConfig, SourceConfig, counted
+from thriftlab.train.config.data import SourceConfig
+from thriftlab.train.config.schema import RunConfig, counted
 from thriftlab.train.loop import run
 
 LENGTH = 16

@@ -7,7 +7,7 @@ One surprise: validating a list of plugins runs them, because what they register
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny
 from pydantic_core import PydanticCustomError
@@ -16,6 +16,10 @@ from thriftlab.data.errors import DataError
 from thriftlab.data.paths import FilePath
 from thriftlab.data.plugins import load_plugin
 from thriftlab.optim.core.hyper import model_of
+
+T = TypeVar("T")
+Plumbing = Annotated[T, "plumbing"]
+Speed = Annotated[T, "speed"]
 
 config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
 

@@ -204,6 +204,8 @@ class Record:
         tree = asdict(self)
         if self.files is None:
             del tree["files"]
+        if self.data.sources is None:  # in records that are older than it
+            del tree["data"]["sources"]
         return tree
 
     @classmethod
