@@ -152,10 +152,15 @@ class Plan:
         whole = turn * np.array(self.cycle.counts) + np.diff(self.cycle.before(self.cycle.bounds, within))
         return whole + np.bincount(block_rows(self.cycle, block)[0, :slot], minlength=len(self.sources))
 
+    @property
+    def distinct(self) -> list[int]:
+        """Windows of each source."""
+        return list(self.cycle.windows)
+
     def uses(self, steps: int) -> dict[str, dict[str, int]]:
         """Of each source: `unique` training tokens, and `tokens` of them that a run of this length draws."""
         drawn = self.drawn(steps * self.batch_size)
-        pairs = zip(self.sources, self.cycle.windows, drawn, strict=True)
+        pairs = zip(self.sources, self.distinct, drawn, strict=True)
         return {
             source.name: {"unique": n * self.sequence_length, "tokens": int(k) * self.sequence_length}
             for source, n, k in pairs

@@ -85,6 +85,12 @@ class RepeatedPlan(Plan):
             count += np.bincount(self.at(start, min(PIECE, rows - start))[0], minlength=len(self.sources))
         return count
 
+    @property
+    def distinct(self) -> list[int]:
+        amounts = self.repetition.amounts
+        pool = amounts.tokens[0] // self.sequence_length if amounts.tokens else amounts.pool_size
+        return [*self.cycle.windows, pool][: len(self.sources)]
+
     def fitting(self, steps: int) -> int:
         """The control without repeats is shorter by them."""
         if self.length < self.batch_size:
