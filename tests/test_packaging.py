@@ -106,7 +106,7 @@ def test_the_base_install_is_for_the_optimizers_alone():
 
 
 WITH_PYDANTIC = {"pydantic-core": "pydantic", "typing-extensions": "pydantic"}  # of one version, which it chooses
-BROUGHT = {**WITH_PYDANTIC, "requests": "wandb"}  # imported only where the other is
+BROUGHT = {**WITH_PYDANTIC, "requests": "wandb", "fsspec": "datasets"}  # imported only where the other is
 
 
 def test_what_the_code_imports_is_declared():

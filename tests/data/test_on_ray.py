@@ -95,7 +95,7 @@ def test_a_worker_has_one_thread_and_this_python(engine):
 
 
 def test_a_node_with_another_python_is_refused(engine, monkeypatch):
-    monkeypatch.setattr("thriftlab.data.prepare.on_ray.versions", lambda: {**versions(), "unicode": "16.0.0"})
+    monkeypatch.setattr("thriftlab.data.prepare.engines.on_ray.versions", lambda: {**versions(), "unicode": "16.0.0"})
     with pytest.raises(EngineError, match="node .* and the first process .*16.0.0.*; use one environment on all nodes"):
         engine.each(double, [1])
 

@@ -235,7 +235,7 @@ def slow_overlap(text, held_out):
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=40).map(" ".join), min_size=1, max_size=6))
 def test_overlap_is_the_containment_of_shingles(documents):
     text, *held_out = documents
-    assert HeldOut(held_out).overlap(text) == pytest.approx(slow_overlap(text, held_out), abs=1e-12)
+    assert HeldOut.of(held_out).overlap(text) == pytest.approx(slow_overlap(text, held_out), abs=1e-12)
 
 
 def test_shingles_ignore_case_numbers_and_punctuation():

@@ -279,6 +279,7 @@ def small(tmp_path, monkeypatch):
 
     domains = {name: tuple(map(shrunk, parts)) for name, parts in medium.DOMAINS.items()}
     monkeypatch.setitem(recipes.RECIPES, "medium", domains)
+    monkeypatch.setattr("thriftlab.data.prepare.pipeline.is_small", lambda config: True)  # workers have other recipes
     monkeypatch.chdir(tmp_path)
     return blobs
 

@@ -9,8 +9,8 @@ import torch
 from thriftlab.data.errors import DataError
 from thriftlab.data.loader import gather
 from thriftlab.data.mixture import named_seed, plan
-from thriftlab.data.quotas import Source
 from thriftlab.data.order import permute, stream
+from thriftlab.data.quotas import Source
 from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.repetition import ControlledRepetition, content_hash
 from thriftlab.data.shards import open_dataset, write_manifest, write_shards, write_tokenizer

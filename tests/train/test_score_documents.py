@@ -91,7 +91,7 @@ def test_a_run_without_an_end_or_finite_losses_is_refused(finished, tmp_path, mo
         scorer(tmp_path)
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(UserError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="has no whole checkpoint"):
         scorer(copy)
     losses = np.full((1, 1), np.nan, np.float32)
     monkeypatch.setattr(score_documents, "token_losses", lambda *_: losses)
