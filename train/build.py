@@ -127,7 +127,8 @@ def make_model(config: RunConfig, dataset: Dataset) -> tuple[GPT, Conversion]:
         )
     with torch.device("meta"):
         sizes = config.model.model_copy(update={"vocab_size": vocab_size})
-        model = GPT(sizes, config.train.activation_checkpointing, config.train.loss_keep_bytes)
+        t = config.train
+        model = GPT(sizes, t.activation_checkpointing, t.loss_keep_bytes, t.dropout)
     return model, replace_layers(config, model)
 
 

@@ -33,6 +33,7 @@ from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.checkpoints.writer import Writer
 from thriftlab.train.config.differences import differences, what_changed
 from thriftlab.train.config.schema import RunConfig
+from thriftlab.train.dropout import row_keys
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log, finish
 from thriftlab.train.records.record import Record, provenance, read_record
@@ -115,7 +116,7 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
         backend.forget(before_step(run.model, counters.step, config.seed))
         clock = time.perf_counter()
         aim(run, counters.step, progress)
-        result = one_step(run, batch(counters.step))
+        result = one_step(run, batch(counters.step), counters.step)
         seconds = time.perf_counter() - clock
 
         counters.add(result, seconds, timed=counters.step - first >= WARM_STEPS)
@@ -175,13 +176,17 @@ def aim(run: Run, step: int, progress: float) -> None:
         objective.validated(torch.tensor([found[name]["loss"] for name in names], dtype=torch.float64))
 
 
-def one_step(run: Run, batch: Batch) -> StepResult:
-    c = run.config
+def one_step(run: Run, batch: Batch, step: int) -> StepResult:
+    c, backend = run.config, run.backend
     rows = c.train.micro_batch_size
     if rows is None and not run.objective.waits:  # which one micro-batch does without a second forward
-        rows = micro_batch_rows(run.backend.device, c.data.sequence_length, c.model.dim)
+        rows = micro_batch_rows(backend.device, c.data.sequence_length, c.model.dim)
     rows = rows or len(batch.tokens)
-    return train_step(run.backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective)
+    keys = None
+    if c.train.dropout:
+        size = c.train.batch_size
+        keys = row_keys(c.seed, step * size, size, backend.rank, backend.world, backend.device)
+    return train_step(backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective, keys)
 
 
 def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:

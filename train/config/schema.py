@@ -8,7 +8,6 @@ import functools
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,8 +21,8 @@ from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.backends.device import Device
-from thriftlab.train.budget import SCHEDULES, Budget, Whole
-from thriftlab.train.config.choice import Choice, Plugin, Registry, Section
+from thriftlab.train.budget import SCHEDULES, Budget, TargetTokens, Whole
+from thriftlab.train.config.choice import Choice, Pattern, Plugin, Registry, Section, without_off
 from thriftlab.train.config.help import is_model
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.signals import SIGNALS
@@ -34,17 +33,6 @@ T = TypeVar("T")
 Plumbing = Annotated[T, "plumbing"]
 Speed = Annotated[T, "speed"]
 Steps = Annotated[int, Field(ge=0)]
-
-
-def regular_expression(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{error}, in a regular expression") from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(regular_expression)]
 
 
 class OptimConfig(Choice):
@@ -141,9 +129,8 @@ class SourceConfig(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def without_what_is_not_chosen(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fingerprints of runs that choose no documents stay what they were before one could."""
-        return {key: value for key, value in dump(self).items() if key != "where" or value is not None}
+    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_off(self, dump, "where")
 
 
 class DataConfig(Section):
@@ -156,8 +143,18 @@ class DataConfig(Section):
         description="mixture, data.sources.NAME.weight or .epochs; without either: all sources in proportion to their "
         "size",
     )
+    proxy_of: TargetTokens | None = Field(
+        None,
+        ge=1,
+        description="budget of a larger run, as tokens=1e11: train on so much of each source that it is repeated as "
+        "often as there; null: on all",
+    )
     document_mask: bool = Field(False, description="tokens attend within their own document only")
     verify: Plumbing[bool] = Field(True, description="check the sha256 of every shard before training")
+
+    @model_serializer(mode="wrap")
+    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_off(self, dump, "proxy_of")
 
 
 class TrainConfig(Section):
@@ -169,6 +166,9 @@ class TrainConfig(Section):
     )
     clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")
+    dropout: float = Field(
+        0.0, ge=0, le=0.99, description="share of the outputs of embedding, attention and MLP that a step sets to zero"
+    )
     activation_checkpointing: Speed[bool] = Field(False, description="recompute each block's activations in backward")
     loss_keep_bytes: Speed[int | None] = Field(
         KEEP_BYTES,
@@ -185,6 +185,10 @@ class TrainConfig(Section):
     )
     threads: Speed[Count | None] = Field(None, description="torch threads of one process; null: torch's choice")
     deterministic: Speed[bool] = Field(False, description="deterministic kernels only, where torch has them")
+
+    @model_serializer(mode="wrap")
+    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_off(self, dump, "dropout")
 
     @model_validator(mode="after")
     def layerwise_alone(self) -> "TrainConfig":
