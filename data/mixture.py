@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.order import permute, stream
+from thriftlab.data.proxy import kept_windows
 from thriftlab.data.shards import Dataset, Windows
 
 BLOCK = 1024
@@ -58,6 +59,17 @@ class Cycle:
     windows: tuple[int, ...]
     seeds: tuple[int, ...]
     seed: int
+    kept: tuple[int, ...] | None = None  # windows per source that a proxy reads; None: all
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Windows of each source that are passed over."""
+        return self.kept or self.windows
+
+    def draws(self, p: int, start: int, count: int) -> tuple[Array, Array]:
+        """(epoch, window) of the rows start, ..., start + count - 1 of source p, int64 [count] each."""
+        epoch, window = stream(start, count, self.read[p], self.seeds[p])
+        return epoch, permute(window, self.windows[p], self.seeds[p], 0) if self.kept else window
 
     @cached_property
     def bounds(self) -> Array:
@@ -96,7 +108,7 @@ def block_rows(cycle: Cycle, index: int) -> Array:
     out[0] = source
     for p in np.unique(source):
         slots = np.flatnonzero(source == p)
-        out[2, slots], out[1, slots] = stream(int(drawn[p]), len(slots), cycle.windows[p], cycle.seeds[p])
+        out[2, slots], out[1, slots] = cycle.draws(p, int(drawn[p]), len(slots))
     return out
 
 
@@ -142,9 +154,11 @@ class Plan:
         """The mixture as text; with `steps`, what a run of that length draws and how often it repeats it."""
         drawn = self.drawn((steps or 0) * self.batch_size)
         lines = [["source", "share", "windows", "tokens", "rows drawn", "epochs"]]
-        for source, count, n, k in zip(self.sources, self.cycle.counts, self.cycle.windows, drawn, strict=True):
-            share, tokens = count / self.cycle.rows, n * self.sequence_length
-            lines.append([source.name, f"{share:.2%}", f"{n:,}", f"{tokens:,}", f"{k:,}", f"{k / n:.2f}"])
+        c = self.cycle
+        for source, count, n, of, k in zip(self.sources, c.counts, c.read, c.windows, drawn, strict=True):
+            share, tokens = count / c.rows, n * self.sequence_length
+            windows = f"{n:,} of {of:,}" if c.kept else f"{n:,}"
+            lines.append([source.name, f"{share:.2%}", windows, f"{tokens:,}", f"{k:,}", f"{k / n:.2f}"])
         columns = list(zip(*lines, strict=True))[: 4 if steps is None else 6]
         widths = [max(map(len, column)) for column in columns]
         name, *numbers = ([cell.rjust(w) for cell in column] for column, w in zip(columns, widths, strict=True))
@@ -159,6 +173,7 @@ def plan(
     seed: int,
     sources: Sequence[Source] | None = None,
     steps: int | None = None,
+    share: Fraction | None = None,
 ) -> Plan:
     """Plan the training rows of a run.
 
@@ -167,6 +182,7 @@ def plan(
         sources: what to mix; None: all, and every window of every source exactly once an epoch.
         steps: steps of the whole run; needed when some sources have epochs and others weights, checked when all have
             epochs, which then have to fill the run to within one batch.
+        share: of the target's steps, where the run is a proxy, see proxy.py; None: it is none.
     """
     chosen = list(sources or map(Source, dataset.sources))
     names = [source.name for source in chosen]
@@ -183,14 +199,17 @@ def plan(
                 f"{sequence_length + 1}; leave it out, prepare more text, or shorten the sequence"
             )
     lengths = tuple(map(len, windows))
-    counts = cycle_counts(chosen, lengths, batch_size, steps)
+    kept = None if share is None else kept_windows(names, lengths, share)
+    counts = cycle_counts(chosen, kept or lengths, batch_size, steps)
     for name, count in zip(names, counts, strict=True):
         if count == 0:
             raise DataError(f"source {name!r} would never be drawn, its share is below one row; raise it or omit it")
-    cycle = Cycle(tuple(counts), lengths, tuple(named_seed(seed, name) for name in names), seed)
+    cycle = Cycle(tuple(counts), lengths, tuple(named_seed(seed, name) for name in names), seed, kept)
     identity = [dataset.fingerprint, sequence_length, seed, names, counts]
     if any(source.where for source in chosen):
         identity.append([source.where for source in chosen])
+    if kept:
+        identity.append({"kept": kept})
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return Plan(chosen, windows, sequence_length, batch_size, cycle, digest)
 

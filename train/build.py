@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -198,7 +199,26 @@ def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
     given = {name: Source(name, **source.model_dump()) for name, source in data.sources.items()}
     if all(source.weight is None and source.epochs is None for source in given.values()):
         given = {name: Source(name) for name in dataset.sources} | given
-    return plan(dataset, data.sequence_length, batch_size, config.seed, [*given.values()], steps)
+    share = share_of_target(config, steps)
+    return plan(dataset, data.sequence_length, batch_size, config.seed, [*given.values()], steps, share)
+
+
+def share_of_target(config: RunConfig, steps: int | None) -> Fraction | None:
+    """The part of the target's steps that a proxy takes; None for a run that is no proxy."""
+    target, tokens_per_step = config.data.proxy_of, config.train.batch_size * config.data.sequence_length
+    if target is None:
+        return None
+    if steps is None:
+        raise ConfigError(
+            "data.proxy_of compares the tokens of two runs, and a budget of seconds has no known number of them; set "
+            "budget.tokens or budget.flops"
+        )
+    if target < steps * tokens_per_step:
+        raise ConfigError(
+            f"data.proxy_of = {target:,} tokens is less than the {steps * tokens_per_step:,} of this run; raise it, or "
+            "lower the budget"
+        )
+    return Fraction(steps, target // tokens_per_step)
 
 
 def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torch.device) -> Objective:

@@ -7,6 +7,8 @@ fused attention does not hand out; here they stay.
 Whether an entry is dropped is a function of (seed, row of the run, place in the model, number of the entry within its
 row). So a resume, the number of ranks, the size of micro-batches and a forward that is repeated do not change it.
 Each (row, place) has a stream of splitmix64 (Steele, Lea & Flood 2014), of which a word serves four entries.
+The surprise: Inductor compiles products with positions to code that overflows (pytorch issue 175966), so the draws are
+an operator of their own, which it leaves alone.
 """
 
 import torch
@@ -33,8 +35,14 @@ def dropout(x: Tensor, rate: float, keys: Tensor | None, place: int) -> Tensor:
     return (x * (LEVELS / (LEVELS - dropped))).masked_fill(draw < dropped - LEVELS // 2, 0.0)
 
 
+@torch.library.custom_op("thriftlab::draws", mutates_args=())
 def draws(keys: Tensor, place: int, count: int) -> Tensor:
     """Uniform int16 [rows, count]."""
     start = mix64_(keys + place)
     number = torch.arange(1, -(-count // 4) + 1, device=keys.device)
-    return mix64_(start[:, None] + number * GOLDEN).view(torch.int16)[:, :count]
+    return mix64_(start[:, None] + number * GOLDEN).view(torch.int16)[:, :count].contiguous()
+
+
+@draws.register_fake
+def _(keys: Tensor, place: int, count: int) -> Tensor:
+    return keys.new_empty(len(keys), count, dtype=torch.int16)

@@ -116,7 +116,7 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
         backend.forget(before_step(run.model, counters.step, config.seed))
         clock = time.perf_counter()
         aim(run, counters.step, progress)
-        result = one_step(run, batch(counters.step), counters.step)
+        result = one_step(run, batch(counters.step))
         seconds = time.perf_counter() - clock
 
         counters.add(result, seconds, timed=counters.step - first >= WARM_STEPS)
@@ -144,8 +144,10 @@ def examine(run: Run) -> None:
 
 
 def announce(run: Run, counters: Counters) -> None:
-    """Says once which layers are replaced, and what the method leaves to full AdamW."""
-    lines = [line for line in (replaced(run.config.layer.name, run.conversion), listing(run.optimizer)) if line]
+    """Says once which layers are replaced, what the method leaves to full AdamW, and how often a proxy repeats what."""
+    target = run.config.data.proxy_of
+    proxy = target and f"a proxy of a run of {target:,} tokens:\n{run.plan.table(run.horizon.steps)}"
+    lines = [line for line in (replaced(run.config.layer.name, run.conversion), listing(run.optimizer), proxy) if line]
     if lines and run.chief and counters.step == 0:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
@@ -176,7 +178,8 @@ def aim(run: Run, step: int, progress: float) -> None:
         objective.validated(torch.tensor([found[name]["loss"] for name in names], dtype=torch.float64))
 
 
-def one_step(run: Run, batch: Batch, step: int) -> StepResult:
+def one_step(run: Run, batch: Batch) -> StepResult:
+    """The step that the objective has been told of."""
     c, backend = run.config, run.backend
     rows = c.train.micro_batch_size
     if rows is None and not run.objective.waits:  # which one micro-batch does without a second forward
@@ -184,8 +187,8 @@ def one_step(run: Run, batch: Batch, step: int) -> StepResult:
     rows = rows or len(batch.tokens)
     keys = None
     if c.train.dropout:
-        size = c.train.batch_size
-        keys = row_keys(c.seed, step * size, size, backend.rank, backend.world, backend.device)
+        first = run.objective.step * c.train.batch_size
+        keys = row_keys(c.seed, first, c.train.batch_size, backend.rank, backend.world, backend.device)
     return train_step(backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective, keys)
 
 

@@ -146,8 +146,8 @@ class DataConfig(Section):
     proxy_of: TargetTokens | None = Field(
         None,
         ge=1,
-        description="budget of a larger run, as tokens=1e11: train on so much of each source that it is repeated as "
-        "often as there; null: on all",
+        description="budget of a larger run, short --proxy-of tokens=1e11: train on so much of each source that it is "
+        "repeated as often as there; null: on all",
     )
     document_mask: bool = Field(False, description="tokens attend within their own document only")
     verify: Plumbing[bool] = Field(True, description="check the sha256 of every shard before training")
