@@ -32,7 +32,8 @@ def dropout(x: Tensor, rate: float, keys: Tensor | None, place: int) -> Tensor:
         return x
     dropped = round(rate * LEVELS)
     draw = draws(keys, place, x.numel() // len(keys)).reshape(x.shape)
-    return (x * (LEVELS / (LEVELS - dropped))).masked_fill(draw < dropped - LEVELS // 2, 0.0)
+    kept = draw >= dropped - LEVELS // 2
+    return x * kept.to(torch.promote_types(x.dtype, torch.float32)).mul_(LEVELS / (LEVELS - dropped))
 
 
 @torch.library.custom_op("thriftlab::draws", mutates_args=())

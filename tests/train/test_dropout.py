@@ -1,4 +1,4 @@
-"""Dropout: a stream of splitmix64 for each row and place, so that no way of computing a step changes what is dropped."""
+"""Dropout: a stream of splitmix64 for each row and place, so no way of computing a step changes what is dropped."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ ROWS, SEQ = 8, 7
 CONFIG = ModelConfig(preset=None, dim=10, layers=2, heads=1, hidden=13, vocab_size=17, tied=True, init_std=0.3)
 
 
-# ----------------------------------------------------------------------------------------- a slow reference, in integers
+# ---------------------------------------------------------------------------------------- a slow reference, in integers
 
 
 def finalise(x):
@@ -277,7 +277,7 @@ def test_layerwise_updates_are_the_normal_ones(tiny_data, tmp_path):
     for name, train in (("normal", NORMAL), ("layerwise", LAYERWISE)):
         trained(tiny_data, tmp_path / name, train=train)
     normal, layerwise = (traces(tmp_path / name) for name in ("normal", "layerwise"))
-    assert normal[2] == layerwise[2] or losses(tmp_path / "normal") == losses(tmp_path / "layerwise")
+    assert losses(tmp_path / "normal") == losses(tmp_path / "layerwise")
     for name, tensor in normal[1]["model"].items():
         assert tensor.tobytes() == layerwise[1]["model"][name].tobytes(), name
 
