@@ -29,8 +29,7 @@ All keys of `thriftlab train --help` but out, seed and optim.name set what the r
 optim.KEY is meant for every method, layer.KEY and signal.KEY for every one with a layer or a
 signal, and METHOD.KEY for one, as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two
 keys of one name apart.
---budget tokens=1e7 is short for the section `budget` with tokens alone, --proxy-of tokens=1e11 for
-data.proxy_of.
+--budget tokens=1e7 is short for `budget` with tokens alone, --proxy-of tokens=1e9 for data.proxy_of.
 """
 HELP_FLAGS = ("-h", "--help")
 Action = Callable[[list[str]], None]

@@ -151,7 +151,10 @@ def test_targets_of_another_kind_are_refused_in_one_line(given):
 
 @pytest.mark.parametrize(
     "steps, target, message",
-    [(None, 10**6, "a budget of seconds has no known number"), (9, 2047, "2,047 tokens is less than the 2,304 of this")],
+    [
+        (None, 10**6, "a budget of seconds has no known number"),
+        (9, 2047, "2,047 tokens is less than the 2,304 of this"),
+    ],
 )
 def test_budgets_that_do_not_fit_are_refused(tiny_data, tmp_path, steps, target, message):
     config = tiny_config(tiny_data, tmp_path, data={"proxy_of": target})
