@@ -56,9 +56,9 @@ SIZED = st.lists(st.tuples(st.integers(20, 3000), st.integers(1, 9)), min_size=1
 @settings(deadline=None, max_examples=25)
 def test_every_source_is_repeated_as_in_the_target(sources, blocks, times, seed):
     dataset = Sizes(**{f"s{number}": n for number, (n, _) in enumerate(sources)})
-    given = [Source(f"s{number}", weight=weight) for number, (_, weight) in enumerate(sources)]
+    weighted = [Source(f"s{number}", weight=weight) for number, (_, weight) in enumerate(sources)]
     steps, target = blocks * STEPS, blocks * STEPS * times
-    small, large = mixed(dataset, steps, target, seed, given), mixed(dataset, target, None, seed, given)
+    small, large = mixed(dataset, steps, target, seed, weighted), mixed(dataset, target, None, seed, weighted)
     rows, theirs = small.drawn(steps * BATCH).tolist(), large.drawn(target * BATCH).tolist()
     for kept, found, k, (n, _), whole in zip(small.cycle.read, seen(small, steps), rows, sources, theirs, strict=True):
         assert k * times == whole and abs(kept - Fraction(n, times)) <= Fraction(1, 2)
@@ -76,8 +76,8 @@ def test_what_is_kept_is_the_first_of_the_first_pass_and_grows(sources, a, b, se
     weights = [Source(name, weight=weight) for name, (_, weight) in zip(names, sources, strict=True)]
     steps = 200  # of which the mixture does not matter: what is kept does not depend on it
     found = []
-    for share, given in ((Fraction(min(a, b), 20), None), (Fraction(max(a, b), 20), weights)):
-        p = plan(dataset, 8, BATCH, seed, given, steps, share)
+    for share, chosen in ((Fraction(min(a, b), 20), None), (Fraction(max(a, b), 20), weights)):
+        p = plan(dataset, 8, BATCH, seed, chosen, steps, share)
         found.append([p.cycle.draws(number, 0, kept)[1].tolist() for number, kept in enumerate(p.cycle.read)])
         for name, n, windows in zip(names, p.cycle.windows, found[-1], strict=True):
             first = permute(np.arange(round(n * share)), n, named_seed(seed, name), 0)
@@ -152,7 +152,7 @@ def test_targets_of_another_kind_are_refused_in_one_line(given):
 @pytest.mark.parametrize(
     "steps, target, message",
     [
-        (None, 10**6, "a budget of seconds has no known number"),
+        (None, 10**6, "budget of seconds has no known number"),
         (9, 2047, "2,047 tokens is less than the 2,304 of this"),
     ],
 )

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m tests.measure.bench_dropout [--rounds 40]
 
-A GPT of 1,024 tokens of vocabulary, 8 windows of 256 tokens, fp32, AdamW, one thread, micro-batches as in a run. In each
-round every kind of step is taken once, in a changing order. Prints the median over the rounds of its CPU time over that
-of the step without dropout, and the quarters of the ratios.
+A GPT of 1,024 tokens of vocabulary, 8 windows of 256 tokens, fp32, AdamW, one thread, micro-batches as in a run. In
+each round every kind of step is taken once, in a changing order. Prints the median over the rounds of its CPU time over
+that of the step without dropout, and the quarters of the ratios.
 """
 
 import argparse

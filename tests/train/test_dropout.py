@@ -92,13 +92,15 @@ def test_ranks_have_the_keys_of_their_rows(world):
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.99])
 def test_the_share_that_is_dropped_and_the_scale_of_the_rest(rate):
-    x = torch.ones(64 * 50, 40)
-    y = dropout(x, rate, row_keys(1, 0, 64, 0, 1, CPU), 2)
+    x, keys = torch.ones(256 * 50, 40), row_keys(1, 0, 256, 0, 1, CPU)
+    y = dropout(x, rate, keys, 2)
     n, exact = x.numel(), round(rate * 65536) / 65536
     assert abs((y == 0).sum().item() - n * exact) < 5 * math.sqrt(n * exact * (1 - exact))
+    level, dropped = draws(keys, 2, 2000).int() + 32768, round(rate * 65536)
+    assert (level == dropped).any() and torch.equal(y == 0, (level < dropped).view_as(y))
     assert y[y != 0].unique().tolist() == [pytest.approx(1 / (1 - exact), rel=1e-6)]
     for axes in ((0, 2), (0, 1)):  # alike in every position and in every feature
-        share = (y == 0).double().view(64, 50, 40).mean(axes)
+        share = (y == 0).double().view(256, 50, 40).mean(axes)
         assert ((share - exact).abs() < 6 * math.sqrt(exact * (1 - exact) * len(share) / n)).all()
 
 
