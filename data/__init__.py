@@ -3,11 +3,13 @@
 from thriftlab.data.errors import DataError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.order import permute, stream
+from thriftlab.data.repetition import ControlledRepetition
 from thriftlab.data.rules import document_rule, line_rule
 from thriftlab.data.shards import Dataset, Windows, open_dataset, write_manifest, write_shards, write_tokenizer
 from thriftlab.data.tokens import Tokenizer, encode_document, load_tokenizer, train_bpe
 
 __all__ = [
+    "ControlledRepetition",
     "DataError",
     "Dataset",
     "Plan",

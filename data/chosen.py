@@ -6,7 +6,7 @@ Chosen neighbours make a run, which is a piece of the shard. A row of tokens is 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 CHUNK = 2**22  # tokens
 
 
+class Pieces(Protocol):
+    """What a shard is asked for."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, piece: slice, /) -> NDArray[Any]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class ChosenTokens:
     """`len` and `dtype` are those of the chosen tokens; the token at x of run k is at x + shift[k] of the shard."""
 
-    shard: NDArray[Any]
+    shard: Pieces
     bounds: NDArray[np.int64]  # where the runs begin among the chosen tokens, then the number of all: [runs + 1]
     shift: NDArray[np.int64]  # [runs]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +21,8 @@ class Batch(NamedTuple):
 
 def gather(plan: Plan, step: int, rank: int = 0, world: int = 1) -> Batch:
     """Rows j of step `step` with j % world == rank: the global batch is the same for every world."""
-    source, window, _ = (column[rank::world] for column in plan.rows(step))
-    tokens = np.empty((len(source), plan.sequence_length + 1), np.int64)
-    for p in np.unique(source):
-        where = np.flatnonzero(source == p)
-        plan.windows[p].gather(window[where], tokens, where)
-    return Batch(*map(torch.from_numpy, (tokens, source.copy(), plan.offsets[source] + window)))
+    rows = [column[rank::world] for column in plan.rows(step)]
+    return Batch(*map(torch.from_numpy, (plan.read(*rows), rows[0].copy(), plan.samples(*rows))))
 
 
 def batches(plan: Plan, rank: int, world: int, device: torch.device) -> Callable[[int], Batch]:

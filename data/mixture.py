@@ -10,11 +10,11 @@ blocks before b. The surprise: one source alone needs no special case, it is the
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,33 +22,13 @@ from numpy.typing import NDArray
 from thriftlab.data.errors import DataError
 from thriftlab.data.order import permute, stream
 from thriftlab.data.proxy import kept_windows
+from thriftlab.data.quotas import BLOCK, Source, cycle_counts
+from thriftlab.data.reshuffle import Reshuffled
 from thriftlab.data.shards import Dataset, Windows
 
-BLOCK = 1024
+REPEATED = "repeated"  # the source of rows that are of a repeated pool
 
 Array = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source by name, and how much of it: a `weight` (share of the rows) or `epochs` (passes over the run); not both.
-
-    Epochs are exact over the whole run, weights to 1/1024 in every block of 1024 rows. `where` chooses documents by
-    their scores, as "score>0.7": the source is then what is chosen.
-    """
-
-    name: str
-    weight: float | None = None
-    epochs: float | None = None
-    where: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and self.epochs is not None:
-            raise DataError(f"source {self.name!r}: give weight or epochs, not both")
-        for key in ("weight", "epochs"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < float("inf"):
-                raise DataError(f"source {self.name!r}: {key} is {value}; it must be a positive number")
 
 
 @dataclass(frozen=True)
@@ -138,6 +118,41 @@ class Plan:
         source, window, epoch = np.concatenate(pieces, axis=1)
         return source, window, epoch
 
+    def read(self, source: Array, window: Array, epoch: Array) -> Array:
+        """The tokens of rows as `at` names them: [rows, seq + 1]."""
+        tokens = np.empty((len(source), self.sequence_length + 1), np.int64)
+        for p in np.unique(source):
+            where = np.flatnonzero(source == p)
+            self.windows[p].gather(window[where], tokens, where)
+        return tokens
+
+    def samples(self, source: Array, window: Array, epoch: Array) -> Array:
+        """The id of each of these rows among all training windows: int64 [rows]."""
+        return self.offsets[source] + window
+
+    def located(self, sample: Array) -> tuple[Array, Array]:
+        """Which window of which source has this id; of `windows`, [rows] each."""
+        source = np.searchsorted(self.offsets, sample, side="right") - 1
+        return source, sample - self.offsets[source]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the windows are those of the shards, by these ids."""
+        return True
+
+    def fitting(self, steps: int) -> int:
+        """Of a budget of so many steps, those that there are rows for."""
+        return steps
+
+    @property
+    def pool(self) -> Windows | None:
+        """Rows whose loss is measured beside the held-out ones."""
+        return None
+
+    def announcement(self) -> str:
+        """What is said of it before the first step."""
+        return ""
+
     @cached_property
     def offsets(self) -> Array:
         """Global id of each source's first window: int64 [sources]."""
@@ -150,6 +165,17 @@ class Plan:
         whole = turn * np.array(self.cycle.counts) + np.diff(self.cycle.before(self.cycle.bounds, within))
         return whole + np.bincount(block_rows(self.cycle, block)[0, :slot], minlength=len(self.sources))
 
+    def uses(self, steps: int) -> dict[str, dict[str, int]]:
+        """Of each source: `unique` training tokens, and `tokens` of them that a run of this length draws."""
+        drawn = (self.drawn(steps * self.batch_size) * self.sequence_length).tolist()
+        used = zip(self.sources, self.unique, drawn, strict=True)
+        return {source.name: {"unique": unique, "tokens": tokens} for source, unique, tokens in used}
+
+    @property
+    def unique(self) -> list[int]:
+        """Training tokens of each source that the run passes over."""
+        return [n * self.sequence_length for n in self.cycle.read]
+
     def table(self, steps: int | None = None) -> str:
         """The mixture as text; with `steps`, what a run of that length draws and how often it repeats it."""
         drawn = self.drawn((steps or 0) * self.batch_size)
@@ -159,11 +185,37 @@ class Plan:
             share, tokens = count / c.rows, n * self.sequence_length
             windows = f"{n:,} of {of:,}" if c.kept else f"{n:,}"
             lines.append([source.name, f"{share:.2%}", windows, f"{tokens:,}", f"{k:,}", f"{k / n:.2f}"])
-        columns = list(zip(*lines, strict=True))[: 4 if steps is None else 6]
-        widths = [max(map(len, column)) for column in columns]
-        name, *numbers = ([cell.rjust(w) for cell in column] for column, w in zip(columns, widths, strict=True))
-        name = [cell.strip().ljust(widths[0]) for cell in name]
-        return "\n".join(map("  ".join, zip(name, *numbers, strict=True)))
+        return aligned([line[: 4 if steps is None else 6] for line in lines])
+
+
+@dataclass(frozen=True, eq=False)
+class ReshuffledPlan(Plan):
+    """The same with windows that are cut anew in each epoch of their source; their ids are counted over all epochs."""
+
+    anew: list[Reshuffled]
+
+    def read(self, source: Array, window: Array, epoch: Array) -> Array:
+        tokens = np.empty((len(source), self.sequence_length + 1), np.int64)
+        for p in np.unique(source):
+            where = np.flatnonzero(source == p)
+            self.anew[p].gather(window[where], epoch[where], tokens, where)
+        return tokens
+
+    def samples(self, source: Array, window: Array, epoch: Array) -> Array:
+        return self.offsets[source] + window + epoch * sum(self.cycle.windows)
+
+    @property
+    def fixed(self) -> bool:
+        return False
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table as text: the first column to the left, numbers to the right."""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    name, *numbers = ([cell.rjust(w) for cell in column] for column, w in zip(columns, widths, strict=True))
+    name = [cell.strip().ljust(widths[0]) for cell in name]
+    return "\n".join(map("  ".join, zip(name, *numbers, strict=True)))
 
 
 def plan(
@@ -174,6 +226,7 @@ def plan(
     sources: Sequence[Source] | None = None,
     steps: int | None = None,
     share: Fraction | None = None,
+    reshuffle: bool = False,
 ) -> Plan:
     """Plan the training rows of a run.
 
@@ -183,7 +236,43 @@ def plan(
         steps: steps of the whole run; needed when some sources have epochs and others weights, checked when all have
             epochs, which then have to fill the run to within one batch.
         share: of the target's steps, where the run is a proxy, see proxy.py; None: it is none.
+        reshuffle: cut the windows of each epoch from the documents in an order of its own.
     """
+    chosen, windows = choose_sources(dataset, sequence_length, sources)
+    names, seeds = [source.name for source in chosen], [named_seed(seed, source.name) for source in chosen]
+    anew = [
+        Reshuffled(
+            dataset.documents(source.name, source.where), sequence_length, named_seed(seed, f"{source.name}/documents")
+        )
+        for source in chosen
+        if reshuffle
+    ]
+    lengths = tuple(map(len, anew or windows))
+    kept = None if share is None else kept_windows(names, lengths, share)
+    counts = cycle_counts(chosen, kept or lengths, batch_size, steps)
+    for name, count in zip(names, counts, strict=True):
+        if count == 0:
+            raise DataError(f"source {name!r} would never be drawn, its share is below one row; raise it or omit it")
+    cycle = Cycle(tuple(counts), lengths, tuple(seeds), seed, kept)
+    identity = [dataset.fingerprint, sequence_length, seed, names, counts]
+    if any(source.where for source in chosen):
+        identity.append([source.where for source in chosen])
+    if kept:
+        identity.append({"kept": kept})
+    parts = chosen, windows, sequence_length, batch_size, cycle
+    if reshuffle:
+        return ReshuffledPlan(*parts, digest([*identity, "documents"]), anew)
+    return Plan(*parts, digest(identity))
+
+
+def digest(identity: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def choose_sources(
+    dataset: Dataset, sequence_length: int, sources: Sequence[Source] | None
+) -> tuple[list[Source], list[Windows]]:
+    """Those that were asked for, or all, and their windows. DataError for what cannot be mixed."""
     chosen = list(sources or map(Source, dataset.sources))
     names = [source.name for source in chosen]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -198,62 +287,9 @@ def plan(
                 f"{dataset.path}: source {source.name!r} has {found.tokens} training tokens{where}, and a window takes "
                 f"{sequence_length + 1}; leave it out, prepare more text, or shorten the sequence"
             )
-    lengths = tuple(map(len, windows))
-    kept = None if share is None else kept_windows(names, lengths, share)
-    counts = cycle_counts(chosen, kept or lengths, batch_size, steps)
-    for name, count in zip(names, counts, strict=True):
-        if count == 0:
-            raise DataError(f"source {name!r} would never be drawn, its share is below one row; raise it or omit it")
-    cycle = Cycle(tuple(counts), lengths, tuple(named_seed(seed, name) for name in names), seed, kept)
-    identity = [dataset.fingerprint, sequence_length, seed, names, counts]
-    if any(source.where for source in chosen):
-        identity.append([source.where for source in chosen])
-    if kept:
-        identity.append({"kept": kept})
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Plan(chosen, windows, sequence_length, batch_size, cycle, digest)
+    return chosen, windows
 
 
 def named_seed(seed: int, name: str) -> int:
     """The key of a source's own order: the same alone and in any mixture, and different from every other source's."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
-
-
-def cycle_counts(sources: Sequence[Source], windows: Sequence[int], batch_size: int, steps: int | None) -> list[int]:
-    """Rows of each source in one cycle: an epoch of everything, the whole run, or 1024 slots divided by weight."""
-    fixed = [round((source.epochs or 0) * n) for source, n in zip(sources, windows, strict=True)]
-    weights = [Fraction(source.weight or 0) for source in sources]
-    if all(source.epochs is None and source.weight is None for source in sources):
-        return list(windows)
-    if all(source.epochs is None for source in sources):
-        return largest_remainder(BLOCK, weights)
-    if all(source.weight is None for source in sources):
-        _check_length(sum(fixed), batch_size, steps)
-        return fixed
-    if steps is None:
-        raise DataError("epochs beside weights need a run of known length: set the budget in tokens or FLOPs")
-    rest = steps * batch_size - sum(fixed)
-    if rest <= 0:
-        raise DataError(
-            f"the epochs asked for are {sum(fixed)} rows and the run has {steps} steps of {batch_size}, which leaves "
-            "nothing for the weighted sources; lengthen the run or lower the epochs"
-        )
-    return [exact + share for exact, share in zip(fixed, largest_remainder(rest, weights), strict=True)]
-
-
-def _check_length(rows: int, batch_size: int, steps: int | None) -> None:
-    if steps is not None and abs(steps * batch_size - rows) >= batch_size:
-        raise DataError(
-            f"the epochs asked for are {rows} rows, {rows / batch_size:.1f} steps of {batch_size}, and the run has "
-            f"{steps} steps; set the budget to that, or give one source a weight instead of epochs to take the rest"
-        )
-
-
-def largest_remainder(total: int, weights: Sequence[Fraction]) -> list[int]:
-    """Divide `total` by weight in whole numbers (Hamilton's method); ties go to the first listed."""
-    exact = [total * weight / sum(weights) for weight in weights]
-    counts = [math.floor(share) for share in exact]
-    order = sorted(range(len(exact)), key=lambda p: counts[p] - exact[p])
-    for p in order[: total - sum(counts)]:
-        counts[p] += 1
-    return counts

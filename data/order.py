@@ -6,11 +6,15 @@ splitmix64 (Steele, Lea & Flood 2014). The surprise: unlike a shuffled array it 
 generator decides what "seed 0" means, so an order published today is the same order on every machine and version.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: splitmix64's increment
 ROUNDS = 6
+
+Cipher = Callable[[NDArray[np.uint64], NDArray[np.uint64], int], NDArray[np.uint64]]
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -36,20 +40,39 @@ def feistel(x: NDArray[np.uint64], keys: NDArray[np.uint64], half: int) -> NDArr
     return (left << width) | right
 
 
+def decrypt(x: NDArray[np.uint64], keys: NDArray[np.uint64], half: int) -> NDArray[np.uint64]:
+    """The inverse of `feistel`."""
+    width, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = x >> width, x & mask
+    for key in keys[::-1]:
+        left, right = right ^ (mix64(left ^ key) & mask), left
+    return (left << width) | right
+
+
 def permute(index: ArrayLike, n: int, seed: int, epoch: ArrayLike) -> NDArray[np.int64]:
     """Where positions `index` of epoch `epoch` point: a bijection on [0, n) for every (seed, epoch).
 
     `index` and `epoch` are integers or integer arrays that broadcast, 0 <= index < n; returns int64 of their shape.
     """
-    index, epoch = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(epoch, np.uint64))
+    return walk(feistel, index, n, seed, epoch)
+
+
+def unpermute(row: ArrayLike, n: int, seed: int, epoch: ArrayLike) -> NDArray[np.int64]:
+    """The inverse of `permute`: the positions of epoch `epoch` that point to rows `row`."""
+    return walk(decrypt, row, n, seed, epoch)
+
+
+def walk(cipher: Cipher, word: ArrayLike, n: int, seed: int, epoch: ArrayLike) -> NDArray[np.int64]:
+    """The cipher, again and again until it lands below n."""
+    word, epoch = np.broadcast_arrays(np.asarray(word, np.uint64), np.asarray(epoch, np.uint64))
     half = (max(2, (n - 1).bit_length()) + 1) // 2
     keys = round_keys(seed, epoch.ravel())
-    row = feistel(index.ravel(), keys, half)
-    outside = np.flatnonzero(row >= n)
+    found = cipher(word.ravel(), keys, half)
+    outside = np.flatnonzero(found >= n)
     while outside.size:
-        row[outside] = feistel(row[outside], keys[:, outside], half)
-        outside = outside[row[outside] >= n]
-    return row.reshape(index.shape).astype(np.int64)
+        found[outside] = cipher(found[outside], keys[:, outside], half)
+        outside = outside[found[outside] >= n]
+    return found.reshape(word.shape).astype(np.int64)
 
 
 def stream(start: int, count: int, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thriftlab.data.chosen import ChosenRows, ChosenTokens, choose
+from thriftlab.data.documents import Documents, documents
 from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import Manifest, file_sha256, fingerprint, read_manifest, verify_files
 from thriftlab.data.manifest import write_manifest as write_manifest  # part of this module's interface
@@ -205,6 +206,13 @@ class Dataset:
         ]
         documents = sum(int(mask.sum()) for mask in masks)
         return Windows(chosen, sequence_length, sum(map(len, chosen)), documents, lambda: self._bytes(chosen))
+
+    def documents(self, source: str, where: str | None = None) -> Documents:
+        """Its training documents, or those that `where` chooses, numbered over all shards."""
+        windows, entry = self.windows(source, "train", 1), self.manifest["sources"][source]["train"]
+        ends = [np.load(self.path / shard["ends_file"]) for shard in entry["shards"]]
+        masks = self._chosen(source, where) if where else None
+        return documents(windows.shards, ends, masks, f"{self.fingerprint}/{source}/{where}")  # type: ignore[arg-type]
 
     def _chosen(self, source: str, where: str) -> list[NDArray[np.bool_]]:
         """Which training documents the expression chooses, for each shard: [documents]. DataError if there is none."""

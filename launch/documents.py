@@ -4,8 +4,8 @@ from pydantic import Field
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.paths import typed_path
-from thriftlab.data.prepare.export import export
-from thriftlab.data.prepare.show import show
+from thriftlab.data.prepare.report.export import export
+from thriftlab.data.prepare.report.show import show
 from thriftlab.train.config.choice import Plugin, Section
 from thriftlab.train.config.parse import read, validate
 

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from thriftlab.data.errors import ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
+from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
 from thriftlab.optim.core.groups import by_reason
@@ -81,6 +82,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
         backend.update_in_backward()
     horizon = make_horizon(config, model)
     data_plan = make_plan(config, dataset, horizon.steps)
+    horizon = replace(horizon, steps=horizon.steps and data_plan.fitting(horizon.steps))
     return Run(
         config=config,
         backend=backend,
@@ -199,8 +201,10 @@ def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
     given = {name: Source(name, **source.model_dump()) for name, source in data.sources.items()}
     if all(source.weight is None and source.epochs is None for source in given.values()):
         given = {name: Source(name) for name in dataset.sources} | given
-    share = share_of_target(config, steps)
-    return plan(dataset, data.sequence_length, batch_size, config.seed, [*given.values()], steps, share)
+    what = dataset, data.sequence_length, batch_size, config.seed, [*given.values()], steps
+    if data.repetition.fraction is not None:
+        return repeated_plan(*what, **data.repetition.model_dump())
+    return plan(*what, share_of_target(config, steps), data.reshuffle == "documents")
 
 
 def share_of_target(config: RunConfig, steps: int | None) -> Fraction | None:
@@ -227,7 +231,7 @@ def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torc
     names = [source.name for source in plan.sources]
     with options_of("signal"):
         signal = SIGNALS[chosen.name](**chosen.hyperparameters())
-    refuse_unheld(signal, dataset, names, config.data.sequence_length)
+    refuse_unheld(signal, dataset, names[: len(plan.windows)], config.data.sequence_length)
     reference = signal.reference and open_reference(signal.reference, dataset, plan, config.data.verify)
     with options_of("signal"):
         return Objective(

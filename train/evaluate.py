@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thriftlab.data.mixture import REPEATED
 from thriftlab.data.shards import Dataset, Windows
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.windows import autocast, document_ids, split_windows
@@ -27,6 +28,7 @@ def evaluate(
     mask_delimiter: int | None = None,
     max_tokens: int | None = None,
     sources: Sequence[str] | None = None,
+    pool: Windows | None = None,
 ) -> dict:
     """Held-out loss of the backend's model.
 
@@ -35,6 +37,7 @@ def evaluate(
         mask_delimiter: as in training, see `train_step`.
         max_tokens: stop after this many tokens of each source, rounded up to whole windows; None: all.
         sources: which of them; None: all.
+        pool: training windows that are repeated, told as a source and not part of the sum.
 
     Returns:
         {"loss": nats per token, "bits_per_byte", "tokens", "bytes", "sources": {name: the same four}}.
@@ -46,9 +49,12 @@ def evaluate(
         windows = dataset.windows(source, "validation", sequence_length)
         rows = count_rows(windows, max_tokens)
         totals[source] = sum_losses(backend, windows, rows, token_bytes, batch_size, precision, mask_delimiter)
+    whole = means(np.sum(list(totals.values()), axis=0))
+    if pool is not None:
+        settings = len(pool), token_bytes, batch_size, precision, mask_delimiter
+        totals[REPEATED] = sum_losses(backend, pool, *settings)
     backend.module.train()
-    by_source = {name: means(total) for name, total in totals.items() if total[1] > 0}
-    return {**means(np.sum(list(totals.values()), axis=0)), "sources": by_source}
+    return {**whole, "sources": {name: means(total) for name, total in totals.items() if total[1] > 0}}
 
 
 @torch.no_grad()

@@ -136,6 +136,11 @@ def finish(run: Run, counters: Counters, results: dict[str, Any], origin: dict[s
     return entry
 
 
+def data_used(run: Run, steps: int) -> DataUsed:
+    data, plan = run.dataset, run.plan
+    return DataUsed(data.fingerprint, plan.fingerprint, data.tokenizer.name, plan.uses(steps))
+
+
 def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
     model, backend, speed = run.model, run.backend, counters.tokens_per_second()
     return Record(
@@ -146,7 +151,7 @@ def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: d
         config=run.config.model_dump(mode="json"),
         **origin,
         world=backend.world,
-        data=DataUsed(run.dataset.fingerprint, run.plan.fingerprint, run.dataset.tokenizer.name),
+        data=data_used(run, counters.step),
         model=ModelUsed(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -144,10 +144,11 @@ def examine(run: Run) -> None:
 
 
 def announce(run: Run, counters: Counters) -> None:
-    """Says once which layers are replaced, what the method leaves to full AdamW, and how often a proxy repeats what."""
+    """Says once which layers are replaced, what the method leaves to full AdamW, and which data are repeated."""
     target = run.config.data.proxy_of
     proxy = target and f"a proxy of a run of {target:,} tokens:\n{run.plan.table(run.horizon.steps)}"
-    lines = [line for line in (replaced(run.config.layer.name, run.conversion), listing(run.optimizer), proxy) if line]
+    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement(), proxy
+    lines = [line for line in said if line]
     if lines and run.chief and counters.step == 0:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
@@ -193,8 +194,10 @@ def one_step(run: Run, batch: Batch) -> StepResult:
 
 
 def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:
-    """Held-out loss of some sources, or of all."""
-    c = run.config
+    """Held-out loss of some sources, or of all; of a pool that is repeated, its loss in training."""
+    c, pool = run.config, run.plan.pool
+    if sources is not None and pool is not None:
+        sources = [name for name in sources if name in run.dataset.sources]
     return evaluate(
         run.backend,
         run.dataset,
@@ -204,6 +207,7 @@ def measure(run: Run, tokens: int | None = None, sources: list[str] | None = Non
         run.mask_delimiter,
         tokens or c.eval.tokens,
         sources,
+        pool,
     )
 
 

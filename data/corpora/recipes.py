@@ -21,7 +21,7 @@ TOKENIZER = "bpe:4096"
 
 def settings(name: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
     """What a recipe sets in the configuration of a preparation. ValueError for unknown names."""
-    if name not in RECIPES:
+    if name not in list(RECIPES):  # which a list, from a file or the command line, may be compared with
         raise ValueError(f"recipe {name!r} is unknown; there is {', '.join(RECIPES)}")
     domains = RECIPES[name]
     if unknown := set(leave_out) - domains.keys():

@@ -51,16 +51,18 @@ def clean(work: Work, config: PrepareConfig, rules: Rules | None, parts: int, nu
         for identity, raw in documents(unit, config.inputs[name].text_key):
             found = True
             text = normalise(raw)
-            counts.read(text)
-            judged = _judge(text, rules, acting, counts)
-            encoded = judged.text.encode()
-            digest = hashlib.sha256(encoded).digest()
+            digest, size = _hashed(text)
+            counts.read(digest, size)
+            judged = _judge(text, size, rules, acting, counts)
             if judged.reason:
-                counts.dropped(judged.stage, judged.reason, len(encoded), acted=True)
+                counts.dropped(judged.stage, judged.reason, size, acted=True)
                 samples.add(f"{judged.stage}/{judged.reason}", digest, identity, text)
+            elif judged.text != text:
+                before, (digest, size) = size, _hashed(judged.text)
+                counts.edited_bytes += before - size
             rows.append((
                 source, int.from_bytes(digest[:8]), int.from_bytes(digest[8:16]), point(digest, config.seed),
-                len(encoded), identity, judged.stage, judged.reason, None if judged.reason else judged.text,
+                size, identity, judged.stage, judged.reason, None if judged.reason else judged.text,
             ))  # fmt: skip
         if not found:
             empty_files.append(unit.name)
@@ -70,7 +72,13 @@ def clean(work: Work, config: PrepareConfig, rules: Rules | None, parts: int, nu
     return _table(rows, parts)
 
 
-def _judge(text: str, rules: Rules | None, acting: bool, counts: "Counts") -> Judged:
+def _hashed(text: str) -> tuple[bytes, int]:
+    """The sha256 of a text in UTF-8, and its bytes."""
+    encoded = text.encode()
+    return hashlib.sha256(encoded).digest(), len(encoded)
+
+
+def _judge(text: str, size: int, rules: Rules | None, acting: bool, counts: "Counts") -> Judged:
     if not text.strip():
         return Judged(text, EMPTY, EMPTY)
     if rules is None:
@@ -79,7 +87,7 @@ def _judge(text: str, rules: Rules | None, acting: bool, counts: "Counts") -> Ju
     counts.edits.update(cleaned.edits)
     if not acting:
         if cleaned.reason:
-            counts.dropped("rules", cleaned.reason, len(text.encode()), acted=False)
+            counts.dropped("rules", cleaned.reason, size, acted=False)
         return Judged(text, None, None)
     if not cleaned.reason and not cleaned.text.strip():
         return Judged(text, "rules", "nothing left by line rules")
@@ -107,27 +115,33 @@ class Counts:
     """What a piece read and dropped; as integers, so that the sums over pieces are exact."""
 
     def __init__(self) -> None:
-        self.documents = self.bytes = self.text_sum = 0
+        self.documents = self.bytes = self.text_sum = self.edited_bytes = 0
         self.reasons: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # documents, bytes
         self.edits: Counter[str] = Counter()
 
-    def read(self, text: str) -> None:
-        encoded = text.encode()
+    def read(self, digest: bytes, size: int) -> None:
         self.documents += 1
-        self.bytes += len(encoded)
-        # A sum, so that it knows no order: as many collisions as a hash of 256 bits has by chance.
-        self.text_sum += int.from_bytes(hashlib.sha256(encoded).digest())
+        self.bytes += size
+        self.text_sum += int.from_bytes(digest)  # a sum, so that it knows no order
 
     def dropped(self, stage: str | None, reason: str, size: int, acted: bool) -> None:
-        tally = self.reasons[f"{stage}/{reason}/{int(acted)}"]
+        tally = self.reasons[f"{stage}/{reason}/{int(acted)}"]  # see `taken_apart`
         tally[0] += 1
         tally[1] += size
 
     def facts(self) -> dict[str, Any]:
         return {
-            "documents": self.documents, "bytes": self.bytes, "text_sum": f"{self.text_sum % 2**256:064x}",
+            "documents": self.documents, "bytes": self.bytes, "edited_bytes": self.edited_bytes,
+            "text_sum": f"{self.text_sum % 2**256:064x}",
             "reasons": dict(sorted(self.reasons.items())), "edits": dict(sorted(self.edits.items())),
         }  # fmt: skip
+
+
+def taken_apart(key: str) -> tuple[str, str, bool]:
+    """Stage, reason, and whether documents were dropped; else they were counted only."""
+    stage, _, rest = key.partition("/")
+    reason, _, acted = rest.rpartition("/")
+    return stage, reason, acted == "1"
 
 
 class Samples:

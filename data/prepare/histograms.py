@@ -16,7 +16,7 @@ EDGES: dict[str, list[float]] = {
 }
 
 
-def count(parts: Parts, sources: int, units: dict[str, int], part: int) -> dict[str, list[list[int]]]:
+def count_histograms(parts: Parts, sources: int, units: dict[str, int], part: int) -> dict[str, list[list[int]]]:
     """Of the documents of a part that stay: by column, for each source, the documents in each bin."""
     fate, rows = np.asarray(parts.array("fate", part)), parts.rows(part)
     stays = (fate == TRAIN) | (fate == HELD)

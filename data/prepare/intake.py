@@ -12,7 +12,7 @@ from typing import Any
 from thriftlab.data.corpora.folders import PassOver, files
 from thriftlab.data.corpora.readers import all_empty, locate
 from thriftlab.data.files import printable
-from thriftlab.data.prepare.engine import Engine
+from thriftlab.data.prepare.engines.base import Engine
 from thriftlab.data.prepare.pieces import PACKED, Unit, is_landed, land, landed, pieces, units, write_piece
 from thriftlab.data.prepare.request import PrepareConfig
 from thriftlab.data.prepare.work import Work

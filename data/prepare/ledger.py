@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from thriftlab.data.prepare import histograms
 from thriftlab.data.prepare.clean import SAMPLED, Samples
+from thriftlab.data.prepare.histograms import count_histograms
 from thriftlab.data.prepare.parts import HELD, LEAKS, NEAR, TRAIN, Parts
 from thriftlab.data.prepare.work import putting, read_table
 
@@ -44,12 +44,12 @@ def write_ledger(parts: Parts, sources: Sequence[str], units: dict[str, int], ke
     file = parts.work.out / "documents" / f"{part:05}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     written = table.select([*LEDGER.names[1:], *units, *columns]).add_column(0, LEDGER.field("source"), source)
-    with putting(file) as temporary:
-        pq.write_table(written, temporary, row_group_size=ROW_GROUP, compression="zstd")
+    with putting(file) as temporary, open(temporary, "wb") as sink:
+        pq.write_table(written, sink, row_group_size=ROW_GROUP, compression="zstd")
     facts = {
         "documents": len(table),
         "samples": {name: each.first for name, each in samples.items()},
-        "histograms": histograms.count(parts, len(sources), units, part),
+        "histograms": count_histograms(parts, len(sources), units, part),
     }
     parts.work.finish(f"ledger/{part:05}", facts)
 

@@ -6,6 +6,7 @@ first: read by one task, and written as units that can be read again.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -16,7 +17,8 @@ import pyarrow as pa
 
 from thriftlab.data.corpora import readers, streams
 from thriftlab.data.corpora.folders import Format, formats, name_below
-from thriftlab.data.prepare.engine import Engine
+from thriftlab.data.files import printable
+from thriftlab.data.prepare.engines.base import Engine
 from thriftlab.data.prepare.request import Input, PrepareConfig
 from thriftlab.data.prepare.work import Work
 
@@ -135,14 +137,14 @@ def read_piece(work: Work, number: int) -> Piece:
 def documents(unit: Unit, text_key: str) -> Iterator[tuple[str, str]]:
     """(id, text) of the documents of a unit."""
     if unit.format is None:
-        with pa.memory_map(unit.file) as stream, pa.ipc.open_file(stream) as reader:
+        with pa.memory_map(os.fsencode(unit.file)) as stream, pa.ipc.open_file(stream) as reader:
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
                 yield from zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
         return
     part = readers.Part(*unit.part) if unit.part else None
     for row, text, _ in readers.rows(Path(unit.file), unit.format, text_key, unit.given, part):
-        yield unit.name + row, text
+        yield printable(unit.name) + row, text
 
 
 # --- landing ---------------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def land(work: Work, config: PrepareConfig, item: tuple[int, str, Unit | None]) 
             source.path, name, source.text_key, source.streaming, config.downloads, source.format,
             lambda *told: passed.append(told),
         )  # fmt: skip
-        found = ((document.id, document.text) for document in read)
+        found = ((printable(document.id), document.text) for document in read)
     landed = []
     for count, (ids, texts, size) in enumerate(_filled(found, config.piece_bytes)):
         file = work.folder(f"land/{number:05}") / f"{count:05}.arrow"
@@ -190,7 +192,7 @@ def _filled(found: Iterator[tuple[str, str]], most: int) -> Iterator[tuple[list[
 
 
 def _write_landed(file: Path, ids: Sequence[str], texts: Sequence[str]) -> None:
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, LANDED) as writer:
+    with pa.OSFile(os.fsencode(file), "wb") as sink, pa.ipc.new_file(sink, LANDED) as writer:
         writer.write_batch(pa.record_batch([pa.array(ids, pa.large_string()), pa.array(texts, pa.large_string())],
                                            schema=LANDED))  # fmt: skip
 

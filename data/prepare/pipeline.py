@@ -7,6 +7,8 @@ depends on the engine, the workers, or how the input lies in files. The surprise
 one leaves training, not the test, which stays what it was.
 """
 
+import errno
+import hashlib
 import json
 import platform
 import sys
@@ -21,12 +23,11 @@ from tqdm import tqdm
 
 from thriftlab.data.corpora import recipes
 from thriftlab.data.corpora.readers import locate
-from thriftlab.data.errors import DataError
+from thriftlab.data.errors import DataError, EngineError
 from thriftlab.data.files import REMEDIES, replace_atomically
 from thriftlab.data.manifest import read_manifest, verify_files
-from thriftlab.data.prepare import stages, tokenize
 from thriftlab.data.prepare.clean import DOCUMENTS, clean, unique
-from thriftlab.data.prepare.engine import Engine, open_engine, versions
+from thriftlab.data.prepare.engines.base import Engine, open_engine, versions
 from thriftlab.data.prepare.intake import cut, is_small, tell_empty_files
 from thriftlab.data.prepare.ledger import write_ledger
 from thriftlab.data.prepare.near import PAIRS, banding
@@ -35,7 +36,19 @@ from thriftlab.data.prepare.request import PrepareConfig, PrepareRequest, differ
 from thriftlab.data.prepare.result import check_sources, write_result
 from thriftlab.data.prepare.rules import chosen
 from thriftlab.data.prepare.scoring import Scorer, score, units
+from thriftlab.data.prepare.stages import (
+    cut_held_out,
+    decontaminate,
+    fates,
+    index_held_out,
+    lines,
+    merge_near,
+    near_edges,
+    near_pairs,
+    training_texts,
+)  # fmt: skip
 from thriftlab.data.prepare.summary import Summary
+from thriftlab.data.prepare.tokenize import SPLITS, encode, open_tokenizer, shards, write_shard
 from thriftlab.data.prepare.work import Work
 from thriftlab.data.shards import token_dtype
 from thriftlab.data.tokens import train_bpe
@@ -60,6 +73,8 @@ def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
             work = _begin(folder, config, request)
             try:
                 notes = _build(config, model, work, {"request": request, "packages": packages})
+            except EngineError:  # not of the input
+                raise
             except DataError:  # of the input: what was made of it is of no use
                 empty(folder)
                 raise
@@ -69,7 +84,9 @@ def prepare(config: PrepareConfig, model: Scorer | None = None) -> Summary:
             install(folder / "out", config.out)
     except OSError as error:  # readers report their own
         remedy = REMEDIES.get(error.errno or 0, "choose another out")
-        raise DataError(f"{config.out}: cannot be made ({error}); {remedy}; then the same command goes on") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy += ": the same command goes on then"
+        raise DataError(f"{config.out}: cannot be made ({error}); {remedy}") from error
     return Summary(config.out, read_manifest(config.out), notes)
 
 
@@ -127,7 +144,7 @@ def _build(config: PrepareConfig, model: Scorer | None, work: Work, made: dict[s
             score(config, parts, engine, model)
         _split(config, parts, engine)
         tokenizer = _tokenizer(config, parts)
-        _each(engine, partial(tokenize.encode, parts, tokenizer), parts, "tokens", "tokenize")
+        _each(engine, partial(encode, parts, tokenizer), parts, "tokens", "tokenize")
         ledger = partial(write_ledger, parts, list(config.inputs), columns, config.keep_text)
         _each(engine, ledger, parts, "ledger", "write the ledger")
         entries = _shards(config, parts, engine, tokenizer, len(columns))
@@ -138,7 +155,7 @@ def _build(config: PrepareConfig, model: Scorer | None, work: Work, made: dict[s
         "python": platform.python_version(),
         "seconds": seconds,
     }
-    write_result(config, parts, tokenize.open_tokenizer(tokenizer), entries, made)
+    write_result(config, parts, open_tokenizer(tokenizer), entries, made)
     return (*notes, f"prepared in {seconds} s")
 
 
@@ -150,22 +167,31 @@ def _recipes(config: PrepareConfig) -> dict[str, str]:
 
 def _begin(folder: Path, config: PrepareConfig, request: PrepareRequest) -> Work:
     """The unfinished folder, as a killed attempt of the same plan left it, or empty."""
-    plan, file = json.dumps({"request": request, "versions": versions()}, indent=1), folder / "plan.json"
+    decides = {"request": request, "piece_bytes": config.piece_bytes, "versions": versions() | {"code": code_sha256()}}
+    plan, file = json.dumps(decides, indent=1), folder / "plan.json"
     if file.is_file() and file.read_text() != plan and not config.force:
         try:
             other = difference(json.loads(file.read_text())["request"], request)
         except (ValueError, KeyError, TypeError):
             other = None
+        why = other or "by another version, or with another piece_bytes"
         raise DataError(
-            f"{folder}: holds the unfinished work of another preparation, {other or 'by another version'}; finish that "
-            "one with its settings, choose another out, or begin anew with force=true"
+            f"{folder}: holds the unfinished work of another preparation, {why}; finish that one with its settings, "
+            "choose another out, or begin anew with force=true"
         )
-    if not file.is_file() or file.read_text() != plan:
+    if not file.is_file() or file.read_text() != plan or not (folder / "out").is_dir():  # else it was installed
         empty(folder)
         replace_atomically(file, plan.encode())
     for name in ("stages", "out"):
         (folder / name).mkdir(exist_ok=True)
     return Work(folder / "stages", folder / "out")
+
+
+def code_sha256() -> str:
+    """Of the files of this package: half of a preparation by one version and half by another is neither."""
+    root = Path(__file__).parents[1]
+    found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py"))
+    return hashlib.sha256(b"".join(name.encode() + (root / name).read_bytes() for name in found)).hexdigest()[:16]
 
 
 def _each(engine: Engine, f: Callable[[int], None], parts: Parts, names: str, what: str) -> None:
@@ -184,28 +210,28 @@ def _distinct(config: PrepareConfig, work: Work, engine: Engine) -> Parts:
 
 def _near(config: PrepareConfig, parts: Parts, engine: Engine) -> None:
     if left := parts.work.unfinished("near", parts.count):
-        mapper = partial(stages.near_pairs, parts, banding(config.near.bands, config.near.threshold))
-        engine.exchange(mapper, parts.count, partial(stages.near_edges, parts), left, PAIRS, "near duplicates")
+        mapper = partial(near_pairs, parts, banding(config.near.bands, config.near.threshold))
+        engine.exchange(mapper, parts.count, partial(near_edges, parts), left, PAIRS, "near duplicates")
     if not parts.work.is_finished("duplicates"):
-        stages.merge_near(parts)
+        merge_near(parts)
 
 
 def _split(config: PrepareConfig, parts: Parts, engine: Engine) -> None:
     """What is held out, and what of the rest resembles it."""
-    lines = engine.each(partial(stages.lines, parts, config.holdout_bytes), range(parts.count), "hold out")
-    by_source = list(zip(*lines, strict=True))
-    cuts = [stages.cut(each, config.holdout_bytes) for each in by_source]
+    found = engine.each(partial(lines, parts, config.holdout_bytes), range(parts.count), "hold out")
+    by_source = list(zip(*found, strict=True))
+    cuts = [cut_held_out(each, config.holdout_bytes) for each in by_source]
     if not parts.work.is_finished("held"):
-        parts.work.finish("held", {"counts": stages.index_held_out(parts, config.holdout, cuts)})
+        parts.work.finish("held", {"counts": index_held_out(parts, config.holdout, cuts)})
     for name, held, each in zip(config.inputs, parts.work.facts("held")["counts"], by_source, strict=True):
         if held and held == sum(line.documents for line in each):
             raise DataError(
                 f"inputs.{name}: too few documents ({held}) to hold one out and keep one; "
                 "cut the text into documents, one a file, or one a line of jsonl"
             )
-    judge = partial(stages.decontaminate, parts, config.holdout, cuts, config.near_duplicate)
+    judge = partial(decontaminate, parts, config.holdout, cuts, config.near_duplicate)
     _each(engine, judge, parts, "fate", "decontaminate")
-    for name, fate in zip(config.inputs, stages.fates(parts), strict=True):
+    for name, fate in zip(config.inputs, fates(parts), strict=True):
         if fate[LEAKS, 0] and not fate[TRAIN, 0]:
             raise DataError(f"inputs.{name}: all its documents resemble held-out ones; leave the source out")
 
@@ -217,19 +243,19 @@ def _tokenizer(config: PrepareConfig, parts: Parts) -> str:
         return config.tokenizer
     file = parts.work.path("tokenizer.json")
     if not file.exists():
-        total = int(stages.fates(parts)[:, TRAIN, 0].sum())
-        texts = tqdm(stages.training_texts(parts), "train the tokenizer", total, disable=None, leave=False)
+        total = int(fates(parts)[:, TRAIN, 0].sum())
+        texts = tqdm(training_texts(parts), "train the tokenizer", total, disable=None, leave=False)
         replace_atomically(file, (train_bpe(texts, int(size)).json or "").encode())
     return str(file)
 
 
 def _shards(config: PrepareConfig, parts: Parts, engine: Engine, tokenizer: str, columns: int) -> dict[str, Any]:
     """The manifest's entries of splits, by source."""
-    dtype = token_dtype(tokenize.open_tokenizer(tokenizer).vocab_size)
+    dtype = token_dtype(open_tokenizer(tokenizer).vocab_size)
     sources = list(config.inputs)
-    cut_up = list(tokenize.shards(parts, sources, config.shard_tokens))
-    written = engine.each(partial(tokenize.write_shard, parts, dtype, columns), cut_up, "write shards")
-    entries: dict[str, Any] = {name: {split: [] for split in tokenize.SPLITS} for name in sources}
+    cut_up = list(shards(parts, sources, config.shard_tokens))
+    written = engine.each(partial(write_shard, parts, dtype, columns), cut_up, "write shards")
+    entries: dict[str, Any] = {name: {split: [] for split in SPLITS} for name in sources}
     for shard, entry in zip(cut_up, written, strict=True):
         entries[shard.source][shard.split].append(entry)
     return {

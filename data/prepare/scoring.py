@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from thriftlab.data.prepare.engine import Engine
+from thriftlab.data.prepare.engines.base import Engine
 from thriftlab.data.prepare.parts import Parts, texts
 from thriftlab.data.prepare.request import PrepareConfig
 from thriftlab.data.prepare.scores import classifier, pools, trigram

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from thriftlab.data.prepare import near
 from thriftlab.data.prepare.dedup import HeldOut
 from thriftlab.data.prepare.minhash import Banding
+from thriftlab.data.prepare.near import PAIRS, edges, forest, pairs
 from thriftlab.data.prepare.parts import HELD, LEAKS, NEAR, TRAIN, Parts, texts
 from thriftlab.data.prepare.work import write_array
 
@@ -24,12 +24,12 @@ MOST = 0.2  # of a source, that a minimum of bytes may hold out
 
 def near_pairs(parts: Parts, banding: Banding, part: int) -> pa.Table:
     table, numbers = parts.table(part), parts.numbers(part)
-    found = [near.pairs(held, numbers[rows], parts.count, banding) for rows, held in texts(table)]
-    return pa.concat_tables([*found, near.PAIRS.empty_table()])
+    found = [pairs(held, numbers[rows], parts.count, banding) for rows, held in texts(table)]
+    return pa.concat_tables([*found, PAIRS.empty_table()])
 
 
 def near_edges(parts: Parts, part: int, table: pa.Table) -> None:
-    write_array(parts.work.folder("near") / f"{part:05}.npy", near.edges(table))
+    write_array(parts.work.folder("near") / f"{part:05}.npy", edges(table))
     parts.work.finish(f"near/{part:05}", {})
 
 
@@ -37,7 +37,7 @@ def merge_near(parts: Parts) -> None:
     """Of all parts: what is held is documents that have a near duplicate, not all."""
     found = np.empty((0, 2), np.int64)
     for part in range(parts.count):
-        found = near.forest(np.concatenate([found, parts.array("near", part)]))
+        found = forest(np.concatenate([found, parts.array("near", part)]))
     stayed, removed = found[np.argsort(found[:, 1])].T
     folder = parts.work.folder("duplicates")
     for part in range(parts.count):
@@ -80,7 +80,7 @@ def line(points: NDArray[np.uint64], sizes: NDArray[np.int32], minimum: int) -> 
     return Line(len(points), int(sizes.sum(dtype=np.int64)), [list(row) for row in rows])
 
 
-def cut(found: Sequence[Line], minimum: int) -> int:
+def cut_held_out(found: Sequence[Line], minimum: int) -> int:
     """The largest point that is held out for the sake of `minimum` bytes, given all parts of one source.
 
     The minimum stops at a fifth of the source; one document is always held out.

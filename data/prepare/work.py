@@ -37,7 +37,7 @@ class Work(NamedTuple):
         file = self.stages / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         with putting(file) as temporary:
-            temporary.write_bytes(seal(facts))
+            temporary.write_bytes(seal({"facts": facts}))  # which may have a sha256 of their own
 
     def is_finished(self, name: str) -> bool:
         return (self.stages / f"{name}.json").is_file()
@@ -49,7 +49,7 @@ class Work(NamedTuple):
     def facts(self, name: str) -> dict[str, Any]:
         file = self.stages / f"{name}.json"
         try:
-            return unseal(file.read_bytes())
+            return unseal(file.read_bytes())["facts"]
         except ValueError as error:
             raise DataError(f"{file}: {error}; delete it and run the same command again") from None
 
@@ -74,7 +74,7 @@ def putting(file: Path) -> Iterator[Path]:
 def write_table(file: Path, table: pa.Table) -> None:
     """As one batch, so that it is read back as one."""
     batches = table.combine_chunks().to_batches()
-    with putting(file) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+    with putting(file) as temporary, pa.OSFile(os.fsencode(temporary), "wb") as sink:
         with pa.ipc.new_file(sink, table.schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
@@ -82,7 +82,7 @@ def write_table(file: Path, table: pa.Table) -> None:
 
 def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Mapped into memory: only what is looked at is read."""
-    with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+    with pa.memory_map(os.fsencode(file)) as source, pa.ipc.open_file(source) as reader:
         table = reader.read_all()
     return table.select(columns) if columns else table
 

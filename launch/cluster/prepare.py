@@ -84,7 +84,7 @@ def refuse(c: SubmitConfig, config: PrepareConfig) -> None:
     if c.processes or c.restarts:
         raise ConfigError("processes and restarts are for training; a preparation has --cpus and workers")
     if config.engine == "ray":
-        importlib.import_module("thriftlab.data.prepare.on_ray")  # refuses where Ray is missing
+        importlib.import_module("thriftlab.data.prepare.engines.on_ray")  # refuses where Ray is missing
         if not c.memory:
             raise ConfigError("engine=ray needs --memory: without it Ray takes a share of all the memory of a node")
     elif c.nodes > 1:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from thriftlab.data.mixture import REPEATED
 from thriftlab.launch.report.results import Row, Study
 from thriftlab.launch.report.stats import Paired
 from thriftlab.launch.report.words import LR_WORDS, mebibytes, number, plus_minus, signed, spread
@@ -24,11 +25,13 @@ def sections(study: Study) -> list[tuple[str, Table, str]]:
         "Questions that were asked before the runs. p: two-sided t test of no difference, adjusted for the number of "
         "questions (Holm); the intervals are not. Differences by seed in the order of the seeds."
     )
+    repeats = any(REPEATED in record["results"].get("sources", {}) for record in study.records)
+    pool = f" {REPEATED}: training text that is seen again and again, not held out." if repeats else ""
     tables = [
         ("Questions", contrast_table(study), adjusted),
         ("Comparison", main_table(study), f"{NOTES} {side_by_side}"),
         ("Arms", arm_table(study), "What differs from the study's base. Peak memory is that of the whole process."),
-        ("Held-out loss by source", source_table(study), "nats/token, mean ± standard deviation over seeds."),
+        ("Held-out loss by source", source_table(study), f"nats/token, mean ± standard deviation over seeds.{pool}"),
         ("Learning-rate trials", trial_table(study), trials),
     ]
     return [(name, rows, note) for name, rows, note in tables if rows]

@@ -117,8 +117,8 @@ class Setting:
         settings.put(("log",), log, "study")
         config = validate(RunConfig, settings)
         steps = self.steps(config)
-        make_plan(config, self.dataset, steps)
-        tokens = steps and steps * tokens_per_step(config)
+        plan = make_plan(config, self.dataset, steps)
+        tokens = steps and plan.fitting(steps) * tokens_per_step(config)
         return Job(name, config, fingerprint(config, self.dataset.fingerprint), tokens, arm.name)
 
     def steps(self, config: RunConfig) -> int | None:

@@ -61,7 +61,7 @@ def check(
         shape, device = weight.shape, weight.device
         if grad.shape != shape or grad.device != device or grad.layout is not strided:
             refuse_gradient(name_of(part), weight, grad)
-        mark = [id(state), shape, weight.dtype, device]
+        mark = [id(state) if state else None, shape, weight.dtype, device]
         for value in state.values():
             if isinstance(value, Tensor):
                 mark += (value.shape, value.device)

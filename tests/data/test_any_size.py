@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from pydantic import ValidationError
 
 from thriftlab.data.corpora import streams
 from thriftlab.data.corpora.synthetic import generate
@@ -19,6 +20,8 @@ from thriftlab.data.errors import DataError
 from thriftlab.data.prepare import Input, PrepareConfig, prepare
 from thriftlab.data.prepare import pipeline as module
 from thriftlab.data.prepare.pieces import documents, pieces, units
+from thriftlab.data.prepare.scores import classifier, trigram
+from thriftlab.data.prepare.scores.words import IDS, word_ids
 from thriftlab.data.shards import open_dataset
 
 PIECE = 30_000
@@ -145,7 +148,7 @@ def test_these_bytes_are_promised(expected):
 def test_pieces_have_every_document_once_with_the_number_of_its_line(tmp_path, layout, size):
     inputs = write(tmp_path, layout)
     from thriftlab.data.corpora.readers import read
-    from thriftlab.data.prepare.engine import Here
+    from thriftlab.data.prepare.engines.base import Here
 
     for source in inputs.values():
         found = units(source, size, lambda *told: None, Here(tmp_path))
@@ -255,3 +258,59 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] < 1.1 * peaks[0], f"{peaks} kB: 6 and 24 MB of text"
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def ledger(folder):
+    files = sorted((folder / "documents").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def test_scores_are_those_of_models_trained_on_all_documents_of_their_sources(expected):
+    rows = sorted((row for row in ledger(expected / "out") if row["stage"] in ("kept", "decontaminate")),
+                  key=lambda row: row["number"])  # fmt: skip
+    texts = {name: [row["text"] for row in rows if row["source"] == name] for name in ("web", "junk")}
+    of_kind = classifier.train(texts["web"], texts["junk"])
+    words = {name: [word_ids(text) for text in found] for name, found in texts.items()}
+    of_words = trigram.train(words["web"], IDS)
+    for name, found in texts.items():
+        mine = [row for row in rows if row["source"] == name]
+        assert [row["score"] for row in mine] == [value / 65536 for value in of_kind.score(found).tolist()]
+        nats = of_words.score(words[name], own=name == "web")
+        assert [row["trigram"] for row in mine] == pytest.approx([value / 65536 for value in nats.tolist()], rel=1e-6)
+        order = sorted(row["score"] for row in mine)
+        cuts = [order[-(-len(order) * k // 3) - 1] for k in (1, 2)]
+        assert [row["pool"] for row in mine] == [sum(row["score"] > cut for cut in cuts) for row in mine]
+
+
+def test_scores_lie_beside_their_documents(expected):
+    data, rows = open_dataset(expected / "out"), ledger(expected / "out")
+    assert data.manifest["sources"]["web"]["columns"] == {"score": 65536, "trigram": 65536, "pool": 1}
+    for name in data.sources:
+        for split in ("train", "validation"):
+            wanted = [row for row in rows if (row["source"], row["split"]) == (name, split)]
+            wanted.sort(key=lambda row: row["number"])
+            found = [
+                np.load(data.path / shard["scores_file"]) for shard in data.manifest["sources"][name][split]["shards"]
+            ]
+            scores = np.concatenate(found)
+            assert scores[:, 0].tolist() == [round(row["score"] * 65536) for row in wanted]
+            assert scores[:, 2].tolist() == [row["pool"] for row in wanted]
+
+
+def test_scorers_without_sources_are_refused():
+    inputs = {"web": {"path": "synthetic:documents=9"}}
+    for wrong, message in (
+        ({"quality": {"positive": "web"}}, "positive and negative"),
+        ({"quality": {"positive": "web", "negative": "wbe"}}, "no input 'wbe'"),
+        ({"perplexity": {"on": "none"}}, "no input 'none'"),
+        ({"pools": {"by": "model"}}, "set perplexity.run"),
+        ({"near": {"bands": "14x8", "threshold": 0.8}}, "not both"),
+        ({"near": {"bands": "14"}}, "BANDSxROWS"),
+        ({"rules": "gophr"}, "near to it: gopher"),
+        ({"rule": {"gopher-words": {"least": 3}}}, "add gopher-words to rules"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            PrepareConfig(inputs=inputs, **wrong)

@@ -14,9 +14,9 @@ from tests.tools.finished import UNITS, document, finish
 from thriftlab.data.corpora.readers import read
 from thriftlab.data.errors import DataError
 from thriftlab.data.files import WriteError
-from thriftlab.data.prepare import documents as ledger
-from thriftlab.data.prepare import export as module
-from thriftlab.data.prepare.export import export
+from thriftlab.data.prepare.report import documents as ledger
+from thriftlab.data.prepare.report import export as module
+from thriftlab.data.prepare.report.export import export
 from thriftlab.data.tokens import train_bpe
 from thriftlab.launch import cli
 

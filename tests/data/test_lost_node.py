@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.tools.counting import ROWS, contents, count_rows, wide_rows
-from thriftlab.data.prepare.engine import open_engine
+from thriftlab.data.prepare.engines.base import open_engine
 
 pytestmark = pytest.mark.slow
 

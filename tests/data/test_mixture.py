@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from thriftlab.data import loader
 from thriftlab.data.errors import DataError
 from thriftlab.data.loader import gather, prefetch
-from thriftlab.data.mixture import Cycle, Plan, Source, largest_remainder, named_seed, plan
+from thriftlab.data.mixture import Cycle, Plan, Source, named_seed, plan
 from thriftlab.data.order import permute, stream
+from thriftlab.data.quotas import largest_remainder
 from thriftlab.data.shards import open_dataset, write_manifest, write_shards, write_tokenizer
 from thriftlab.data.tokens import load_tokenizer
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.tools import counting
 from tests.tools.counting import check_exchange, contents, double, killed_at
 from thriftlab.data.errors import DataError, EngineError
-from thriftlab.data.prepare.engine import open_engine, versions
+from thriftlab.data.prepare.engines.base import open_engine, versions
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def ray():
 @pytest.fixture(scope="module")
 def engine(ray, tmp_path_factory):
     """Two workers, whose store holds less than a third of what the largest exchange moves."""
-    from thriftlab.data.prepare import on_ray
+    from thriftlab.data.prepare.engines import on_ray
 
     spool = tmp_path_factory.mktemp("spool")
     with pytest.MonkeyPatch.context() as patch:

@@ -133,7 +133,7 @@ def test_hold_out_takes_the_share_and_the_minimum_up_to_a_fifth_whatever_the_par
             break
     sizes, points = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], np.uint64)
     lines = [stages.line(points[p::parts], sizes[p::parts], minimum) for p in range(parts)]
-    found = points[stages.is_held(points, share, stages.cut(lines, minimum))]
+    found = points[stages.is_held(points, share, stages.cut_held_out(lines, minimum))]
     assert set(found.tolist()) == expected
 
 

@@ -13,8 +13,9 @@ from tests.tools.runs import LONG, assert_same, stop_at, traces
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import ConfigError, DataError
 from thriftlab.data.loader import gather
-from thriftlab.data.mixture import Source, named_seed, plan
+from thriftlab.data.mixture import named_seed, plan
 from thriftlab.data.order import permute
+from thriftlab.data.quotas import Source
 from thriftlab.data.shards import open_dataset
 from thriftlab.launch.studies import compare, written
 from thriftlab.train.build import make_plan
@@ -160,6 +161,26 @@ def test_budgets_that_do_not_fit_are_refused(tiny_data, tmp_path, steps, target,
     config = tiny_config(tiny_data, tmp_path, data={"proxy_of": target})
     with pytest.raises(ConfigError, match=message):
         make_plan(config, open_dataset(tiny_data), steps)
+
+
+REPETITION = ["data.repetition.fraction=0.1", "data.repetition.repeats=3"]
+
+
+@pytest.mark.parametrize("other, words", [
+    ("data.repetition", REPETITION),
+    ("data.reshuffle=documents", ["data.reshuffle=documents"]),
+])  # fmt: skip
+def test_what_has_no_meaning_with_a_proxy_is_refused_in_one_line(other, words):
+    with pytest.raises(ConfigError) as refused:
+        load(RunConfig, ["--proxy-of", "tokens=1e9", *words])
+    said = str(refused.value)
+    assert "data.proxy_of" in said and other in said and "omit one" in said and len(said.splitlines()) == 1
+
+
+def test_records_name_the_tokens_that_are_kept():
+    p = mixed(Sizes(a=64, b=80), 4, 16)
+    assert p.uses(2) == {"a": {"unique": 16 * 8, "tokens": 8 * p.drawn(128)[0]},
+                         "b": {"unique": 20 * 8, "tokens": 8 * p.drawn(128)[1]}}  # fmt: skip
 
 
 def test_ranks_read_the_rows_of_one_and_windows_keep_their_numbers(tiny_data, tmp_path):

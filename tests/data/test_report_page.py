@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.tools.finished import document, finish
-from thriftlab.data.prepare import bars
-from thriftlab.data.prepare.clusters import LARGEST, MEMBERS, OTHERS, clusters, differing
-from thriftlab.data.prepare.documents import open_documents
-from thriftlab.data.prepare.report import template, write_report
+from thriftlab.data.prepare.report import bars
+from thriftlab.data.prepare.report.clusters import LARGEST, MEMBERS, OTHERS, clusters, differing
+from thriftlab.data.prepare.report.documents import open_documents
+from thriftlab.data.prepare.report.page import template, write_report
 
 EVIL = (
     "<script>alert(1)</script><img src=x onerror=alert(2)><a href='https://example.org/'>a</a> ]]> --> </pre></details>"

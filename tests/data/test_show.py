@@ -9,10 +9,10 @@ import pytest
 from tests.tools.finished import SETTINGS, document, finish
 from tests.tools.stand_ins import rules_of
 from thriftlab.data.errors import DataError
-from thriftlab.data.prepare import show as module
-from thriftlab.data.prepare.documents import open_documents
-from thriftlab.data.prepare.show import show
-from thriftlab.data.prepare.why import explain
+from thriftlab.data.prepare.report import show as module
+from thriftlab.data.prepare.report.documents import open_documents
+from thriftlab.data.prepare.report.show import show
+from thriftlab.data.prepare.report.why import explain
 from thriftlab.launch import cli
 
 AGAIN = "web number 9, said again\nand much of 9"
@@ -76,7 +76,7 @@ def test_a_document_that_was_kept(folder):
     found = said(folder, "web/a.jsonl:9")
     head = found["web/a.jsonl:9"].split("\n")
     assert head[1].startswith(f"document {number}, 28 bytes, key ") and head[2] == "kept for training"
-    assert "  words  words  7      5      passed" in found["rules"]
+    assert "  passed  words  7      5      words" in found["rules"]
     assert "dropped as near duplicate of it" in found["copies"] and "b.jsonl:4" in found["copies"]
     assert "score   0.1406   pools are cut at 0.25, 0.5, 0.75" in found["scores"] and "pool    1" in found["scores"]
     assert "not held out: its point" in found["held-out text"] and "9.0% in common" in found["held-out text"]
@@ -108,7 +108,7 @@ def test_every_document_that_was_read_has_an_answer(folder):
 
 def test_dropped_by_a_rule(folder):
     found = said(folder, "b.jsonl:1")
-    assert "  words  words  2      5      FAILED" in found["rules"]
+    assert "  FAILED  words  2      5      words" in found["rules"]
     assert found["text"] == "text, read again from the input, before rules of lines\n  too short"
     assert not found.keys() & {"tokens", "held-out text", "copies"}
 
@@ -206,7 +206,7 @@ def test_thresholds_are_those_of_the_folder_and_counted_rules_say_so(tmp_path):
     settings = SETTINGS | {"rules": ["words"], "rule": {"words": {"least": 99}}}
     finish(tmp_path / "data", rows(), settings=settings)
     found = said(tmp_path / "data", "web/a.jsonl:9")["rules"]
-    assert "7      99     FAILED" in found and "only counted: they act on sources with kind=web" in found
+    assert "FAILED  words  7      99     words" in found and "only counted: they act on sources with kind=web" in found
 
 
 def test_the_summary(folder):

@@ -287,7 +287,7 @@ def test_a_preparation_on_one_node_is_a_plain_job(capsys):
     assert prepare("--cpus", "8", "near.bands=14x8") == 0
     config = json.loads(Path("made.job/config.json").read_text())
     assert (config["out"], config["near"]["bands"]) == ("made", "14x8")
-    assert Path("made.job/jobs/001/code/thriftlab/data/prepare/engine.py").exists() and not Path("made").exists()
+    assert Path("made.job/jobs/001/code/thriftlab/data/prepare/engines/base.py").exists() and not Path("made").exists()
 
 
 def test_a_preparation_on_four_nodes_has_a_ray_that_others_cannot_use(capsys):

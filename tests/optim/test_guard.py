@@ -20,6 +20,7 @@ from tests.tools.manners import (
     weights,
 )
 from thriftlab.optim import AdamW
+from thriftlab.optim.core import guard
 from thriftlab.optim.core.projected import growth_limit
 
 
@@ -63,6 +64,19 @@ def test_a_weight_that_is_replaced_is_refused_with_both_shapes(kind):
             optimizer.state[model.a].clear()
         optimizer.step()
         assert model.a.isfinite().all()
+
+
+@every_own
+def test_a_plain_step_is_compared_and_not_looked_at_again(kind, monkeypatch):
+    """Also where no state is kept, and the optimizer makes an empty one for each step."""
+    model, optimizer = trained(kind, 9)
+    looked = []
+    for step in range(9, 12):
+        looked.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(guard, "check_tensor", lambda *given: looked.append(looked.pop() + 1))
+            train(model, optimizer, range(step, step + 1))
+    assert min(looked) == 0, "a refresh or another block may be looked at"
 
 
 @every_own

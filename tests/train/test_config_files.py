@@ -182,3 +182,17 @@ def test_any_command_line_is_read_or_refused(words):
         load(RunConfig, words)
     except ConfigError:
         pass
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", "{a: 1}"])
+def test_a_recipe_that_is_no_name_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match="recipe .* is unknown; there is medium"):
+        load(PrepareConfig, [f"recipe={value}"])
+
+
+@pytest.mark.parametrize("key", ["optim.name", "out", "backend.device", "optim.lr", "model.preset", "log.wandb"])
+def test_a_value_that_is_not_utf8_ends_in_one_line_at_most(key):
+    try:
+        load(RunConfig, [f"{key}=\udcff"])
+    except ConfigError as error:
+        assert "udcff" in str(error) and "\n" not in str(error)

@@ -6,6 +6,7 @@ import random
 import shutil
 import warnings
 
+import pytest
 import torch
 
 from tests.tools.mutations import altered, damaged
@@ -14,6 +15,7 @@ from thriftlab.data.files import seal
 from thriftlab.data.shards import open_dataset
 from thriftlab.train.checkpoints.reader import latest, load
 from thriftlab.train.checkpoints.writer import Writer
+from thriftlab.train.records.record import MetricsWriter, RecordError, read_metrics, read_record, write_record
 
 META = {"fingerprint": "feed", "counters": {"step": 1, "loss": float("nan")}, "optim": ((0.9, 0.999), torch.bfloat16)}
 
@@ -106,3 +108,34 @@ def read_damaged_manifests(data, folder, seed, rounds):
 
 def test_a_damaged_manifest_is_refused_or_what_it_says(tiny_data, tmp_path):
     assert read_damaged_manifests(tiny_data, tmp_path, 0, 300) > 150
+
+
+def test_damaged_metrics_and_records_are_refused_by_name_or_what_they_say(tmp_path):
+    draw, metrics, record = random.Random(0), tmp_path / "metrics.jsonl", tmp_path / "record.json"
+    writer = MetricsWriter(metrics)
+    for step in range(1, 5):
+        writer.write({"step": step, "loss": 1 / step, "eval": {"loss": float("nan"), "sources": {"a": {"loss": 2.0}}}})
+    writer.close()
+    write_record(tmp_path, {"status": "done", "results": {"loss": 2.0}})
+    lines, sealed = metrics.read_bytes().splitlines(keepends=True), record.read_bytes()
+    (tmp_path / "metrics.jsonl").unlink()
+    refused = 0
+    for _ in range(400):
+        number = draw.randrange(len(lines))
+        odd = (
+            json.dumps(altered(lines[number], draw)).encode() + b"\n"
+            if draw.random() < 0.6
+            else damaged(lines[number], draw)
+        )
+        metrics.write_bytes(b"".join([*lines[:number], odd, *lines[number + 1 :]]))
+        try:
+            assert all(line["step"] > -2 for line in read_metrics(metrics))
+            MetricsWriter(metrics, resume_step=draw.randrange(1, 6)).close()
+        except RecordError as error:
+            assert f"{metrics}, line {number + 1} is damaged" in str(error) and "\n" not in str(error)
+            refused += 1
+        metrics.unlink()
+        record.write_bytes(json.dumps(altered(sealed, draw)).encode() if draw.random() < 0.5 else damaged(sealed, draw))
+        with pytest.raises(RecordError, match="record.json is damaged"):
+            read_record(record)
+    assert refused > 150

@@ -153,6 +153,14 @@ def test_a_line_that_is_no_line_of_metrics_is_named(tmp_path, line):
             read(path)
 
 
+@pytest.mark.parametrize("value", ["name", 7, True, None, [], {"../x": ""}, {"": ""}])
+def test_a_record_vouches_for_the_files_of_a_run_alone(tmp_path, value):
+    """Sealed by somebody who knows how to."""
+    (tmp_path / "record.json").write_bytes(files.seal({**files.finite(RECORD), "files": value}))
+    with pytest.raises(RecordError, match="record.json is damaged .*names other files than metrics.jsonl, config.json"):
+        read_record(tmp_path / "record.json")
+
+
 def test_a_missing_record_says_that_the_run_is_not_done(tmp_path):
     with pytest.raises(RecordError, match="has not finished"):
         read_record(tmp_path / "record.json")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from tests.tools.tiny import tiny_config
 from thriftlab.data.corpora.synthetic import generate
 from thriftlab.data.errors import UserError
+from thriftlab.data.shards import open_dataset
+from thriftlab.launch import cli
 from thriftlab.train import score_documents
+from thriftlab.train.config.schema import DataConfig
 from thriftlab.train.loop import run
 from thriftlab.train.score_documents import Scorer, scorer
 
@@ -93,3 +97,25 @@ def test_a_run_without_an_end_or_finite_losses_is_refused(finished, tmp_path, mo
     monkeypatch.setattr(score_documents, "token_losses", lambda *_: losses)
     with pytest.raises(UserError, match="losses that are not finite"):
         scorer(finished)(["a"])
+
+
+@pytest.mark.slow
+def test_prepare_scores_with_a_run_and_training_chooses_by_it(finished, tmp_path, capsys):
+    """From the command line to a run that reads only what the model finds likely."""
+    made = tmp_path / "made"
+    prepare = ["prepare", f"out={made}", "inputs.a.path=synthetic:documents=60", f"perplexity.run={finished}",
+               "pools.by=model", "pools.count=2"]  # fmt: skip
+    assert cli.main(prepare) == 0
+    files = sorted((made / "documents").glob("*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist() if row["split"] == "train"]
+    nats = scorer(finished)([row["text"] for row in rows])
+    assert [row["model"] for row in rows] == pytest.approx((nats / 65536).tolist(), rel=1e-6)
+    config = tiny_config(made, tmp_path / "run")
+    chosen = config.model_copy(update={"data": DataConfig.model_validate(
+        config.data.model_dump() | {"sources": {"a": {"where": "pool==0"}}}
+    )})  # fmt: skip
+    record = run(chosen)
+    assert record["results"]["loss"] > 0
+    tokens = sum(row["tokens"] for row in rows if row["pool"] == 0)
+    assert open_dataset(made).windows("a", "train", LENGTH, "pool==0").tokens == tokens
+    assert cli.main(prepare) == 0 and "already prepared" in capsys.readouterr().out

@@ -201,6 +201,42 @@ def test_tensorboard_that_cannot_write_warns_once(tmp_path):
     assert len(caught) == 1
 
 
+FULL_DISK = """
+import errno, sys, threading, warnings
+from pathlib import Path
+from types import SimpleNamespace
+from tensorboard.summary.writer.record_writer import RecordWriter
+from thriftlab.train.records.tracking import tracker
+
+plain, left = RecordWriter.write, int(sys.argv[2])
+
+def write(self, data):
+    global left
+    left -= 1
+    if left < 0:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    plain(self, data)
+
+RecordWriter.write = write
+mirrors = tracker(SimpleNamespace(tensorboard=True, wandb="disabled"), Path(sys.argv[1]), "run", {})
+for tokens in range(200):
+    mirrors.log({"loss": 1.0}, tokens)
+mirrors.finish()
+threading.Thread(target=lambda: 1 / 0).start()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", [0, 1, 9])
+def test_a_full_disk_costs_tensorboard_and_one_warning(tmp_path, writes):
+    """TensorBoard writes in a thread of its own, which would leave a trace; those of other threads are shown."""
+    words = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(writes)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("No space left on device") == 1
+    assert done.stderr.count("RuntimeWarning: TensorBoard ") == 1 and "training goes on" in done.stderr
+    assert done.stderr.count("Traceback") == 1 and "ZeroDivisionError" in done.stderr
+
+
 def test_tensorboard_has_the_scalars_against_tokens(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -8,7 +8,7 @@ One surprise: validating a list of plugins runs them, because what they register
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,10 @@ from thriftlab.data.paths import FilePath
 from thriftlab.data.plugins import load_plugin
 from thriftlab.optim.core.hyper import model_of
 
+T = TypeVar("T")
+Plumbing = Annotated[T, "plumbing"]
+Speed = Annotated[T, "speed"]
+
 config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
 
 
@@ -36,8 +40,8 @@ class Section(BaseModel):
 def without_off(section: Section, dump: SerializerFunctionWrapHandler, *keys: str) -> dict[str, Any]:
     """A section as it is written, without those of its keys that are at their default: so the fingerprints of runs
     stay what they were before there were such keys."""
-    off = {key: type(section).model_fields[key].default for key in keys}
-    return {key: value for key, value in dump(section).items() if key not in off or value != off[key]}
+    off = [key for key in keys if getattr(section, key) == type(section).model_fields[key].default]
+    return {key: value for key, value in dump(section).items() if key not in off}
 
 
 class Choice(Section):

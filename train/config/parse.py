@@ -75,7 +75,10 @@ def validate(model: type[Model], settings: Settings) -> Model:
     try:
         return model.model_validate(settings.tree)
     except ValidationError as error:
-        lines = [explain(model, settings.tree, settings.origin, details) for details in error.errors()]
+        try:
+            lines = [explain(model, settings.tree, settings.origin, details) for details in error.errors()]
+        except UnicodeEncodeError as wrong:  # of pydantic, which says it in UTF-8
+            raise ConfigError(f"{wrong.object!r} is not UTF-8; write it in UTF-8") from None
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 

@@ -9,9 +9,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.paths import FilePath
@@ -21,17 +21,15 @@ from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.backends.device import Device
-from thriftlab.train.budget import SCHEDULES, Budget, TargetTokens, Whole
-from thriftlab.train.config.choice import Choice, Pattern, Plugin, Registry, Section, without_off
+from thriftlab.train.budget import SCHEDULES, Budget, Whole
+from thriftlab.train.config.choice import Choice, Pattern, Plugin, Plumbing, Registry, Section, Speed, without_off
+from thriftlab.train.config.data import DataConfig
 from thriftlab.train.config.help import is_model
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.base import asks_for_statistics, has_state
 from thriftlab.train.signals.reference import read_reference
 
-T = TypeVar("T")
-Plumbing = Annotated[T, "plumbing"]
-Speed = Annotated[T, "speed"]
 Steps = Annotated[int, Field(ge=0)]
 
 
@@ -103,58 +101,6 @@ OPTIM = Registry(METHODS, OptimConfig, "adamw")
 LAYER = Registry(LAYERS, LayerConfig, "dense")
 SIGNAL = Registry(SIGNALS, SignalConfig, "uniform")
 SCHEDULE = Registry(SCHEDULES, ScheduleConfig, "cosine")
-
-
-def expression(where: str) -> str:
-    from thriftlab.data.where import parse
-
-    parse(where)
-    return where
-
-
-class SourceConfig(Section):
-    """How much of one source is seen, and which of its documents."""
-
-    weight: float | None = Field(None, gt=0, description="share of the batch, relative to the other weights")
-    epochs: float | None = Field(None, gt=0, description="passes over the source within the budget")
-    where: Annotated[str, AfterValidator(expression)] | None = Field(
-        None, description="train on the documents whose scores fit, as score>0.7; held-out documents all count"
-    )
-
-    @model_validator(mode="after")
-    def exactly_one(self) -> "SourceConfig":
-        missing = [self.weight, self.epochs].count(None)
-        if missing == 0 or missing == 2 and self.where is None:
-            raise ValueError("a source takes exactly one of weight and epochs")
-        return self
-
-    @model_serializer(mode="wrap")
-    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_off(self, dump, "where")
-
-
-class DataConfig(Section):
-    """What is read, and how it is cut into windows."""
-
-    path: Plumbing[FilePath] = Field("prepared/embedded", description="folder that `thriftlab prepare` made")
-    sequence_length: Count = Field(256, description="tokens of one window")
-    sources: dict[str, SourceConfig] = Field(
-        {},
-        description="mixture, data.sources.NAME.weight or .epochs; without either: all sources in proportion to their "
-        "size",
-    )
-    proxy_of: TargetTokens | None = Field(
-        None,
-        ge=1,
-        description="budget of a larger run, short --proxy-of tokens=1e11: train on so much of each source that it is "
-        "repeated as often as there; null: on all",
-    )
-    document_mask: bool = Field(False, description="tokens attend within their own document only")
-    verify: Plumbing[bool] = Field(True, description="check the sha256 of every shard before training")
-
-    @model_serializer(mode="wrap")
-    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_off(self, dump, "proxy_of")
 
 
 class TrainConfig(Section):

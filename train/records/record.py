@@ -124,6 +124,7 @@ class DataUsed:
     fingerprint: str
     plan: str  # fingerprint of the order
     tokenizer: str
+    sources: dict[str, dict[str, int]] | None = None  # name -> unique training tokens, and tokens drawn
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ class Record:
         tree = asdict(self)
         if self.files is None:
             del tree["files"]
+        if self.data.sources is None:  # in records that are older than it
+            del tree["data"]["sources"]
         return tree
 
     @classmethod
@@ -236,7 +239,10 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RecordError(f"{path} is missing: the run has not finished; run it again to resume") from None
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} is damaged ({error}); {remedy}") from None
-    for name, expected in record.get("files", {}).items():
+    files = record.get("files", {})
+    if not isinstance(files, dict) or not files.keys() <= set(BESIDE):
+        raise RecordError(f"{path} is damaged (it names other files than {', '.join(BESIDE)}); {remedy}")
+    for name, expected in files.items():
         beside = path.with_name(name)
         if beside.exists() and sha256(beside) != expected:
             raise RecordError(f"{beside} is not the file that {path} was written with; {remedy}")

@@ -5,7 +5,9 @@ dropped, each with one warning. One surprise: wandb's own step restarts at 0 whe
 is logged against `tokens`.
 """
 
+import functools
 import os
+import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -106,6 +108,7 @@ def _warn(message: str) -> None:
 
 def start_tensorboard(folder: Path) -> list[Mirror]:
     """UserError if TensorBoard is not installed; none, with a warning, if it cannot write there."""
+    silence_writer()
     try:
         return [TensorBoard(folder)]
     except UserError:
@@ -113,6 +116,18 @@ def start_tensorboard(folder: Path) -> list[Mirror]:
     except Exception as error:
         _warn(f"TensorBoard does not start: {_first_line(error)}; training goes on without it, see metrics.jsonl")
         return []
+
+
+@functools.cache
+def silence_writer() -> None:
+    """No trace of TensorBoard's thread, which writes: what fails in it is raised again by the next call, and told."""
+    hook = threading.excepthook
+
+    def passed_on(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            hook(failure)
+
+    threading.excepthook = passed_on
 
 
 class TensorBoard:

@@ -53,6 +53,11 @@ def open_reference(folder: str | Path, dataset: Dataset, plan: Plan, verify: boo
                 f"{folder} has the reference losses of {key} {entry[key]}, and this run has {asked}; write others with "
                 "thriftlab reference"
             )
+    if not plan.fixed:
+        raise ReferenceLossError(
+            f"{folder} has the reference losses of fixed windows, and this run cuts others from the documents; leave "
+            "data.reshuffle and data.repetition.unit out, or use another signal"
+        )
     for source in plan.sources:
         if source.where:
             raise ReferenceLossError(
@@ -60,13 +65,12 @@ def open_reference(folder: str | Path, dataset: Dataset, plan: Plan, verify: boo
                 "leave where out, or use another signal"
             )
     losses = []
-    for source, windows in zip(plan.sources, plan.windows, strict=True):
+    for source, windows in zip(plan.sources, plan.windows, strict=False):  # a pool has none of its own
         path = folder / f"{source.name}.npy"
         losses.append(open_losses(path, (len(windows), plan.sequence_length), entry["files"] if verify else None))
 
     def look_up(batch: Batch) -> Tensor:
-        sources = batch.source.numpy()
-        windows = batch.sample.numpy() - plan.offsets[sources]
+        sources, windows = plan.located(batch.sample.numpy())
         found = np.empty((len(sources), plan.sequence_length), np.float32)
         for p in np.unique(sources):
             rows = np.flatnonzero(sources == p)

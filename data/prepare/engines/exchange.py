@@ -3,6 +3,7 @@
 M map tasks and P parts make M files, not M x P, and of each a reducer touches the bytes of its part alone.
 """
 
+import os
 import platform
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ def split(table: pa.Table, parts: Sequence[int], schema: pa.Schema) -> Iterator[
 def spill(mapper: Mapper, parts: Sequence[int], schema: pa.Schema, folder: Path, piece: int) -> None:
     table = mapper(piece)
     path = folder / f"{piece}.arrow"
-    with writing(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with writing(path), pa.OSFile(os.fsencode(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in split(table, parts, schema):
             writer.write_batch(batch)
 
@@ -48,6 +49,6 @@ def spill(mapper: Mapper, parts: Sequence[int], schema: pa.Schema, folder: Path,
 def gather(reducer: Reducer, parts: Sequence[int], schema: pa.Schema, folder: Path, pieces: int, part: int) -> None:
     batches, place = [], parts.index(part)
     for piece in range(pieces):
-        with pa.memory_map(str(folder / f"{piece}.arrow")) as source:
+        with pa.memory_map(os.fsencode(folder / f"{piece}.arrow")) as source:
             batches.append(pa.ipc.open_file(source).get_batch(place))
     reducer(part, pa.Table.from_batches(batches, schema))

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -121,6 +122,7 @@ class Worker:
 def inherited(variables: dict[str, str]) -> Iterator[None]:
     """Processes that are started here have these variables, and no Ctrl-C, which is for their parent."""
     before = {name: os.environ.get(name) for name in variables}
+    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     os.environ.update(variables)
     try:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from thriftlab.data.prepare.documents import Documents, open_documents
+from thriftlab.data.prepare.report.documents import Documents, open_documents
+from thriftlab.data.prepare.report.why import explain, find, find_text
 from thriftlab.data.prepare.summary import Summary
-from thriftlab.data.prepare.why import explain, find, find_text
 
 UNSCORED = np.iinfo(np.int32).min
 SHOWN = 3  # sources of a reason, by name

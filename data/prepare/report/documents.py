@@ -16,7 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as arrow
 import pyarrow.parquet as parquet
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import Manifest, file_sha256, read_manifest
@@ -64,7 +67,10 @@ class Documents:
 
     @cached_property
     def ledger(self) -> arrow.Dataset:
-        return arrow.dataset([str(file) for file in self.files], format="parquet")
+        # Not Arrow's own file system, which takes no names that are not UTF-8: those below the folder are.
+        below = PyFileSystem(FSSpecHandler(DirFileSystem(str(self.folder), LocalFileSystem())))
+        names = [file.relative_to(self.folder).as_posix() for file in self.files]
+        return arrow.dataset(names, format="parquet", filesystem=below)
 
     @cached_property
     def scores(self) -> list[str]:
@@ -96,7 +102,7 @@ class Documents:
         """All rows in the order of the ledger. Unlike a scan, which reads ahead, it holds no more than ROWS."""
         names = [name for name in columns if name in self.ledger.schema.names]
         for path in self.files:
-            with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
+            with open(path, "rb") as stream, parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER) as file:
                 yield from file.iter_batches(ROWS, columns=names, use_threads=False)
 
     def rows(self, condition: pc.Expression | None = None, columns: Sequence[str] | None = None) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow.compute as pc
 
@@ -17,7 +17,7 @@ from thriftlab.data.corpora.packages import DOWNLOADS
 from thriftlab.data.corpora.readers import Document, locate, normalise, read
 from thriftlab.data.errors import DataError
 from thriftlab.data.prepare.clean import point
-from thriftlab.data.prepare.documents import Documents, Row
+from thriftlab.data.prepare.report.documents import Documents, Row
 from thriftlab.data.prepare.request import Input
 
 SHOWN = 10  # documents in a list
@@ -180,10 +180,10 @@ def _rules(documents: Documents, row: Row, found: Found | None) -> list[str]:
     except DataError as error:
         return [f"{error} (a rule of your own: add --plugin FILE.py)"]
     cells = [
-        (each.rule, str(each.what), _number(each.value), _number(each.limit), "passed" if each.passed else "FAILED")
+        ("passed" if each.passed else "FAILED", each.rule, _number(each.value), _number(each.limit), each.what)
         for each in findings
     ]
-    table = _aligned([("rule", "what", "value", "limit", ""), *cells])
+    table = _aligned([("", "rule", "value", "limit", "what"), *cells])
     if any(not each.passed for each in findings) and row["stage"] != "rules":
         table.append("rules that failed are only counted: they act on sources with kind=web, and on the text as read")
     return table
@@ -264,8 +264,8 @@ def _first_line(text: str | None) -> str:
     return textwrap.shorten(line, 70, placeholder=" ...")
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from thriftlab.data.cores import usable_cores
 from thriftlab.data.files import make_folder
-from thriftlab.data.prepare.exchange import Mapper, Reducer, gather, spill, versions
-from thriftlab.data.prepare.workers import Pool
+from thriftlab.data.prepare.engines.exchange import Mapper, Reducer, gather, spill, versions
+from thriftlab.data.prepare.engines.workers import Pool
 
 __all__ = ["Engine", "Here", "Processes", "open_engine", "versions"]
 
@@ -49,7 +49,7 @@ def open_engine(name: Name, workers: int | None, spool: Path) -> Iterator[Engine
     """
     engine: Engine
     if name == "ray":
-        from thriftlab.data.prepare.on_ray import OnRay
+        from thriftlab.data.prepare.engines.on_ray import OnRay
 
         engine = OnRay(workers, spool)
     else:

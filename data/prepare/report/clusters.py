@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from thriftlab.data.order import permute
-from thriftlab.data.prepare.documents import Documents, Row
+from thriftlab.data.prepare.report.documents import Documents, Row
 
 LARGEST, OTHERS = 20, 5  # clusters that are shown
 MEMBERS = 6  # of a cluster, whose texts are shown

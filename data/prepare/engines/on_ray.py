@@ -23,8 +23,8 @@ from tqdm import tqdm
 from thriftlab.data.cores import usable_cores
 from thriftlab.data.errors import EngineError, UserError
 from thriftlab.data.files import make_folder
-from thriftlab.data.prepare.exchange import Mapper, Reducer, split, versions
-from thriftlab.data.prepare.workers import ONE_THREAD, TRIES, loaded, poisonous
+from thriftlab.data.prepare.engines.exchange import Mapper, Reducer, split, versions
+from thriftlab.data.prepare.engines.workers import ONE_THREAD, TRIES, loaded, poisonous
 
 try:
     import ray

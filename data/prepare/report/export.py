@@ -19,7 +19,7 @@ import zstandard
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.files import sync, writing
-from thriftlab.data.prepare.documents import Documents, Row, open_documents
+from thriftlab.data.prepare.report.documents import Documents, Row, open_documents
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 KEPT = ("source", "id", "split", "text")

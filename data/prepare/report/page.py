@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from thriftlab.data.files import replace_atomically
-from thriftlab.data.prepare import bars
-from thriftlab.data.prepare.clusters import LARGEST, Cluster, clusters, differing
-from thriftlab.data.prepare.documents import Documents, open_documents
-from thriftlab.data.prepare.show import after, reasons_by_source
+from thriftlab.data.prepare.report.bars import COLOURS, histogram, shares, short
+from thriftlab.data.prepare.report.clusters import LARGEST, Cluster, clusters, differing
+from thriftlab.data.prepare.report.documents import Documents, open_documents
+from thriftlab.data.prepare.report.show import after, reasons_by_source
 
 SAMPLES = 20  # of a reason
 MEASURES = {
@@ -41,7 +41,7 @@ def write_report(folder: Path, name: str | None = None) -> Path:
 
 
 def template() -> str:
-    return resources.files("thriftlab.data").joinpath("prepare/report.html").read_text("utf-8")
+    return resources.files("thriftlab.data").joinpath("prepare/report/page.html").read_text("utf-8")
 
 
 def body(documents: Documents, title: str) -> str:
@@ -77,7 +77,7 @@ def count(number: int, what: str) -> str:
 
 
 def in_bytes(size: int) -> str:
-    return f"{bars.short(size, ' ')}B"
+    return f"{short(size, ' ')}B"
 
 
 def percent(part: float, whole: float) -> str:
@@ -143,13 +143,13 @@ def text(escaped: str) -> str:
 
 def histograms(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Of each measure, one figure for all sources together and one for each."""
-    for name, histogram in found.items():
-        counts = {source: values for source, values in histogram["counts"].items() if any(values)}
+    for name, measured in found.items():
+        counts = {source: values for source, values in measured["counts"].items() if any(values)}
         if not counts:
             continue
         total = [sum(column) for column in zip(*counts.values(), strict=True)]
         first, last = (next(k for k in order if total[k]) for order in (range(len(total)), range(len(total))[::-1]))
-        edges, cuts = histogram["edges"][first : last + 2], histogram["cuts"]
+        edges, cuts = measured["edges"][first : last + 2], measured["cuts"]
         everything = {"all sources": total} | counts if len(counts) > 1 else counts
         figures = "".join(
             figure(source, edges, values[first : last + 1], cuts.get(source, []))
@@ -162,7 +162,7 @@ def histograms(found: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def figure(source: str, edges: list[float], counts: list[int], cuts: list[float]) -> str:
     said = f"<figcaption>cut at {', '.join(f'{cut:.4g}' for cut in cuts)}</figcaption>" if cuts else ""
-    return f"<figure><h4>{escape(source)}</h4>{bars.histogram(source, edges, counts, cuts)}{said}</figure>"
+    return f"<figure><h4>{escape(source)}</h4>{histogram(source, edges, counts, cuts)}{said}</figure>"
 
 
 def near_duplicates(documents: Documents) -> str:
@@ -170,7 +170,7 @@ def near_duplicates(documents: Documents) -> str:
     if not found:
         return ""
     rest = len(found) - LARGEST
-    shown = f"the {LARGEST} largest and {rest} others" if rest > 0 else "all of them"
+    shown = f"the {LARGEST} largest and {rest} others" if rest > 0 else "all are shown"
     words = f"{count(total, 'cluster')}; {shown}. Words that differ from the document that stayed are marked."
     return "".join(map(cluster, found)) + note(words)
 
@@ -213,7 +213,7 @@ def tokens(documents: Documents) -> str:
     lines = []
     for source in sources:
         values = [found[source, pool] for pool in pools]
-        bar = bars.shares(source, names, values)
+        bar = shares(source, names, values)
         total = [f"<td>{sum(values):,}</td>"] if len(pools) > 1 else []
         cells = [f"<td>{escape(source)}</td>", *(f"<td>{value:,}</td>" for value in values), *total]
         width = f'<td style="width: 40%"><div style="width: {percent(sum(values), most)}">{bar}</div></td>'
@@ -223,7 +223,7 @@ def tokens(documents: Documents) -> str:
 
 
 def key(number: int, name: str) -> str:
-    return f'<span class="key" style="background: var(--s{number % bars.COLOURS})"></span>{name}'
+    return f'<span class="key" style="background: var(--s{number % COLOURS})"></span>{name}'
 
 
 def edits(found: dict[str, dict[str, int]]) -> str:

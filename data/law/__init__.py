@@ -1,0 +1,1 @@
+"""The law that says which data to train on. Public names: `thriftlab.data.curation_law`."""
