@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.order import permute, stream
+from thriftlab.data.proxy import kept_windows
 from thriftlab.data.quotas import BLOCK, Source, cycle_counts
 from thriftlab.data.reshuffle import Reshuffled
 from thriftlab.data.shards import Dataset, Windows
@@ -37,6 +39,17 @@ class Cycle:
     windows: tuple[int, ...]
     seeds: tuple[int, ...]
     seed: int
+    kept: tuple[int, ...] | None = None  # windows per source that a proxy reads; None: all
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Windows of each source that are passed over."""
+        return self.kept or self.windows
+
+    def draws(self, p: int, start: int, count: int) -> tuple[Array, Array]:
+        """(epoch, window) of the rows start, ..., start + count - 1 of source p, int64 [count] each."""
+        epoch, window = stream(start, count, self.read[p], self.seeds[p])
+        return epoch, permute(window, self.windows[p], self.seeds[p], 0) if self.kept else window
 
     @cached_property
     def bounds(self) -> Array:
@@ -75,7 +88,7 @@ def block_rows(cycle: Cycle, index: int) -> Array:
     out[0] = source
     for p in np.unique(source):
         slots = np.flatnonzero(source == p)
-        out[2, slots], out[1, slots] = stream(int(drawn[p]), len(slots), cycle.windows[p], cycle.seeds[p])
+        out[2, slots], out[1, slots] = cycle.draws(p, int(drawn[p]), len(slots))
     return out
 
 
@@ -152,27 +165,26 @@ class Plan:
         whole = turn * np.array(self.cycle.counts) + np.diff(self.cycle.before(self.cycle.bounds, within))
         return whole + np.bincount(block_rows(self.cycle, block)[0, :slot], minlength=len(self.sources))
 
-    @property
-    def distinct(self) -> list[int]:
-        """Windows of each source."""
-        return list(self.cycle.windows)
-
     def uses(self, steps: int) -> dict[str, dict[str, int]]:
         """Of each source: `unique` training tokens, and `tokens` of them that a run of this length draws."""
-        drawn = self.drawn(steps * self.batch_size)
-        pairs = zip(self.sources, self.distinct, drawn, strict=True)
-        return {
-            source.name: {"unique": n * self.sequence_length, "tokens": int(k) * self.sequence_length}
-            for source, n, k in pairs
-        }
+        drawn = (self.drawn(steps * self.batch_size) * self.sequence_length).tolist()
+        used = zip(self.sources, self.unique, drawn, strict=True)
+        return {source.name: {"unique": unique, "tokens": tokens} for source, unique, tokens in used}
+
+    @property
+    def unique(self) -> list[int]:
+        """Training tokens of each source that the run passes over."""
+        return [n * self.sequence_length for n in self.cycle.read]
 
     def table(self, steps: int | None = None) -> str:
         """The mixture as text; with `steps`, what a run of that length draws and how often it repeats it."""
         drawn = self.drawn((steps or 0) * self.batch_size)
         lines = [["source", "share", "windows", "tokens", "rows drawn", "epochs"]]
-        for source, count, n, k in zip(self.sources, self.cycle.counts, self.cycle.windows, drawn, strict=True):
-            share, tokens = count / self.cycle.rows, n * self.sequence_length
-            lines.append([source.name, f"{share:.2%}", f"{n:,}", f"{tokens:,}", f"{k:,}", f"{k / n:.2f}"])
+        c = self.cycle
+        for source, count, n, of, k in zip(self.sources, c.counts, c.read, c.windows, drawn, strict=True):
+            share, tokens = count / c.rows, n * self.sequence_length
+            windows = f"{n:,} of {of:,}" if c.kept else f"{n:,}"
+            lines.append([source.name, f"{share:.2%}", windows, f"{tokens:,}", f"{k:,}", f"{k / n:.2f}"])
         return aligned([line[: 4 if steps is None else 6] for line in lines])
 
 
@@ -213,6 +225,7 @@ def plan(
     seed: int,
     sources: Sequence[Source] | None = None,
     steps: int | None = None,
+    share: Fraction | None = None,
     reshuffle: bool = False,
 ) -> Plan:
     """Plan the training rows of a run.
@@ -222,6 +235,7 @@ def plan(
         sources: what to mix; None: all, and every window of every source exactly once an epoch.
         steps: steps of the whole run; needed when some sources have epochs and others weights, checked when all have
             epochs, which then have to fill the run to within one batch.
+        share: of the target's steps, where the run is a proxy, see proxy.py; None: it is none.
         reshuffle: cut the windows of each epoch from the documents in an order of its own.
     """
     chosen, windows = choose_sources(dataset, sequence_length, sources)
@@ -234,14 +248,17 @@ def plan(
         if reshuffle
     ]
     lengths = tuple(map(len, anew or windows))
-    counts = cycle_counts(chosen, lengths, batch_size, steps)
+    kept = None if share is None else kept_windows(names, lengths, share)
+    counts = cycle_counts(chosen, kept or lengths, batch_size, steps)
     for name, count in zip(names, counts, strict=True):
         if count == 0:
             raise DataError(f"source {name!r} would never be drawn, its share is below one row; raise it or omit it")
-    cycle = Cycle(tuple(counts), lengths, tuple(seeds), seed)
+    cycle = Cycle(tuple(counts), lengths, tuple(seeds), seed, kept)
     identity = [dataset.fingerprint, sequence_length, seed, names, counts]
     if any(source.where for source in chosen):
         identity.append([source.where for source in chosen])
+    if kept:
+        identity.append({"kept": kept})
     parts = chosen, windows, sequence_length, batch_size, cycle
     if reshuffle:
         return ReshuffledPlan(*parts, digest([*identity, "documents"]), anew)

@@ -86,10 +86,12 @@ class RepeatedPlan(Plan):
         return count
 
     @property
-    def distinct(self) -> list[int]:
+    def unique(self) -> list[int]:
+        """Those of the pool count again beside those of its sources."""
+        if self.repetition.control:
+            return super().unique
         amounts = self.repetition.amounts
-        pool = amounts.tokens[0] // self.sequence_length if amounts.tokens else amounts.pool_size
-        return [*self.cycle.windows, pool][: len(self.sources)]
+        return [*super().unique, amounts.tokens[0] if amounts.tokens else amounts.pool_size * self.sequence_length]
 
     def fitting(self, steps: int) -> int:
         """The control without repeats is shorter by them."""

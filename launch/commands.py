@@ -15,7 +15,8 @@ All keys of `thriftlab train --help` but out, seed and optim.name set what the r
 optim.KEY is meant for every method, layer.KEY and signal.KEY for every one with a layer or a
 signal, and METHOD.KEY for one, as in frugal.gap=50; METHOD.layer.KEY and METHOD.optim.KEY tell two
 keys of one name apart.
---budget tokens=1e7 is short for the section `budget` with tokens alone.
+--budget tokens=1e7 is short for the section `budget` with tokens alone, and --proxy-of tokens=1e9
+for data.proxy_of.
 """
 Action = Callable[[list[str]], None]
 Keys = Callable[[list[str]], str]

@@ -31,6 +31,18 @@ def exact_int(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(exact_int)]
 
 
+def target_tokens(value: Any) -> Any:
+    """`tokens=1e11` or {tokens: 1e11} as the number."""
+    if isinstance(value, str) and "=" in value:
+        value = dict([value.split("=", 1)])
+    if isinstance(value, dict) and [*value] != ["tokens"]:
+        raise ValueError("takes tokens=AMOUNT; FLOPs and seconds of the target depend on its model and its machines")
+    return value["tokens"] if isinstance(value, dict) else value
+
+
+TargetTokens = Annotated[Whole, BeforeValidator(target_tokens)]
+
+
 @dataclass(frozen=True)
 class Horizon:
     """Where a run ends: after `steps` optimizer steps, or where they are None after `seconds` of training."""

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -129,7 +130,8 @@ def make_model(config: RunConfig, dataset: Dataset) -> tuple[GPT, Conversion]:
         )
     with torch.device("meta"):
         sizes = config.model.model_copy(update={"vocab_size": vocab_size})
-        model = GPT(sizes, config.train.activation_checkpointing, config.train.loss_keep_bytes)
+        t = config.train
+        model = GPT(sizes, t.activation_checkpointing, t.loss_keep_bytes, t.dropout)
     return model, replace_layers(config, model)
 
 
@@ -202,7 +204,25 @@ def make_plan(config: RunConfig, dataset: Dataset, steps: int | None) -> Plan:
     what = dataset, data.sequence_length, batch_size, config.seed, [*given.values()], steps
     if data.repetition.fraction is not None:
         return repeated_plan(*what, **data.repetition.model_dump())
-    return plan(*what, reshuffle=data.reshuffle == "documents")
+    return plan(*what, share_of_target(config, steps), data.reshuffle == "documents")
+
+
+def share_of_target(config: RunConfig, steps: int | None) -> Fraction | None:
+    """The part of the target's steps that a proxy takes; None for a run that is no proxy."""
+    target, tokens_per_step = config.data.proxy_of, config.train.batch_size * config.data.sequence_length
+    if target is None:
+        return None
+    if steps is None:
+        raise ConfigError(
+            "data.proxy_of compares the tokens of two runs, and a budget of seconds has no known number of them; set "
+            "budget.tokens or budget.flops"
+        )
+    if target < steps * tokens_per_step:
+        raise ConfigError(
+            f"data.proxy_of = {target:,} tokens is less than the {steps * tokens_per_step:,} of this run; raise it, or "
+            "lower the budget"
+        )
+    return Fraction(steps, target // tokens_per_step)
 
 
 def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torch.device) -> Objective:

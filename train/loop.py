@@ -33,6 +33,7 @@ from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.checkpoints.writer import Writer
 from thriftlab.train.config.differences import differences, what_changed
 from thriftlab.train.config.schema import RunConfig
+from thriftlab.train.dropout import row_keys
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log, finish
 from thriftlab.train.records.record import Record, provenance, read_record
@@ -144,7 +145,9 @@ def examine(run: Run) -> None:
 
 def announce(run: Run, counters: Counters) -> None:
     """Says once which layers are replaced, what the method leaves to full AdamW, and which data are repeated."""
-    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement()
+    target = run.config.data.proxy_of
+    proxy = target and f"a proxy of a run of {target:,} tokens:\n{run.plan.table(run.horizon.steps)}"
+    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement(), proxy
     lines = [line for line in said if line]
     if lines and run.chief and counters.step == 0:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -177,12 +180,17 @@ def aim(run: Run, step: int, progress: float) -> None:
 
 
 def one_step(run: Run, batch: Batch) -> StepResult:
-    c = run.config
+    """The step that the objective has been told of."""
+    c, backend = run.config, run.backend
     rows = c.train.micro_batch_size
     if rows is None and not run.objective.waits:  # which one micro-batch does without a second forward
-        rows = micro_batch_rows(run.backend.device, c.data.sequence_length, c.model.dim)
+        rows = micro_batch_rows(backend.device, c.data.sequence_length, c.model.dim)
     rows = rows or len(batch.tokens)
-    return train_step(run.backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective)
+    keys = None
+    if c.train.dropout:
+        first = run.objective.step * c.train.batch_size
+        keys = row_keys(c.seed, first, c.train.batch_size, backend.rank, backend.world, backend.device)
+    return train_step(backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective, keys)
 
 
 def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:

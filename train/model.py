@@ -24,6 +24,7 @@ from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim.core.hyper import Count
 from thriftlab.optim.layers.base import Layer
 from thriftlab.optim.state.keys import keyed_generator
+from thriftlab.train.dropout import dropout
 
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -152,16 +153,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig):
+    """Block `number` of a model, from 0."""
+
+    def __init__(self, c: ModelConfig, number: int, dropout: float):
         super().__init__()
+        self.dropout, self.places = dropout, (1 + 2 * number, 2 + 2 * number)
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = Attention(c)
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, row_keys: Tensor | None) -> Tensor:
+        after_attn, after_mlp = self.places
+        x = x + dropout(self.attn(self.attn_norm(x), rope, mask), self.dropout, row_keys, after_attn)
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, row_keys, after_mlp)
 
 
 class GPT(nn.Module):
@@ -172,14 +177,15 @@ class GPT(nn.Module):
         config: ModelConfig,
         activation_checkpointing: bool = False,
         loss_keep_bytes: int | None = KEEP_BYTES,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set; take it from the tokenizer")
         self.config, self.activation_checkpointing = config, activation_checkpointing
-        self.loss_keep_bytes = loss_keep_bytes
+        self.loss_keep_bytes, self.dropout = loss_keep_bytes, dropout
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, number, dropout) for number in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie()
@@ -189,25 +195,33 @@ class GPT(nn.Module):
         if self.config.tied:
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        row_keys: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or the loss of every token.
 
         Args:
             tokens: [batch, seq] int64.
             targets: [batch, seq] int64, negative where nothing is predicted.
             documents: [batch, seq] int64, constant within a document: tokens see their own document only.
+            row_keys: [batch] int64, keys of the dropout of each row, see dropout.py; None: nothing is dropped.
 
         Returns:
             Without targets logits [batch, seq, vocab]; with them losses in nats, [batch, seq] fp32.
         """
         x = self.embed(tokens.flatten())  # [batch * seq, dim]: of a matrix a Linear is one product and no view
+        x = dropout(x, self.dropout, row_keys, place=0)
         rope = rotary(tokens.shape[1], self.config.dim // self.config.heads, self.config.rope_theta, x.device)
         mask = None if documents is None else document_mask(documents)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+                x = checkpoint(layer, x, rope, mask, row_keys, use_reentrant=False)
             else:
-                x = layer(x, rope, mask)
+                x = layer(x, rope, mask, row_keys)
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x).view(*tokens.shape, -1)

@@ -36,6 +36,7 @@ def train_step(
     precision: str,
     max_norm: float | None,
     objective: Objective | None = None,
+    row_keys: Tensor | None = None,
 ) -> StepResult:
     """Update the weights once.
 
@@ -46,14 +47,16 @@ def train_step(
         precision: "fp32" or "bf16" (autocast).
         max_norm: gradients are scaled down to this global norm; None: never.
         objective: how much each token counts; None: all alike.
+        row_keys: int64 [rows], keys of the dropout of each row, see dropout.py; None: nothing is dropped.
     """
     inputs, targets = split_windows(batch.tokens.to(backend.device, non_blocking=True))
     micro_batches = [slice(start, start + micro_batch_size) for start in range(0, len(inputs), micro_batch_size)]
     objective = objective or Objective(Uniform())
 
     def token_loss(rows: slice) -> Tensor:
+        drops = [] if row_keys is None else [row_keys[rows]]
         with autocast(backend.device, precision):
-            return backend.module(inputs[rows], targets[rows], document_ids(inputs[rows], mask_delimiter))
+            return backend.module(inputs[rows], targets[rows], document_ids(inputs[rows], mask_delimiter), *drops)
 
     ahead = None  # the losses of all rows, where they have to be known before the first is back-propagated
     if objective.waits and len(micro_batches) > 1:

@@ -36,10 +36,15 @@ def keyed_generator(seed: int, name: str, count: int) -> torch.Generator:
 
 
 def hash63(x: Tensor) -> Tensor:
-    """Scrambles int64 to 63 well-mixed bits: the finaliser of splitmix64, in wrapping arithmetic."""
-    x = _mixed(x.clone(), 30).mul_(-0x40A7B892E31B1A47)
+    """Scrambles int64 to 63 well-mixed bits."""
+    return mix64_(x.clone()).bitwise_and_((1 << 63) - 1)
+
+
+def mix64_(x: Tensor) -> Tensor:
+    """Scrambles int64 in place to 64 well-mixed bits: the finaliser of splitmix64, in wrapping arithmetic."""
+    x = _mixed(x, 30).mul_(-0x40A7B892E31B1A47)
     x = _mixed(x, 27).mul_(-0x6B2FB644ECCEEE15)
-    return _mixed(x, 31).bitwise_and_((1 << 63) - 1)
+    return _mixed(x, 31)
 
 
 def _mixed(x: Tensor, shift: int) -> Tensor:

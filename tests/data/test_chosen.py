@@ -19,6 +19,7 @@ from thriftlab.data.chosen import choose
 from thriftlab.data.errors import ConfigError, DataError
 from thriftlab.data.loader import gather
 from thriftlab.data.mixture import named_seed, plan
+from thriftlab.data.order import permute
 from thriftlab.data.quotas import Source
 from thriftlab.data.shards import Windows, open_dataset
 from thriftlab.train.build import make_plan
@@ -261,6 +262,25 @@ def test_a_choice_alone_leaves_the_other_sources_in(prepared):
     config = tiny_config(folder, folder, data={"sources": {"bokos": {"where": "score>0.5"}}})
     with pytest.raises(DataError, match="no source 'bokos'"):
         make_plan(config, dataset, None)
+
+
+def test_a_proxy_keeps_a_part_of_what_is_chosen(prepared):
+    """The source is what is chosen: a quarter of its windows, each four times, as the target passes over all."""
+    folder, found = prepared
+    wanted, _ = expected(folder, found, "web", CHOICES["score>0.5"], LENGTH)
+    steps = -(-len(wanted) // 8)
+    sources = {"web": {"weight": 1, "where": "score>0.5"}}
+    data = {"sequence_length": LENGTH, "proxy_of": 4 * steps * 8 * LENGTH, "sources": sources}
+    made = make_plan(tiny_config(folder, folder, data=data), open_dataset(folder), steps)
+    kept = round(len(wanted) / 4)
+    assert made.cycle.windows == (len(wanted),) and made.cycle.read == (kept,)
+    source, window, epoch = made.at(0, 4 * kept)
+    first = permute(np.arange(kept), len(wanted), named_seed(0, "web"), 0)
+    assert sorted(window.tolist()) == sorted(4 * first.tolist())
+    assert np.array_equal(made.read(source, window, epoch), np.array(wanted)[window])
+    everything = {"sequence_length": LENGTH, "sources": sources}
+    whole = make_plan(tiny_config(folder, folder, data=everything), open_dataset(folder), 4 * steps)
+    assert whole.cycle.read == (len(wanted),) and whole.fingerprint != made.fingerprint
 
 
 @pytest.mark.slow

@@ -144,6 +144,9 @@ def test_table(dataset):
     told = documents.repetition.plan()
     line = documents.table().splitlines()[1].split()
     assert line[1] == str(told["repeat_slots"]) and line[-1] == str(told["repeat_tokens"])
+    assert documents.uses(20)["repeated"]["unique"] * 3 == told["repeat_tokens"]
+    assert repeated(dataset, repeats=7).uses(20)["repeated"] == {"unique": 11 * LENGTH, "tokens": 77 * LENGTH}
+    assert repeated(dataset, repeats=7, control="fresh").uses(20).keys() == {*DOCUMENTS}
 
 
 # ----------------------------------------------------------------------------------------------------- documents

@@ -57,6 +57,28 @@ def test_groups_are_given_in_every_way_that_torch_knows(kind):
 
 
 @every_own
+@pytest.mark.parametrize("weight_decay", [0.1, 0.3, 1.0])
+def test_weight_decay_is_decoupled(kind, weight_decay):
+    """AdamW's (1711.05101): without a gradient a step multiplies by 1 - rate * decay, by the rate of that step. BAdam
+    leaves matrices that are not active as they are."""
+    method, hyper = kind
+    net = Net()
+    optimizer = method(net.parameters(), **{**hyper, "lr": 0.5, "weight_decay": weight_decay})
+    schedule = lr_scheduler.LambdaLR(optimizer, lambda step: (0.2, 0.1)[min(step, 1)])
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        schedule.step()
+    factor = (1 - 0.1 * weight_decay) * (1 - 0.05 * weight_decay)
+    left = [n for n, (p, old) in enumerate(zip(net.parameters(), before, strict=True)) if torch.equal(p, old)]
+    assert not left or method.__name__ == "BAdam" and len(left) < len(before)
+    for n, (p, old) in enumerate(zip(net.parameters(), before, strict=True)):
+        torch.testing.assert_close(p, old if n in left else old * factor)
+
+
+@every_own
 def test_hyper_parameters_are_checked_whatever_the_signature(kind):
     method, hyper = kind
 

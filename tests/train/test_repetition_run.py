@@ -78,6 +78,8 @@ def test_the_pool_is_a_source(tiny_data, tmp_path, capsys):
     assert all(list(line["signal"]["share"]) == names for line in lines if "signal" in line)
     assert list(record["results"]["sources"]) == names
     assert tokens_of(record)["repeated"] == 32 * 32 and sum(tokens_of(record).values()) == 8 * 8 * 32
+    unique = {name: used["unique"] for name, used in record["data"]["sources"].items()}
+    assert list(unique) == names and unique["repeated"] == 8 * 32 < min(unique["plain"], unique["noisy"])
     held_out = record["results"]["sources"]["plain"], record["results"]["sources"]["noisy"]
     total = sum(each["loss"] * each["tokens"] for each in held_out) / sum(each["tokens"] for each in held_out)
     assert record["results"]["loss"] == pytest.approx(total, abs=1e-12)

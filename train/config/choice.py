@@ -6,10 +6,19 @@ One surprise: validating a list of plugins runs them, because what they register
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+)
 from pydantic_core import PydanticCustomError
 
 from thriftlab.data.errors import DataError
@@ -26,6 +35,13 @@ config_model = functools.cache(model_of)  # one class per method, so that equal 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def without_off(section: Section, dump: SerializerFunctionWrapHandler, *keys: str) -> dict[str, Any]:
+    """A section as it is written, without those of its keys that are at their default: so the fingerprints of runs
+    stay what they were before there were such keys."""
+    off = [key for key in keys if getattr(section, key) == type(section).model_fields[key].default]
+    return {key: value for key, value in dump(section).items() if key not in off}
 
 
 class Choice(Section):
@@ -67,6 +83,17 @@ class Registry:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         kind: Any = Annotated[self.base, BeforeValidator(self.validate), SerializeAsAny()]
         return handler.generate_schema(kind)
+
+
+def regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{error}, in a regular expression") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(regular_expression)]
 
 
 def run_plugin(path: str) -> str:

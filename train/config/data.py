@@ -6,8 +6,8 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 
 from thriftlab.data.paths import FilePath
 from thriftlab.optim.core.hyper import Count
-from thriftlab.train.budget import Whole
-from thriftlab.train.config.choice import Plumbing, Section
+from thriftlab.train.budget import TargetTokens, Whole
+from thriftlab.train.config.choice import Plumbing, Section, without_off
 
 
 def expression(where: str) -> str:
@@ -34,9 +34,8 @@ class SourceConfig(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def without_what_is_not_chosen(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fingerprints of runs that choose no documents stay what they were before one could."""
-        return {key: value for key, value in dump(self).items() if key != "where" or value is not None}
+    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_off(self, dump, "where")
 
 
 class RepetitionConfig(Section):
@@ -85,6 +84,12 @@ class DataConfig(Section):
         description="mixture, data.sources.NAME.weight or .epochs; without either: all sources in proportion to their "
         "size",
     )
+    proxy_of: TargetTokens | None = Field(
+        None,
+        ge=1,
+        description="budget of a larger run, short --proxy-of tokens=1e11: train on so much of each source that it is "
+        "repeated as often as there; null: on all",
+    )
     reshuffle: Literal["windows", "documents"] = Field(
         "windows",
         description="what gets another order in each epoch: the windows, always the same ones, or the documents, from "
@@ -98,10 +103,12 @@ class DataConfig(Section):
     def goes_together(self) -> "DataConfig":
         if self.repetition.fraction is not None and self.reshuffle == "documents":
             raise ValueError("reshuffle=documents has no effect with repetition, which has its own order; omit it")
+        if self.proxy_of is not None and self.repetition.fraction is not None:
+            raise ValueError("data.repetition says how often what is repeated, and so does data.proxy_of; omit one")
+        if self.proxy_of is not None and self.reshuffle == "documents":
+            raise ValueError("data.proxy_of keeps windows, and data.reshuffle=documents cuts them anew; omit one")
         return self
 
     @model_serializer(mode="wrap")
     def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Likewise for runs before there was repetition."""
-        off = {"reshuffle": self.reshuffle == "windows", "repetition": self.repetition == RepetitionConfig()}
-        return {key: value for key, value in dump(self).items() if not off.get(key)}
+        return without_off(self, dump, "proxy_of", "reshuffle", "repetition")

@@ -21,6 +21,7 @@ from thriftlab.train.config.mistakes import KeyPath, explain, sources
 
 Model = TypeVar("Model", bound=BaseModel)
 COMMAND_LINE = "command line"
+SHORT = {"proxy_of": "data.proxy_of"}
 
 
 class Settings:
@@ -95,7 +96,7 @@ def read(argv: Sequence[str]) -> Settings:
         settings.put(("plugins",), (earlier if isinstance(earlier, list) else [earlier]) + plugins, COMMAND_LINE)
     for key, value in pairs:
         if key not in ("config", "plugin"):
-            settings.put(tuple(key.split(".")), parse(key, value), COMMAND_LINE)
+            settings.put(tuple(SHORT.get(key, key).split(".")), parse(key, value), COMMAND_LINE)
     return settings
 
 

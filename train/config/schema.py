@@ -8,11 +8,10 @@ import functools
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.paths import FilePath
@@ -23,7 +22,7 @@ from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.backends.device import Device
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
-from thriftlab.train.config.choice import Choice, Plugin, Plumbing, Registry, Section, Speed
+from thriftlab.train.config.choice import Choice, Pattern, Plugin, Plumbing, Registry, Section, Speed, without_off
 from thriftlab.train.config.data import DataConfig
 from thriftlab.train.config.help import is_model
 from thriftlab.train.model import ModelConfig
@@ -32,17 +31,6 @@ from thriftlab.train.signals.base import asks_for_statistics, has_state
 from thriftlab.train.signals.reference import read_reference
 
 Steps = Annotated[int, Field(ge=0)]
-
-
-def regular_expression(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{error}, in a regular expression") from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(regular_expression)]
 
 
 class OptimConfig(Choice):
@@ -124,6 +112,9 @@ class TrainConfig(Section):
     )
     clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")
+    dropout: float = Field(
+        0.0, ge=0, le=0.99, description="share of the outputs of embedding, attention and MLP that a step sets to zero"
+    )
     activation_checkpointing: Speed[bool] = Field(False, description="recompute each block's activations in backward")
     loss_keep_bytes: Speed[int | None] = Field(
         KEEP_BYTES,
@@ -140,6 +131,10 @@ class TrainConfig(Section):
     )
     threads: Speed[Count | None] = Field(None, description="torch threads of one process; null: torch's choice")
     deterministic: Speed[bool] = Field(False, description="deterministic kernels only, where torch has them")
+
+    @model_serializer(mode="wrap")
+    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_off(self, dump, "dropout")
 
     @model_validator(mode="after")
     def layerwise_alone(self) -> "TrainConfig":
