@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
     raise EngineError(f"engine=ray needs the package {error.name}: pip install 'thriftlab[cluster]'") from None
 
 STORE = 256 << 20  # bytes of objects in memory for each worker; the rest waits on the disk
+TOKEN = secrets.token_hex(32)  # one for the process: Ray reads it once
 OBJECTS = 200_000  # of one exchange
 WAVE = 4  # tasks submitted for each worker: one hundred thousand that wait would stall the scheduler (ray issue 25412)
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": str(TRIES - 1), "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
@@ -60,7 +61,7 @@ class OnRay:
         self.folders = [spilled, Path(f"/tmp/ray-{name}")]  # short: the path of a socket has 107 bytes at most
         self._remove_folders()
         make_folder(spilled)
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", TOKEN)  # else Ray leaves one in the home folder
         return {
             "num_cpus": workers,
             "object_store_memory": STORE * workers,
