@@ -125,6 +125,9 @@ def point_of(path: Path, record: dict[str, Any], asked: CurateConfig, notes: lis
     if not sources:
         notes.append(f"{path} was written before records named the tokens of their sources, and is not used")
         return None
+    if (value_at(record, "config", "data", "repetition") or {}).get("fraction") is not None:
+        notes.append(f"{path} repeats a pool by data.repetition, which is no pool that can be bought, and is not used")
+        return None
     if loss is None:
         notes.append(f"{path} ended with a loss that is not finite, and is not used")
         return None

@@ -11,6 +11,7 @@ from tests.tools.tiny import tiny_config
 from thriftlab.data.prepare.pipeline import PrepareConfig
 from thriftlab.launch import documents
 from thriftlab.launch.cluster import array, hosts, slurm
+from thriftlab.launch.curate import CurateConfig
 from thriftlab.launch.studies import compare, written
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train.config import parse as settings
@@ -61,6 +62,9 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
         assert given.words[0] in documents.KEYS and settings.validate(documents.DataOptions, given.drop([]))
     elif command == "reference":
         settings.load(ReferenceConfig, argv)
+    elif command == "curate":
+        given = settings.read(argv)
+        assert given.words and settings.validate(CurateConfig, given.drop([]))
     elif command == "study":
         assert written.make_request(settings.read(argv)) if argv else written.listing()
     else:

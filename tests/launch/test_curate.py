@@ -31,7 +31,7 @@ def write(folder, name, seed, tokens, weights, noise=0.0, law=TRUTH, extra=0.0, 
         *keys, last = path.split("__")
         tree = record
         for key in keys:
-            tree = tree[key]
+            tree = tree.setdefault(key, {})
         tree[last] = value
     out = folder / name / f"{tokens}" / f"seed-{seed}"
     out.mkdir(parents=True)
@@ -53,6 +53,13 @@ def curate(capsys, *words):
     code = main(["curate", *map(str, words)])
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+def test_runs_with_a_repeated_pool_are_no_points_and_are_named(tmp_path, capsys):
+    for seed in range(2):
+        write(tmp_path, "good", seed, 4 * M, {"good": 1}, config__data__repetition={"fraction": 0.1})
+    code, _, err = curate(capsys, tmp_path, "--budget", "tokens=2e6")
+    assert code == 2 and err.count("repeats a pool by data.repetition") == 2 and err.count("\n") == 1
 
 
 def test_the_best_data_for_each_budget(tmp_path, capsys):
