@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from thriftlab.data.order import GOLDEN, mix64
 
 SPACE, ZERO, MARK, UNKNOWN = 0, ord("0"), 2**32 - 1, 2**32 - 2  # MARK: to be left out; UNKNOWN: not looked up yet
+LONG = 1 << 20  # characters of a text that are worked on at once
 CHARACTERS = 1 << 17  # of texts that are worked on together: their shingles stay in the processor's cache
 _FOLDED = np.full(0x110000, UNKNOWN, np.uint32)  # [code points], filled as they occur
 
@@ -56,7 +57,7 @@ def buckets_of(texts: Sequence[str], banding: Banding) -> tuple[NDArray[np.uint6
 
 def shingles(texts: Sequence[str], words: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """All shingles of the texts, one text after the other, uint64 [shingles], and how many each text has [texts]."""
-    hashes, counts = word_hashes(texts)
+    hashes, counts = words_of(texts)
     total = max(len(hashes) - words + 1, 0)
     rolled = np.zeros(total, np.uint64)  # [windows of words], some of them across two texts
     for offset in range(words):
@@ -64,6 +65,27 @@ def shingles(texts: Sequence[str], words: int) -> tuple[NDArray[np.uint64], NDAr
     text = np.repeat(np.arange(len(texts)), counts)  # [words], which text each is of
     within = text[:total] == text[words - 1 :]
     return rolled[within], np.maximum(counts - words + 1, 0)
+
+
+def words_of(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """As `word_hashes`; a text longer than LONG piece by piece, because its characters need some 50 bytes each."""
+    if max(map(len, texts), default=0) <= LONG:
+        return word_hashes(texts)
+    found = [[word_hashes([piece])[0] for piece in _cut(text)] for text in texts]
+    hashes = np.concatenate([np.empty(0, np.uint64), *(each for pieces in found for each in pieces)])
+    return hashes, np.array([sum(map(len, pieces)) for pieces in found], np.int64)
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of about LONG characters that end with a blank, or as far behind it as there is one."""
+    start = 0
+    while start < len(text):
+        before = max(text.rfind(blank, start, start + LONG) for blank in " \n")
+        behind = [at for blank in " \n" if (at := text.find(blank, start + LONG)) >= 0]
+        stop = (before if before >= start else min(behind, default=len(text))) + 1
+        stop = len(text) if len(text) - start <= LONG else stop
+        yield text[start:stop]
+        start = stop
 
 
 def word_hashes(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

@@ -436,3 +436,24 @@ def test_every_exact_copy_goes(which):
     sources = [" ".join(words_of(i, 5 + 7 * i)) for i in range(16)]
     texts = [sources[i] for i in which]
     assert removed(texts) == {n for n, i in enumerate(which) if i in which[:n]}
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(" \n\tab\u0301é12中", max_size=60), max_size=4), st.integers(1, 20))
+def test_long_texts_are_cut_between_words(texts, long):
+    whole = minhash.word_hashes(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minhash, "LONG", long)
+        cut = minhash.words_of(texts)
+    assert np.array_equal(cut[0], whole[0]) and np.array_equal(cut[1], whole[1])
+    for text in texts:
+        assert "".join(minhash._cut(text)) == text
+
+
+def test_a_long_text_needs_little_more_than_its_words():
+    text = "some words that come again and again " * 250_000  # 9 MB
+    tracemalloc.start()
+    minhash.buckets_of([text], minhash.Banding(14, 8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * len(text), f"{peak / len(text):.0f} bytes for each character"
