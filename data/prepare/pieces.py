@@ -5,13 +5,12 @@ only from its beginning to its end, or only once (packed files larger than a pie
 first: read by one task, and written as units that can be read again.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -195,12 +194,3 @@ def _write_landed(file: Path, ids: Sequence[str], texts: Sequence[str]) -> None:
     with pa.OSFile(os.fsencode(file), "wb") as sink, pa.ipc.new_file(sink, LANDED) as writer:
         writer.write_batch(pa.record_batch([pa.array(ids, pa.large_string()), pa.array(texts, pa.large_string())],
                                            schema=LANDED))  # fmt: skip
-
-
-def listing(found: Sequence[Piece]) -> str:
-    """The pieces as text, for a stamp: the same plan, the same text."""
-    return json.dumps([[source, [unit[1:] for unit in each]] for source, each in found])
-
-
-def expected_bytes(found: Iterable[Any]) -> int:
-    return sum(unit.size for _, each in found for unit in each)
