@@ -319,3 +319,10 @@ def test_scorers_without_sources_are_refused():
     ):
         with pytest.raises(ValidationError, match=message):
             PrepareConfig(inputs=inputs, **wrong)
+
+
+def test_a_copy_names_the_document_that_stayed(expected):
+    rows = ledger(expected / "out")
+    keys = {row["number"]: row["key"] for row in rows if row["number"] is not None}
+    copies = [row for row in rows if row["stage"] == "exact"]
+    assert len(copies) == 3 and [keys[row["of"]] for row in copies] == [row["key"] for row in copies]
