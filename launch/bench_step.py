@@ -69,7 +69,7 @@ def bench_steps(settings: Settings) -> dict[str, Any]:
         rows = [measured({**request.base, **own}, arm, device, options.rounds) for arm in request.arms]
     result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
-        "threads": torch.get_num_threads(), **provenance(), "config": request.base, "rows": [asdict(row) for row in rows],
+        "threads": torch.get_num_threads(), **provenance(), "config": request.base, "rows": list(map(asdict, rows)),
     }  # fmt: skip
     print(table(result, rows))
     if options.out:
