@@ -3,16 +3,17 @@
 `thriftlab bench step` and `thriftlab check gpu` time what `thriftlab train` does, and no copy of it.
 """
 
-import contextlib
-import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from thriftlab.data.corpora.synthetic import generate
 from thriftlab.data.loader import batches
-from thriftlab.data.prepare.pipeline import PrepareConfig, prepare
+from thriftlab.data.manifest import write_manifest
+from thriftlab.data.shards import token_dtype, write_shards, write_tokenizer
+from thriftlab.data.tokens import encode_document, load_tokenizer
 from thriftlab.train.backends import make_backend
 from thriftlab.train.build import Run, build
 from thriftlab.train.config.parse import Settings, validate
@@ -22,10 +23,17 @@ from thriftlab.train.step import StepResult
 
 
 def made_up_text(folder: Path, documents: int) -> Path:
-    """Prepares so many documents of some 1,200 bytes each, in tokens of one byte."""
-    source = {"path": f"synthetic:documents={documents}", "licence": "none"}
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of seconds
-        prepare(PrepareConfig(out=folder, inputs={"made_up": source}, tokenizer="bytes"))
+    """A data set of so many documents of some 1,200 bytes each, and a tenth as many held out, in tokens of one byte."""
+    folder.mkdir(parents=True)
+    tokenizer = load_tokenizer("bytes")
+    dtype = token_dtype(tokenizer.vocab_size)
+    splits = {}
+    for seed, (split, size) in enumerate({"train": documents, "validation": 1 + documents // 10}.items()):
+        encoded = (encode_document(tokenizer, text) for text in generate(documents=size, seed=seed))
+        splits[split] = write_shards(folder, "made_up", split, encoded, dtype)
+    source = {**splits, "licence": "none", "provenance": {"reader": "synthetic"}}
+    made = {"tokenizer": write_tokenizer(folder, tokenizer), "dtype": dtype, "sources": {"made_up": source}}
+    write_manifest(folder, {**made, "prepare": {}, "drops": {}})
     return folder
 
 

@@ -42,10 +42,17 @@ def traced(call: Callable[[], Any], device: torch.device) -> Trace:
         if device.type == "cuda":
             torch.cuda.synchronize()
     events = watched.profiler.kineto_results.events()  # type: ignore[union-attr]
-    work = [event for event in events if event.activity_type() in WORK[device.type]]
+    work = [event for event in events if is_work(event, device.type)]
     times = [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in work]
     span = max(end for _, end in times) - min(start for start, _ in times) if times else 0
     return Trace(Counter(event.name() for event in work), span / 1e9, covered(times) / 1e9)
+
+
+def is_work(event: Any, kind: str) -> bool:
+    """Whether the device computed or copied; not a mark of a span of time, or somebody who waits."""
+    if hasattr(event, "activity_type"):
+        return event.activity_type() in WORK[kind]
+    return event.device_type().name.lower() == kind and not event.is_user_annotation()  # torch before 2.13 may say less
 
 
 def covered(times: Iterable[tuple[int, int]]) -> int:
