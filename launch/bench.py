@@ -24,7 +24,7 @@ from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
 from thriftlab.train.backends.device import Device, choose_device, warn_of_idle_gpu
 from thriftlab.train.config.choice import Section
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
-from thriftlab.train.records.record import cpu_model, provenance
+from thriftlab.train.records.record import provenance
 
 REFRESHES = 3  # rounds with a refresh: an SVD of every matrix costs as much as ten steps
 MATRICES = (r"\.(attn|mlp)\.",)
@@ -98,8 +98,9 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
                 timing.take_turn(refresh=number < REFRESHES)
     finally:
         torch.set_num_threads(threads)
+    origin = provenance()
     result = {
-        "preset": options.preset, "rounds": options.rounds, "device": name_of(device), **provenance(),
+        "preset": options.preset, "rounds": options.rounds, "device": name_of(device, origin["machine"]), **origin,
         "rows": [timing.numbers(timings[0].plain) for timing in timings],
     }  # fmt: skip
     print(table(result))
@@ -108,9 +109,9 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
     return result
 
 
-def name_of(device: torch.device) -> str:
+def name_of(device: torch.device, machine: dict[str, Any]) -> str:
     """A GPU, or one thread of a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one thread of {cpu_model()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one thread of {machine['cpu']}"
 
 
 def make_timings(options: OptimBench, device: torch.device) -> list[Timing]:

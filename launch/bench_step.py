@@ -26,7 +26,7 @@ from thriftlab.optim import state_bytes
 from thriftlab.train.backends.device import choose_device, warn_of_idle_gpu
 from thriftlab.train.config.choice import Section
 from thriftlab.train.config.parse import Settings, validate
-from thriftlab.train.records.record import cpu_model, provenance
+from thriftlab.train.records.record import provenance
 from thriftlab.train.records.speed import mfu
 
 WARM = 3  # steps before the first that counts: compilation, the allocator, the first refresh
@@ -67,10 +67,11 @@ def bench_steps(settings: Settings) -> dict[str, Any]:
         data = request.base["data"]["path"] if given else made_up_text(Path(folder) / "text", documents=400)
         own = {"data": {**request.base["data"], "path": str(data)}, "out": str(Path(folder) / "run")}
         rows = [measured({**request.base, **own}, arm, device, options.rounds) for arm in request.arms]
-    result = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
-        "threads": torch.get_num_threads(), **provenance(), "config": request.base, "rows": list(map(asdict, rows)),
-    }  # fmt: skip
+    origin = provenance()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else origin["machine"]["cpu"]
+    threads = torch.get_num_threads()
+    own = {"device": name, "threads": threads, "config": request.base, "rows": list(map(asdict, rows))}
+    result = {**origin, **own}
     print(table(result, rows))
     if options.out:
         replace_atomically(Path(options.out), json.dumps(result, indent=1).encode())
