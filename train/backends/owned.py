@@ -87,8 +87,8 @@ class Owned(Distributed, Backend):
             norms[mine] = torch.stack(torch._foreach_norm(grads)).to(norms)
         return torch.linalg.vector_norm(self.sum(norms))
 
-    def update(self) -> None:
-        super().update()
+    def update(self, applied: Tensor | None = None) -> None:
+        super().update(applied)
         self.travel(
             pack=lambda p: p.detach() if p in self.mine else torch.empty_like(p),
             send=lambda flat, owner: dist.broadcast(flat, owner, async_op=True),
