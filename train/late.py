@@ -20,7 +20,7 @@ def send(numbers: Numbers) -> Callable[[], Numbers]:
         return lambda: numbers
     flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in numbers.values()])
     shapes = {name: tensor.shape for name, tensor in numbers.items()}
-    landed = flat.to("cpu", non_blocking=True)  # pinned, for torch asks for that itself
+    landed = landing_place(flat).copy_(flat, non_blocking=True)
     landing = mark()
 
     def receive() -> Numbers:
@@ -38,6 +38,11 @@ def mark() -> Callable[[], None]:
     event = torch.cuda.Event()
     event.record()
     return event.synchronize
+
+
+def landing_place(tensor: Tensor) -> Tensor:
+    """Room on the host for a tensor of a GPU, which that can write to by itself."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_initialized())
 
 
 def pinned(tensor: Tensor) -> Tensor:
