@@ -41,7 +41,7 @@ class ShardedMethod(Sharding, torch.optim.Optimizer):
                 )
         stand_ins = {name: torch.empty_like(p, device="meta").requires_grad_() for name, p in named.items()}
         Sharding.__init__(self, method, stand_ins, chunk)
-        torch.optim.Optimizer.__init__(self, list(named.values()), {"lr": 0.0})  # one group: DeepSpeed steps all at once
+        torch.optim.Optimizer.__init__(self, list(named.values()), {"lr": 0.0})  # one group: steps at once
         self.names = {id(p): name for name, p in named.items()}
         self.attached = False
         self.layout: Layout | None = None  # stage 0: every rank holds all
