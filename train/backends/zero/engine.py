@@ -76,6 +76,8 @@ class DeepSpeed(Sharded):
         super().prepare(model, optimizer)
         self.sharded = ShardedMethod(as_method(optimizer, self.name), model, self.chunk)
         config = merged(engine_settings(self.stage, precision), self.settings)
+        if self.device.type == "cuda":
+            config = overlapped(config)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.sharded, config=config)
         self.sharded.attach(self.engine)
         self.module = self.engine
@@ -164,6 +166,15 @@ def engine_settings(stage: int, precision: str) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
+
+
+def overlapped(config: dict[str, Any]) -> dict[str, Any]:
+    """At stages 1 and 2 gradients are reduced during backward, unless the configuration says otherwise. That takes two
+    buffers, which are 2 GB each in fp32 if nobody says how many entries they have."""
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (1, 2):
+        return config
+    return {**config, "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 2**26, **zero}}
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> dict[str, Any]:
