@@ -27,6 +27,7 @@ class Backend(Holdings):
     name = "single"
     layerwise: Layerwise | None = None
     whole_weights = True  # whether every rank has every weight, uncut
+    takes_applied = True  # whether `update` can leave everything as it was by a number that only the device has
     can_layerwise = True  # whether a gradient is whole inside of backward, see `update_in_backward`
 
     def prepare(
@@ -71,17 +72,21 @@ class Backend(Holdings):
         if self.layerwise:
             norm = self.layerwise.finish(scale)
             return norm, norm.isfinite()
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = self.summed_gradients()
         norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
         applied = norm.isfinite()
-        unasked = norm.is_cuda and isinstance(self.optimizer, Method)
+        unasked = norm.is_cuda and self.takes_applied and isinstance(self.optimizer, Method)
         if unasked or applied:
             if grads:
                 torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
             self.update(applied if unasked else None)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
+
+    def summed_gradients(self) -> list[Tensor]:
+        """What this rank has of the summed gradients, to be scaled in place."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm over all ranks; `grads` are what this rank has of the summed gradients."""
