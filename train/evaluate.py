@@ -56,7 +56,7 @@ def evaluate(
         sum_losses(backend, windows, count, token_bytes, batch_size, precision, mask_delimiter)
         for windows, count in zip(parts.values(), rows, strict=True)
     ]
-    totals = torch.stack(sums).cpu().numpy()  # the one time that the host waits
+    totals = np.array(torch.stack(sums).cpu().tolist())  # the one time that the host waits
     backend.module.train()
     by_source = {name: means(total) for name, total in zip(parts, totals, strict=True) if total[1] > 0}
     return {**means(np.sum(totals[:held_out], axis=0)), "sources": by_source}

@@ -43,8 +43,11 @@ def arrive(batch: Batch | Packed, device: torch.device, look_up: LookUp | None =
         assert isinstance(batch, Batch)
         return Arrived(batch.tokens, batch.source.long(), batch.sample.long(), look_up and look_up(batch))
     words, length = batch if isinstance(batch, Packed) else pack(batch, look_up)
-    there = words.to(device, non_blocking=True)
-    tokens, source, sample, reference = there.split([length, 1, 2, there.shape[1] - length - 3], 1)
+    return unpack(words.to(device, non_blocking=True), length)
+
+
+def unpack(words: Tensor, length: int) -> Arrived:
+    tokens, source, sample, reference = words.split([length, 1, 2, words.shape[1] - length - 3], 1)
     return Arrived(
         tokens.long(),
         source[:, 0].long(),

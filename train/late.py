@@ -13,11 +13,12 @@ Numbers = dict[str, Tensor]
 
 
 def send(numbers: Numbers) -> Callable[[], Numbers]:
-    """Begins to copy numbers of one device to the host. What is returned waits for them; from a GPU they come in
-    float64, which holds every fp32 and every count below 2^53."""
-    first = next(iter(numbers.values()))
-    if not first.is_cuda:
-        return lambda: numbers
+    """Begins to copy numbers of one device to the host; what is returned waits for them. On a CPU they are there."""
+    return copied(numbers) if next(iter(numbers.values())).is_cuda else lambda: numbers
+
+
+def copied(numbers: Numbers) -> Callable[[], Numbers]:
+    """All in one copy, in float64, which holds every fp32 and every count below 2^53."""
     flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in numbers.values()])
     shapes = {name: tensor.shape for name, tensor in numbers.items()}
     landed = landing_place(flat).copy_(flat, non_blocking=True)

@@ -80,7 +80,7 @@ class Backend(Holdings):
         if unasked or applied:
             if grads:
                 torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
-            self.update(applied if unasked else None)
+            self.update(applied.float() if unasked else None)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
 
@@ -94,7 +94,7 @@ class Backend(Holdings):
 
     def update(self, applied: Tensor | None = None) -> None:
         """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses.
-        `applied`: a bool on the device, whether anything is to change; None: it is."""
+        `applied`: 0-dim on the device, 1, or 0 where nothing is to change; None: 1."""
         if applied is None:
             self.optimizer.step()
         else:
