@@ -20,7 +20,7 @@ from thriftlab.data.errors import CheckpointError, UserError
 from thriftlab.data.files import sha256, sync, writing
 from thriftlab.data.loader import Batch, batches
 from thriftlab.data.lock import claimed
-from thriftlab.optim.core.split import listing
+from thriftlab.optim.core.listing import listing
 from thriftlab.optim.layers.base import before_step, replaced
 from thriftlab.optim.state.keys import keyed_generator, keyed_seed
 from thriftlab.train.backends import make_backend

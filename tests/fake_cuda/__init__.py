@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,34 @@ SOURCE = Path(__file__).with_name("guard.cpp")
 @pytest.fixture(scope="session")
 def fake_cuda(tmp_path_factory) -> Iterator[Callable[..., Any]]:
     """Calls `function(*args)` of a module in the process that believes in a CUDA device."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    if not compiler:
+    if not compiler():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("there is no C++ compiler (g++)")
-    library = build(compiler, tmp_path_factory.mktemp("fake_cuda"))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=believe, initargs=(library,)) as process:
-        yield lambda function, *args: process.submit(in_fake_mode, function, *args).result()
+    with process(tmp_path_factory.mktemp("fake_cuda")) as call:
+        yield call
 
 
-def build(compiler: str, folder: Path) -> str:
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+
+
+@contextmanager
+def process(folder: Path) -> Iterator[Callable[..., Any]]:
+    """The same, for a program."""
+    spawn, library = multiprocessing.get_context("spawn"), build(folder)
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=believe, initargs=(library,)) as pool:
+        yield lambda function, *args: pool.submit(in_fake_mode, function, *args).result()
+
+
+def build(folder: Path) -> str:
     """Compiles the guard, against the torch that is installed, without importing it."""
     torch = Path(find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
     library = str(folder / "libfakecuda.so")
     headers = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    command = [compiler, "-shared", "-fPIC", "-O0", "-std=c++20", str(SOURCE), "-o", library, *headers, *libraries]
+    command = [str(compiler()), "-shared", "-fPIC", "-O0", "-std=c++20", str(SOURCE), "-o", library, *headers, *libraries]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        pytest.fail(f"the guard does not compile: {done.stderr[-2000:]}")
+        raise RuntimeError(f"the guard does not compile: {done.stderr[-2000:]}")
     return library
 
 
