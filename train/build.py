@@ -28,6 +28,7 @@ from thriftlab.train.backends.replicas import refuse_differences
 from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint
 from thriftlab.train.evaluate import count_rows
+from thriftlab.train.memory import Peaks
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
 from thriftlab.train.signals import SIGNALS, Signal
@@ -49,6 +50,7 @@ class Run:
     horizon: Horizon
     objective: Objective
     fingerprint: str
+    peaks: Peaks
 
     @property
     def out(self) -> Path:
@@ -72,6 +74,7 @@ class Run:
 def build(config: RunConfig, backend: Backend) -> Run:
     """All parts of a run before its first step, the same on every rank. UserError for what cannot be built."""
     refuse(config, backend)
+    peaks = Peaks(backend.device)
     set_torch(config.train)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     model, conversion = make_model(config, dataset)
@@ -95,6 +98,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
         horizon=horizon,
         objective=make_objective(config, dataset, data_plan, backend.device),
         fingerprint=fingerprint(config, dataset.fingerprint),
+        peaks=peaks,
     )
 
 

@@ -66,6 +66,10 @@ class CoordinateSubspace:
     def down(self, matrix: Tensor, basis: State) -> Tensor:
         return self.take(matrix, self.where(matrix, basis))
 
+    def where_all(self, matrices: list[Tensor], bases: list[State]) -> list[Tensor]:
+        """`where` of several matrices."""
+        return [self.where(matrix, basis) for matrix, basis in zip(matrices, bases, strict=True)]
+
 
 class Slices(CoordinateSubspace):
     """A random floor(density * size) of the columns (dim 1) or rows (dim 0)."""

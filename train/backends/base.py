@@ -4,6 +4,9 @@ A backend is a rank (ranks.py) that holds weights, gradients and state (holdings
 that is called and the optimizer. The loop and the step do not know which one runs. Scaling and clipping are the
 project's own and the same everywhere: gradients arrive as sums over tokens, and `step` multiplies them once, by
 scale * min(1, max_norm / norm).
+
+Whether a step counts is decided on a GPU by the GPU: the host queues the update, and the optimizer leaves every bit as
+it was where `applied` is 0. A CPU, and an optimizer that is no `Method`, is asked before the update.
 """
 
 import warnings
@@ -24,6 +27,7 @@ class Backend(Holdings):
     name = "single"
     layerwise: Layerwise | None = None
     whole_weights = True  # whether every rank has every weight, uncut
+    takes_applied = True  # whether `update` can leave everything as it was by a number that only the device has
     can_layerwise = True  # whether a gradient is whole inside of backward, see `update_in_backward`
 
     def prepare(
@@ -54,7 +58,7 @@ class Backend(Holdings):
         loss.backward()
 
     @torch.no_grad()
-    def step(self, scale: Tensor, max_norm: float | None) -> tuple[float, bool]:
+    def step(self, scale: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
         """Scale the summed gradients, clip, update, clear.
 
         Args:
@@ -63,28 +67,38 @@ class Backend(Holdings):
 
         Returns:
             The norm before clipping, and whether the update was applied: a norm that is not finite leaves everything as
-            it was, on all ranks. `factor` is what gradients were multiplied by.
+            it was, on all ranks. Both are 0-dim tensors on the device. `factor` is what gradients were multiplied by.
         """
         if self.layerwise:
-            return self.layerwise.finish(scale), True
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+            norm = self.layerwise.finish(scale)
+            return norm, norm.isfinite()
+        grads = self.summed_gradients()
         norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
-        applied = bool(norm.isfinite())
-        if applied:
+        applied = norm.isfinite()
+        unasked = norm.is_cuda and self.takes_applied and isinstance(self.optimizer, Method)
+        if unasked or applied:
             if grads:
                 torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
-            self.update()
+            self.update(applied.float() if unasked else None)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item(), applied
+        return norm, applied
+
+    def summed_gradients(self) -> list[Tensor]:
+        """What this rank has of the summed gradients, to be scaled in place."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm over all ranks; `grads` are what this rank has of the summed gradients."""
         return nn.utils.get_total_norm(grads)
 
-    def update(self) -> None:
-        """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses."""
-        self.optimizer.step()
+    def update(self, applied: Tensor | None = None) -> None:
+        """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses.
+        `applied`: 0-dim on the device, 1, or 0 where nothing is to change; None: 1."""
+        if applied is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.step(applied=applied)  # type: ignore[call-overload]
 
 
 def clip_factor(norm: Tensor, scale: Tensor, max_norm: float | None) -> Tensor:

@@ -164,7 +164,8 @@ class Memory:
     buffer_bytes: int
     state_bytes: int
     predicted_state_bytes: int
-    peak_bytes: int
+    peak_bytes: int  # of a CPU that of the process, of a GPU the highest phase's, the witness left out
+    phases: dict[str, int] | None = None  # on a GPU the peak of each phase, see memory.py
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ class Record:
             del tree["files"]
         if self.data.sources is None:  # in records that are older than it
             del tree["data"]["sources"]
+        if self.memory and self.memory.phases is None:  # likewise, and of a CPU
+            del tree["memory"]["phases"]
         return tree
 
     @classmethod
