@@ -69,9 +69,8 @@ def bench_steps(settings: Settings) -> dict[str, Any]:
         rows = [measured({**request.base, **own}, arm, device, options.rounds) for arm in request.arms]
     origin = provenance()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else origin["machine"]["cpu"]
-    threads = torch.get_num_threads()
-    own = {"device": name, "threads": threads, "config": request.base, "rows": list(map(asdict, rows))}
-    result = {**origin, **own}
+    result: dict[str, Any] = {**origin, "device": name, "threads": torch.get_num_threads(), "config": request.base}
+    result["rows"] = list(map(asdict, rows))
     print(table(result, rows))
     if options.out:
         replace_atomically(Path(options.out), json.dumps(result, indent=1).encode())

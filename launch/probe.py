@@ -5,12 +5,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from thriftlab.data.corpora.synthetic import generate
-from thriftlab.data.loader import batches
+from thriftlab.data.loader import Batch, batches
 from thriftlab.data.manifest import write_manifest
 from thriftlab.data.shards import token_dtype, write_shards, write_tokenizer
 from thriftlab.data.tokens import encode_document, load_tokenizer
@@ -18,8 +19,10 @@ from thriftlab.train.backends import make_backend
 from thriftlab.train.build import Run, build
 from thriftlab.train.config.parse import Settings, validate
 from thriftlab.train.config.schema import RunConfig
+from thriftlab.train.feed import Packed, pack
+from thriftlab.train.late import Numbers, send
 from thriftlab.train.loop import one_step
-from thriftlab.train.step import StepResult
+from thriftlab.train.step import result_of
 
 
 def made_up_text(folder: Path, documents: int) -> Path:
@@ -56,7 +59,18 @@ def opened(config: RunConfig) -> Iterator[Run]:
         backend.close()
 
 
-def stepper(run: Run) -> Callable[[], StepResult]:
-    """A function that takes the next step of the run each time it is called."""
-    batch, numbers = batches(run.plan, run.backend.rank, run.backend.world, run.backend.device), count()
+def batches_of(run: Run) -> Callable[[int], Batch | Packed]:
+    """The batch of a step, on its way as in a run."""
+    backend, ready = run.backend, partial(pack, look_up=run.objective.reference)
+    return batches(run.plan, backend.rank, backend.world, backend.device, ready)
+
+
+def stepper(run: Run) -> Callable[[], Numbers]:
+    """A function that takes the next step of the run each time it is called, and on a GPU does not wait for it."""
+    batch, numbers = batches_of(run), count()
     return lambda: one_step(run, batch(next(numbers)))
+
+
+def loss_of(run: Run, numbers: Numbers) -> float:
+    """Of one step, when it is done."""
+    return result_of(run.backend, send(numbers)()).loss

@@ -74,7 +74,7 @@ def test_another_torch_is_installed_into_an_environment_that_is_there(make):
     ("0", "first_light_gpu.yaml", "bpe:8192"),
 ])  # fmt: skip
 def test_make_run_compares_what_suits_the_machine(make, no_gpu, study, vocabulary):
-    """A GPU counts where torch sees it: with a driver that does not work it is the CPU's comparison, not one of hours."""
+    """A GPU counts where torch sees it: without a driver that works it is the CPU's comparison, not one of hours."""
     done, log = make("GPU=yes", target="run", NO_GPU=no_gpu)
     assert done.returncode == 0, done.stderr
     commands = [line.split() for line in log.splitlines() if line.startswith("thriftlab")]

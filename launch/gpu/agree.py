@@ -9,7 +9,7 @@ from torch import Tensor
 from thriftlab.launch.gpu.methods import with_rank
 from thriftlab.launch.gpu.setting import Finding, Setting
 from thriftlab.launch.peers import variants
-from thriftlab.launch.probe import configured, opened, stepper
+from thriftlab.launch.probe import configured, loss_of, opened, stepper
 
 STEPS, TOLERANCE = 20, 1e-4
 
@@ -46,6 +46,6 @@ def trained(setting: Setting, optim: dict[str, Any], device: str) -> tuple[list[
     )
     with opened(config) as run:
         step = stepper(run)
-        losses = [float(step().loss) for _ in range(setting.size(STEPS, 3))]
+        losses = [loss_of(run, step()) for _ in range(setting.size(STEPS, 3))]
         state = {key: piece.tensor.cpu() for key, piece in run.backend.states().items()}
     return losses, {key: tensor for key, tensor in state.items() if not tensor.dtype.is_floating_point}

@@ -88,6 +88,7 @@ def check_gpu(options: CheckOptions) -> list[dict[str, Any]]:
         for check in CHECKS:
             if options.only and check.number not in options.only:
                 continue
+            check = check._replace(limit=check.limit * (REHEARSAL if options.small else 1))
             print(f"{check.number:2} {check.name} ...", file=sys.stderr, flush=True)
             if reason and not check.anywhere:
                 line = result(check, 0.0, {"status": "skipped", "says": reason})
@@ -115,14 +116,13 @@ def run_check(check: Check, options: CheckOptions, text: Path, folder: Path) -> 
     """One check in a process of its own, which is killed with all its children when its time is over."""
     folder.mkdir()
     words = [check.body, options.device, "small" if options.small else "whole", str(text), str(folder)]
-    limit = check.limit * (REHEARSAL if options.small else 1)
     begin, late = time.monotonic(), False
     with open(folder / "stdout", "wb") as stdout, open(folder / "stderr", "wb") as stderr:
         process = subprocess.Popen(
             [*ONE, *words], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
         )
         try:
-            process.wait(limit)
+            process.wait(check.limit)
         except subprocess.TimeoutExpired:
             late = True
         finally:

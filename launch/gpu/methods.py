@@ -1,6 +1,7 @@
 """Checks of layers and update rules."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,7 +12,7 @@ from thriftlab.launch.bench import tensors
 from thriftlab.launch.gpu.setting import TINY, Finding, Setting
 from thriftlab.launch.gpu.trace import no_waiting, reads, traced
 from thriftlab.launch.peers import NO_REFRESH, variants
-from thriftlab.launch.probe import configured, opened, stepper
+from thriftlab.launch.probe import configured, loss_of, opened, stepper
 from thriftlab.launch.timing import timer
 from thriftlab.optim import METHODS, Method, State, keyed_generator
 from thriftlab.optim.core.hyper import hyperparameters
@@ -36,13 +37,13 @@ def layers(setting: Setting) -> Iterator[Finding]:
         try:
             with opened(configured(common, {"layer": layer})) as run:
                 step = stepper(run)
-                losses[label] = [float(step().loss) for _ in range(2)]
+                losses[label] = [loss_of(run, step()) for _ in range(2)]
         except Exception as error:
             wrong.append(f"{label}: {type(error).__name__}: {error}")
-            continue
-        if not all(map(torch.isfinite, map(torch.tensor, losses[label]))):
-            wrong.append(f"{label}: loss {losses[label]}")
-        yield Finding(f"{len(losses)} layers stepped", {"losses": losses}, wrong)
+        else:
+            if not all(map(math.isfinite, losses[label])):
+                wrong.append(f"{label}: loss {losses[label]}")
+        yield Finding(f"{len(losses)} layers stepped, {len(wrong)} bad", {"losses": losses}, wrong)
 
 
 def layer_cases() -> Iterator[dict[str, Any]]:

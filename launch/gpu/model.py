@@ -11,7 +11,7 @@ import torch
 from thriftlab.launch.gpu.setting import Finding, Setting, Skipped
 from thriftlab.launch.gpu.trace import traced
 from thriftlab.launch.messages import no_memory
-from thriftlab.launch.probe import configured, opened, stepper
+from thriftlab.launch.probe import configured, loss_of, opened, stepper
 from thriftlab.launch.timing import peak_allocation, timer
 from thriftlab.train.records.speed import mfu
 
@@ -78,12 +78,12 @@ def attention(setting: Setting) -> Iterator[Finding]:
             given = common(setting, rows, length, model={**sizes, "kv_heads": kv_heads}, data={"document_mask": masked})
             with opened(configured(*given)) as run:
                 step = stepper(run)
-                loss = float(step().loss)
+                loss = loss_of(run, step())
                 held = peak_allocation(step, setting.device)
                 trace = traced(step, setting.device)
             other = {"backend": {"device": "cpu"}, "train": {"precision": "fp32"}}
             with opened(configured(*given, other)) as run:
-                right = float(stepper(run)().loss)
+                right = loss_of(run, stepper(run)())
             kernels = sorted({name for name in trace.kernels if ATTENTION.search(name)})
             numbers[label] = {"kernels": kernels, "transient_bytes": held, "loss": loss, "loss_of_cpu": right}
             if not math.isclose(loss, right, abs_tol=0.02):
@@ -107,7 +107,7 @@ def memory(setting: Setting) -> Iterator[Finding]:
     length, sizes = setting.size(LENGTH, 16), setting.model({"preset": "llama-1b"})
     with opened(configured(*common(setting, rows, length, model=sizes))) as run:
         step = stepper(run)
-        loss = float(step().loss)
+        loss = loss_of(run, step())
         held = peak_allocation(step, setting.device)
         peak = torch.cuda.max_memory_allocated() if setting.on_gpu else held
     planned = STATIC + PER_TOKEN * LENGTH * rows

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from thriftlab.data.files import write_json
-from thriftlab.data.loader import batches
 from thriftlab.launch.gpu.setting import Finding, Setting
-from thriftlab.launch.probe import configured, opened, stepper
+from thriftlab.launch.probe import batches_of, configured, opened, stepper
 from thriftlab.launch.timing import wall_seconds
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.backends.base import Backend
@@ -190,7 +189,7 @@ def rates(setting: Setting) -> Iterator[Finding]:
         }
     )
     with opened(config) as parts:
-        read, count = batches(parts.plan, 0, 1, setting.device), setting.size(50, 2)
+        read, count = batches_of(parts), setting.size(50, 2)
         loading = wall_seconds(lambda: [read(number) for number in range(count)], setting.device) / count
         step = stepper(parts)
         step()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from thriftlab.data.files import finite
 from thriftlab.launch.gpu import agree, machine, methods, model, one, runs
 from thriftlab.launch.gpu.setting import Setting
 from thriftlab.launch.gpu.trace import Trace
@@ -39,7 +40,7 @@ def setting(text, tmp_path):
 def last(body, setting):
     """The last line of a check, as the file has it."""
     *_, line = one.lines(body, setting)
-    return json.loads(json.dumps(line, allow_nan=False))
+    return json.loads(json.dumps(finite(line), allow_nan=False))
 
 
 def test_machine(setting):
@@ -70,6 +71,11 @@ def test_a_layer_that_cannot_be_made_is_wrong_and_the_others_go_on(setting, monk
     line = last(methods.layers, setting)
     assert line["status"] == "wrong" and len(line["wrong"]) == 1 and line["wrong"][0].startswith("lost rank=-1: ")
     assert set(line["numbers"]["losses"]) == {"dense"}
+    monkeypatch.setattr(methods, "layer_cases", lambda: iter(cases[:1]))
+    assert last(methods.layers, setting)["status"] == "wrong", "the last of them, too"
+    monkeypatch.setattr(methods, "layer_cases", lambda: iter(cases[1:]))
+    monkeypatch.setattr(methods, "loss_of", lambda run, numbers: math.nan)
+    assert "dense: loss [nan, nan]" in last(methods.layers, setting)["wrong"]
 
 
 def test_methods(setting, monkeypatch):
@@ -161,7 +167,8 @@ def stand_ins(monkeypatch, kernels, loss=5.0):
     """A GPU of 100 GB on which a step takes a tenth of a second, needs 60 GB and launches these kernels."""
     parts = SimpleNamespace(flops_per_token=1e10)
     monkeypatch.setattr(model, "opened", lambda config: nullcontext(parts))
-    monkeypatch.setattr(model, "stepper", lambda run: lambda: SimpleNamespace(loss=loss))
+    monkeypatch.setattr(model, "stepper", lambda run: lambda: loss)
+    monkeypatch.setattr(model, "loss_of", lambda run, loss: loss)
     monkeypatch.setattr(model, "timer", lambda device: lambda call: 0.1)
     monkeypatch.setattr(model, "traced", lambda call, device: Trace(kernels, 1.0, 0.9))
     monkeypatch.setattr(model, "peak_allocation", lambda call, device: 10**9)
