@@ -52,7 +52,7 @@ def count_on(counters: list[Tensor], applied: Tensor | None) -> None:
     if counters:
         torch._foreach_add_(counters, 1 if applied is None else applied.to(counters[0].dtype))
     for counter, known in zip(counters, bounds, strict=True):
-        if torch.cuda.is_current_stream_capturing():
+        if capturing():
             BOUNDS[counter] = None
         elif known:
             know(counter, known.most + 1, known.exact and applied is None)
@@ -68,6 +68,11 @@ def bound(counter: Tensor) -> Bound | None:
 def know(counter: Tensor, most: int, exact: bool = True) -> None:
     if BOUNDS.get(counter, True):
         BOUNDS[counter] = Bound(counter._version, most, exact)
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def most(counter: Tensor) -> int:
