@@ -35,7 +35,7 @@ class FSDP2(Sharded):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
     ) -> None:
         method = as_method(optimizer, self.name)
-        self.shard(model)
+        self.shard(model, compiled)
         super().prepare(model, optimizer, compiled)
         self.rows: dict[str, DTensor] = dict(model.named_parameters())  # type: ignore[arg-type]
         for group in method.param_groups:
@@ -46,11 +46,14 @@ class FSDP2(Sharded):
         trained = [place for name, place in self.places.items() if self.rows[name].requires_grad]
         self.sharded.assign_owners(self.share(trained), like=flat(next(iter(self.rows.values()))))
 
-    def shard(self, model: nn.Module) -> None:
-        """Cuts each block, and then what is left; gradients are to be sums, and zero where there are none."""
+    def shard(self, model: nn.Module, compiled: bool) -> None:
+        """Cuts each block, and then what is left; gradients are to be sums, and zero where there are none. A block is
+        compiled by itself, between what gathers and frees its weights."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in blocks(model) if compiled else []:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         for module in [*blocks(model), model]:
             fully_shard(module, mesh=mesh)
             assert isinstance(module, FSDPModule)
