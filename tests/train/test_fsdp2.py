@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.tools import gang, zero_cases
 from tests.tools.methods import MAKERS
@@ -149,7 +150,12 @@ def in_odd_ways():
     backend = make_backend("fsdp2")
     model, optimizer = make(AdamW)
     backend.prepare(model, optimizer)
-    counted = []
+    counted, seen = [], []
+
+    def look(*_):
+        seen.append((isinstance(model.layers[0].mlp.up.weight, DTensor), torch.is_autocast_cache_enabled()))
+
+    model.layers[1].register_forward_pre_hook(look)
     for t in range(3):
         spoil = t == 1 and backend.rank == 1
         hook = model.layers[1].register_forward_hook(lambda *parts: parts[2] * float("nan")) if spoil else None
@@ -167,11 +173,12 @@ def in_odd_ways():
     except BackendError as error:
         said = str(error)
     backend.close()
-    return counted, losses, said
+    return counted, losses, said, seen
 
 
 def test_a_bad_number_on_one_rank_is_one_decision_and_weights_that_are_put_are_used():
-    (counted, losses, said), other = gang.ranks(2, in_odd_ways)
+    (counted, losses, said, seen), other = gang.ranks(2, in_odd_ways)
+    assert set(seen) == {(True, False)}  # while one block runs the other is not whole, nor are copies kept of it
     assert counted == other[0] == [True, True, False, False, True, True]
     assert losses[0] != losses[1] and losses == other[1]
     assert "SGD" in said and "backend.name=ddp" in said

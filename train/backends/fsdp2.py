@@ -1,11 +1,11 @@
 """FSDP2: torch's `fully_shard` (2304.11277), which cuts weights, gradients and state by rows, under any method.
 
     forward, backward   a block's weights are gathered just before it runs, and freed after it
-    each micro-batch    its gradients are summed, each rank keeps its rows of them
+    after backward      its gradients are summed, each rank keeps its rows of them
     step                rows are stepped where they are, or travel to an owner and back (zero/sharding.py)
 
-So no rank has more than one block whole, gradients included, and the gradients of a step that has many micro-batches
-are reduced for each of them.
+So a rank has the embedding, the head and a block or two whole, with their gradients; of a step with several
+micro-batches the gradients are summed over ranks in each of them.
 
 One surprise: products in bf16 are an autocast of fp32 weights, as under every backend, and torch keeps the bf16 copies
 of an autocast until it ends, which here would be those of the whole model; so it is told not to.
