@@ -86,8 +86,9 @@ def wide_leg(name, folder, first, last):
     ours = [{k: p for k, p in of.items() if backend.saves(k)} for of in (backend.weights(), backend.states())]
     writer = Writer(folder, 1, False, backend.channel())
     writer.save(last, {"model": ours[0], "optim": ours[1]}, {"optim": backend.options()})
+    ends = {k: w.numpy() for k, w in weights_of(model).items()}
     backend.close()
-    return {k: w.numpy() for k, w in weights_of(model).items()}
+    return ends
 
 
 @pytest.mark.slow
