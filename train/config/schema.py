@@ -116,7 +116,7 @@ class TrainConfig(Section):
     )
     matmul: Literal["fp32", "tf32"] = Field(
         "fp32",
-        description="products of fp32 matrices in the model, on a GPU; tf32 is faster and keeps 10 bits of each factor. "
+        description="products of fp32 matrices in the model, on a GPU; tf32 is faster and keeps 10 bits of a factor. "
         "The optimizer's stay fp32",
     )
     dropout: float = Field(
@@ -250,8 +250,8 @@ def method_name(config: RunConfig) -> str:
 
 
 def settled(config: RunConfig, precision: str) -> RunConfig:
-    """With what `auto` leaves to the device, `best_precision` of it. Only then is a fingerprint of what is computed; one
-    of a configuration that is not settled is of a CPU's run."""
+    """With `precision`, that of the device, where it was left to the device. Only then is a fingerprint that of what is
+    computed; until then it is of a run on a CPU."""
     if config.train.precision != "auto":
         return config
     train = config.train.model_copy(update={"precision": precision})
@@ -272,7 +272,9 @@ PLUMBING, SPEED = tuple(marked(RunConfig, "plumbing")), tuple(marked(RunConfig, 
 
 def counted(config: RunConfig) -> dict[str, Any]:
     """The values that determine the result of a run, or its speed where that counts."""
-    tree = settled(config, "fp32").model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
+    tree = settled(config, "fp32").model_dump(mode="json") | {
+        "model": dict(config.model)
+    }  # the sizes, whatever the preset is called
     for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
         *sections, leaf = key.split(".")
         del functools.reduce(dict.__getitem__, sections, tree)[leaf]
