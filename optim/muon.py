@@ -113,8 +113,11 @@ def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], gro
     updates = orthogonalise(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
     decay(weights, group)
     lr = group["lr"] * group["split_lr_scale"]
-    for weight, update in zip(weights, updates, strict=True):
-        add_scaled([weight], [update.to(weight.dtype)], -lr * ratio(group["adjust_lr_fn"], *weight.shape))
+    updates = in_dtype(updates, weights[0].dtype)
+    for shape in dict.fromkeys(weight.shape for weight in weights):
+        alike = [i for i, weight in enumerate(weights) if weight.shape == shape]
+        some = [weights[i] for i in alike], [updates[i] for i in alike]
+        add_scaled(*some, -lr * ratio(group["adjust_lr_fn"], *shape))
     for state, momentum in zip(states, momenta, strict=True):
         store(state, BUFFERS[0], momentum)
 

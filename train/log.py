@@ -39,6 +39,7 @@ class Counters:
     skipped: int = 0
     skipped_in_a_row: int = 0
     loss: float = float("nan")
+    micro_batch_size: int | None = None  # windows of one forward, where the memory of a GPU has decided it
 
     def add(self, result: StepResult, seconds: float, timed: bool) -> None:
         self.step += 1
@@ -182,7 +183,11 @@ def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: d
             peak_bytes=max(trained.values()) if trained else peak_bytes(),
             phases=phases,
         ),
-        speed=Throughput(speed, mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None),
+        speed=Throughput(
+            speed,
+            mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None,
+            run.micro_batch_size,
+        ),
         skipped_steps=counters.skipped,
         signal=tell(run.objective.report(), [source.name for source in run.plan.sources]),
         remarks=run.optimizer.remarks(),

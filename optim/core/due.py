@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from thriftlab.optim.state.counters import Age, bound, count_on, counts_on_host, know, read
+from thriftlab.optim.state.counters import Age, bound, capturing, count_on, counts_on_host, know, read
 from thriftlab.optim.state.keys import State, keyed_seed
 
 
@@ -29,9 +29,9 @@ def may_be_due(name: str, state: State, group: dict[str, Any]) -> bool:
 
 
 def ask(names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]) -> dict[str, Any] | None:
-    """The group of a step with `applied`: as it is if no refresh can be due. Otherwise the device is read, and the group
-    is without `applied`; None if the step is refused."""
-    if torch.cuda.is_current_stream_capturing() or not any(map(may_be_due, names, states, [group] * len(names))):
+    """The group of a step with `applied`: as it is if no refresh can be due. Otherwise the device is read, and the
+    group is without `applied`; None if the step is refused."""
+    if capturing() or not any(map(may_be_due, names, states, [group] * len(names))):
         return group
     counters = [state["step"] for state in states]
     told = read([*counters, group["applied"].to(weights[0].device)])
@@ -54,14 +54,12 @@ def due_refreshes(
         counts = [int(counter) for counter in counters]
     else:
         bounds = [bound(counter) for counter in counters]
-        capturing = torch.cuda.is_current_stream_capturing()
-        if not capturing and not all(known and known.exact for known in bounds):
+        if not capturing() and not all(known and known.exact for known in bounds):
             for counter, count in zip(counters, read(counters) or [], strict=False):
                 know(counter, count)
             bounds = [bound(counter) or known for counter, known in zip(counters, bounds, strict=True)]
         counts = [known.most if known else -1 for known in bounds]
-    due = [due_refresh(name, count, group) if count >= 0 else None for name, count in zip(names, counts, strict=True)]
-    return due
+    return [due_refresh(name, count, group) if count >= 0 else None for name, count in zip(names, counts, strict=True)]
 
 
 def kept_of(states: list[State]) -> list[Tensor]:

@@ -149,6 +149,10 @@ class Method(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if applied is not None and any(self.must_read(group["params"], group) for group in self.param_groups):
+            if not bool(applied):
+                return loss
+            applied = None
         for group in self.param_groups:
             self.step_only(group["names"], group["params"], group, applied)
         return loss
@@ -159,7 +163,7 @@ class Method(torch.optim.Optimizer):
     ) -> None:
         """Steps those of some parameters of a group that have a gradient, as `step` would: others do not matter."""
         due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
-        if applied is not None and self.must_read(due, group):
+        if applied is not None and self.must_read(weights, group):
             if not bool(applied):
                 return
             applied = None
@@ -174,11 +178,12 @@ class Method(torch.optim.Optimizer):
             if not self.state[p]:
                 del self.state[p]  # nothing is kept, and so there is no entry
 
-    def must_read(self, due: list[tuple[str, Tensor]], group: dict[str, Any]) -> bool:
+    def must_read(self, weights: list[Tensor], group: dict[str, Any]) -> bool:
         """Whether the host has to know if a step is applied: state would begin, or the method cannot do without."""
-        if not self.takes_applied or any(isinstance(p, DTensor) for _, p in due):
-            return True
-        return any(not self.state.get(p) and self.spec(tuple(p.shape), p.dtype, **group) for _, p in due)
+        due = [p for p in weights if p.grad is not None]
+        if not self.takes_applied or any(isinstance(p, DTensor) for p in due):
+            return bool(due)
+        return any(not self.state.get(p) and self.spec(tuple(p.shape), p.dtype, **group) for p in due)
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 

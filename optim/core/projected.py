@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.optim.core.split import SplitOptimizer, splits
-from thriftlab.optim.state.counters import Age, counts_on_host
+from thriftlab.optim.state.counters import Age, count_together, counts_on_host
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import each
 from thriftlab.optim.state.rules import Adam, decay
@@ -40,7 +40,7 @@ class Projected(SplitOptimizer):
     ) -> None:
         for weight, grad, state in zip(weights, grads, states, strict=True):
             if "step" not in state:
-                state["step"] = torch.zeros((), device="cpu")
+                state["step"] = torch.zeros((), device="cpu" if counts_on_host(weight, group) else weight.device)
                 make_zero(ADAM.buffers, weight, state, group)
             if counts_on_host(weight, group):
                 state["step"] += 1
@@ -57,7 +57,7 @@ def step_plain(weights: list[Tensor], grads: list[Tensor], states: list[State], 
     for weight, state in zip(weights, states, strict=True):
         state["step"] = state["step"].to(weight.device)
     steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, 1 if applied is None else applied)
+    count_together(steps, applied)
     lrs = group["lr"] * correction(torch.stack(steps).double(), group)  # [tensors]
     old = torch.full((), torch.inf, device=weights[0].device)
     for weight, grad, state, lr in zip(weights, grads, states, lrs.float().unbind(), strict=True):

@@ -50,12 +50,20 @@ def count_on(counters: list[Tensor], applied: Tensor | None) -> None:
     """One step more, if it is applied; for counters on a device."""
     bounds = [bound(counter) for counter in counters]
     if counters:
-        torch._foreach_add_(counters, 1 if applied is None else applied.to(counters[0].dtype))
+        count_together(counters, applied)
     for counter, known in zip(counters, bounds, strict=True):
-        if torch.cuda.is_current_stream_capturing():
+        if capturing():
             BOUNDS[counter] = None
         elif known:
             know(counter, known.most + 1, known.exact and applied is None)
+
+
+def count_together(counters: list[Tensor], applied: Tensor | None) -> None:
+    """The same of any counters of one dtype on a device."""
+    if applied is None:
+        torch._foreach_add_(counters, 1)
+    else:
+        torch._foreach_add_(counters, [applied.to(counters[0].dtype)] * len(counters))
 
 
 @torch.compiler.disable
@@ -68,6 +76,11 @@ def bound(counter: Tensor) -> Bound | None:
 def know(counter: Tensor, most: int, exact: bool = True) -> None:
     if BOUNDS.get(counter, True):
         BOUNDS[counter] = Bound(counter._version, most, exact)
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def most(counter: Tensor) -> int:

@@ -166,8 +166,14 @@ def add_signs(weights: list[Tensor], grads: list[Tensor], scale: float | Tensor,
         if reads_steps(w[0]) and applied is None:
             add_sign(w[0], g[0], scale)
         else:
-            same = [grad.to(weight.dtype) for weight, grad in zip(w, g, strict=True)]
-            subtract(w, list(torch._foreach_sign(same)), -scale, applied)
+            signs = list(torch._foreach_sign([grad.to(weight.dtype) for weight, grad in zip(w, g, strict=True)]))
+            if applied is not None:
+                subtract(w, signs, -scale, applied)
+            elif isinstance(scale, Tensor):
+                torch._foreach_mul_(signs, scale)
+                torch._foreach_add_(w, signs)
+            else:
+                torch._foreach_add_(w, signs, alpha=scale)
 
 
 def add_sign(weight: Tensor, grad: Tensor, scale: float | Tensor) -> None:

@@ -67,6 +67,9 @@ class Counts(TorchDispatchMode):
         if on_device and name == "equal":
             self.counted.reads[place()] += 1
             return True
+        if name in ("_fused_sgd_", "_fused_adamw_"):  # some of which torch cannot run on fake tensors
+            self.note(func, name, args, kwargs, given, [])
+            return None
         pins = kwargs.get("pin_memory")
         kwargs = {**kwargs, "pin_memory": False} if pins else kwargs
         known = self.known(func, args, kwargs) if not on_device else None
@@ -114,8 +117,9 @@ class Counts(TorchDispatchMode):
         if name in PRODUCTS:
             self.counted.products[str(given[-1].dtype).removeprefix("torch."), place()] += 1
         if func.namespace != "prim" and name not in QUIET and not func.is_view:
-            self.counted.launches[name] += 1
-            self.counted.where[place()] += 1
+            times = 1 if is_fast(name, args) else len(args[0])
+            self.counted.launches[name] += times
+            self.counted.where[place()] += times
 
     def __enter__(self):
         self.waited = len(waits)
@@ -139,6 +143,16 @@ class Counts(TorchDispatchMode):
             return Done() if async_op else None
 
         return call
+
+
+def is_fast(name: str, args: tuple) -> bool:
+    """Whether a foreach operation is one launch: lists that are alike, or else torch takes them one by one."""
+    if not name.startswith("_foreach_"):
+        return True
+    lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor)]
+    rows = list(zip(*lists, strict=True))
+    shapes = all(len({(t.shape, t.stride()) for t in row}) == 1 for row in rows)
+    return shapes and (name == "_foreach_copy_" or len({t.dtype for row in rows for t in row}) == 1)
 
 
 class Done:

@@ -8,6 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 pinned: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors whose copy to the device need not wait
 waits: list[None] = []  # one for each time that the host waited for a stream or an event
+captures: list[None] = []  # not empty: what is launched would go into a CUDA graph
 
 
 class Stream:
@@ -56,6 +57,7 @@ def install() -> None:
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.current_device = lambda: 0  # type: ignore[assignment]
     cuda.device_count = lambda: 1
+    cuda.is_current_stream_capturing = lambda: bool(captures)
     cuda.Stream, cuda.Event = Stream, Event  # type: ignore[assignment, misc]
     cuda.current_stream = cuda.default_stream = lambda device=None: current  # type: ignore[assignment]
     cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]

@@ -49,7 +49,7 @@ class Trainer:
             backend=self.backend, model=model, optimizer=optimizer, mask_delimiter=mask, chief=True
         )
         train = {"batch_size": ROWS * self.backend.world, "precision": "bf16", "clip": 1.0, "max_skipped_steps": 9}
-        self.train = SimpleNamespace(dropout=dropout, micro_batch_size=ROWS, **train)
+        self.train = SimpleNamespace(dropout=dropout, **train)
         self.run.config = SimpleNamespace(
             seed=0, train=self.train, data=SimpleNamespace(sequence_length=SEQ), log=SimpleNamespace(every=1)
         )
@@ -68,7 +68,7 @@ class Trainer:
             self.run.objective = Objective(
                 rule, ["a", "b"], **(how or {}), delimiter=0, reference=self.look_up, device=self.backend.device
             )
-        self.train.micro_batch_size = rows
+        self.run.micro_batch_size = rows
 
     def step(self):
         """What one step takes; of that, how often the host has waited before the update was queued."""

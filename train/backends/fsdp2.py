@@ -1,11 +1,11 @@
 """FSDP2: torch's `fully_shard` (2304.11277), which cuts weights, gradients and state by rows, under any method.
 
     forward, backward   a block's weights are gathered just before it runs, and freed after it
-    each micro-batch    its gradients are summed, each rank keeps its rows of them
+    after backward      its gradients are summed, each rank keeps its rows of them
     step                rows are stepped where they are, or travel to an owner and back (zero/sharding.py)
 
-So no rank has more than one block whole, gradients included, and the gradients of a step that has many micro-batches
-are reduced for each of them.
+So a rank has the embedding, the head and a block or two whole, with their gradients; of a step with several
+micro-batches the gradients are summed over ranks in each of them.
 
 One surprise: products in bf16 are an autocast of fp32 weights, as under every backend, and torch keeps the bf16 copies
 of an autocast until it ends, which here would be those of the whole model; so it is told not to.
@@ -36,7 +36,7 @@ class FSDP2(Sharded):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
     ) -> None:
         method = as_method(optimizer, self.name)
-        self.shard(model)
+        self.shard(model, compiled)
         super().prepare(model, optimizer, compiled)
         self.rows: dict[str, DTensor] = dict(model.named_parameters())  # type: ignore[arg-type]
         for group in method.param_groups:
@@ -47,11 +47,14 @@ class FSDP2(Sharded):
         trained = [place for name, place in self.places.items() if self.rows[name].requires_grad]
         self.sharded.assign_owners(self.share(trained), like=flat(next(iter(self.rows.values()))))
 
-    def shard(self, model: nn.Module) -> None:
-        """Cuts each block, and then what is left; gradients are to be sums, and zero where there are none."""
+    def shard(self, model: nn.Module, compiled: bool) -> None:
+        """Cuts each block, and then what is left; gradients are to be sums, and zero where there are none. A block is
+        compiled by itself, between what gathers and frees its weights."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in blocks(model) if compiled else []:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         for module in [*blocks(model), model]:
             fully_shard(module, mesh=mesh)
             assert isinstance(module, FSDPModule)

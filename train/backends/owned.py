@@ -139,8 +139,8 @@ class Owned(Distributed, Backend):
         assert self.sums is not None
         self.sums.finish()
         self.sums = None
-        flags = [p in self.found or p.grad is not None for p in self.parameters]
-        has = torch.tensor(flags, dtype=torch.uint8)
+        late = {p for p in self.parameters if p not in self.has_gradient and p.grad is not None}
+        has = torch.tensor([p in self.found or p in late for p in self.parameters], dtype=torch.uint8)
         dist.all_reduce(has, dist.ReduceOp.MAX, self.host)
         has_gradient: set[Tensor] = {p for p, there in zip(self.parameters, has.tolist(), strict=True) if there}
         for p in self.has_gradient - has_gradient:
