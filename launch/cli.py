@@ -14,7 +14,6 @@ from thriftlab.launch.messages import (
     fail,
     is_message,
     missing_extra,
-    no_memory,
     no_room_or_right,
     one_line,
     print_anything,
@@ -50,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and readers_left():
             return 128 + signal.SIGPIPE
-        message = missing_extra(error) or no_memory(error)
-        message = message or (str(error) if is_message(error) else no_room_or_right(error))
+        message = missing_extra(error) or (str(error) if is_message(error) else no_room_or_right(error))
         if message is None:
             tell_torchrun(f"{type(error).__name__}: {error} (its traceback is above)")
             raise

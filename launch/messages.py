@@ -86,18 +86,6 @@ def no_room_or_right(error: Exception) -> str | None:
     return f"{place}: {error.strerror}; {REMEDIES[error.errno]}, and start the same command again"
 
 
-def no_memory(error: Exception) -> str | None:
-    """What to do about a GPU whose memory is full; None for other errors."""
-    if type(error).__name__ != "OutOfMemoryError":
-        return None
-    said = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-    more = f" for {said[1]} more" if said else ""
-    return (
-        f"the GPU has no room{more}; lower train.micro_batch_size, set train.activation_checkpointing=true, or end "
-        "what else computes there"
-    )
-
-
 def missing_extra(error: Exception) -> str | None:
     """What to install, where `error` is the failed import of a package that an extra brings; None for other errors."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:

@@ -22,6 +22,7 @@ from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.feed import Packed, pack
 from thriftlab.train.late import Numbers, send
 from thriftlab.train.loop import one_step
+from thriftlab.train.micro_batch import named_shortage
 from thriftlab.train.step import result_of
 
 
@@ -51,10 +52,11 @@ def configured(*sections: Mapping[str, Any]) -> RunConfig:
 
 @contextmanager
 def opened(config: RunConfig) -> Iterator[Run]:
-    """The parts of a run in one process."""
+    """The parts of a run in one process. UserError where the body needs more memory than the GPU has."""
     backend = make_backend(config.backend.name, config.backend.device, **config.backend.options())
     try:
-        yield build(config, backend)
+        with named_shortage(config):
+            yield build(config, backend)
     finally:
         backend.close()
 

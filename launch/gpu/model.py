@@ -3,16 +3,19 @@
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 
-from thriftlab.launch.gpu.setting import Finding, Setting, Skipped
+from thriftlab.data.errors import UserError
+from thriftlab.launch.gpu.setting import Finding, Setting
 from thriftlab.launch.gpu.trace import traced
-from thriftlab.launch.messages import no_memory
 from thriftlab.launch.probe import configured, loss_of, opened, stepper
 from thriftlab.launch.timing import peak_allocation, timer
+from thriftlab.train.build import Run, make_model
+from thriftlab.train.micro_batch import free_bytes, kept_bytes, named_shortage, need_of, windows_that_fit
 from thriftlab.train.records.speed import mfu
 
 WANTED = 0.5  # MFU
@@ -94,46 +97,43 @@ def attention(setting: Setting) -> Iterator[Finding]:
             yield Finding(says, numbers, wrong)
 
 
-# Of llama-1b, bf16 autocast, AdamW, fp32 weights; counted on tensors without content, see docs/gpu.md.
-STATIC, PER_TOKEN, LENGTH = 24e9, 2_019e3, 2048
+MOST = 48  # rows of 2,048 tokens of llama-1b, which need 220 GB in one micro-batch
 
 
 def memory(setting: Setting) -> Iterator[Finding]:
-    """1B in as many rows of 2,048 tokens as the plan says: the peak, and how the size that cannot fit ends."""
-    total = torch.cuda.get_device_properties(setting.device).total_memory if setting.on_gpu else 0
-    rows = min(12, int((0.92 * total - STATIC) / (PER_TOKEN * LENGTH))) if setting.on_gpu else 2
-    if rows < 1:
-        raise Skipped(f"llama-1b needs {(STATIC + PER_TOKEN * LENGTH) / 1e9:.0f} GB, and there are {total / 1e9:.0f}")
-    length, sizes = setting.size(LENGTH, 16), setting.model({"preset": "llama-1b"})
-    with opened(configured(*common(setting, rows, length, model=sizes))) as run:
-        step = stepper(run)
-        loss = loss_of(run, step())
-        held = peak_allocation(step, setting.device)
-        peak = torch.cuda.max_memory_allocated() if setting.on_gpu else held
-    planned = STATIC + PER_TOKEN * LENGTH * rows
-    numbers: dict[str, Any] = {"rows": rows, "loss": loss, "peak_bytes": peak, "planned_bytes": planned}
-    says = f"{rows} x {length}: peak {peak / 1e9:.1f} GB, planned {planned / 1e9:.1f} GB"
-    wrong = [] if math.isfinite(loss) else [f"loss {loss}"]
-    if not setting.on_gpu:
-        yield Finding(f"{says}; nothing is made too large on a CPU", numbers, wrong)
-        return
-    if not 0.9 < peak / planned < 1.1:
-        wrong.append(f"the peak is {peak / planned:.2f} of what is planned")
-    yield Finding(says, numbers, wrong)
-    torch.cuda.empty_cache()
-    beyond = int(total / (PER_TOKEN * LENGTH)) + 2
-    said = too_large(common(setting, beyond, length, model=sizes))
-    numbers |= {"rows_beyond": beyond, "said": said}
-    if said is None:
-        wrong.append(f"{beyond} rows ended in no message that says what to do")
-    yield Finding(f"{says}; {beyond} rows: {said}", numbers, wrong)
+    """1B in the micro-batch that a run would choose: the peak beside the plan, and how one that is too large ends."""
+    most, length = setting.size((MOST, 2048), (4, 16))
+    config = configured(*common(setting, most, length, model=setting.model({"preset": "llama-1b"})))
+    with opened(config) as run:
+        model, _ = make_model(config, run.dataset)
+        need = need_of(model, setting.device, most, length, config.train.precision, False, False)
+        kept = kept_bytes(run)
+        stays = kept + need.fixed + sum(p.nbytes for p in run.model.parameters())
+        rows = windows_that_fit(free_bytes(setting.device), kept, need, most) if setting.on_gpu else 2
+        numbers: dict[str, Any] = {"rows": rows, "planned_bytes": stays + need.window * rows}
+        step = stepper(replace(run, micro_batch_size=rows))
+        numbers["loss"] = loss_of(run, step())
+        found = torch.cuda.memory_allocated() if setting.on_gpu else stays
+        numbers["peak_bytes"] = peak = found + peak_allocation(step, setting.device)
+        wrong = [] if math.isfinite(numbers["loss"]) else [f"loss {numbers['loss']}"]
+        beside = peak / numbers["planned_bytes"]
+        if setting.on_gpu and not 0.9 < beside < 1.1:
+            wrong.append(f"the peak is {beside:.2f} of what is planned")
+        says = f"{rows} x {length}: peak {peak / 1e9:.1f} GB, planned {numbers['planned_bytes'] / 1e9:.1f} GB"
+        yield Finding(says, numbers, wrong)
+        numbers["too_large"] = too_large(replace(run, micro_batch_size=most))
+        if setting.on_gpu and numbers["too_large"] is None:
+            wrong.append(
+                f"{most} rows ended in no message, though {(stays + need.window * most) / 1e9:.0f} GB are planned"
+            )
+        yield Finding(f"{says}; {most} rows: {numbers['too_large'] or 'they fit'}", numbers, wrong)
 
 
-def too_large(given: list[dict[str, Any]]) -> str | None:
-    """What the command line would say of a step that does not fit; None where it would show a trace."""
+def too_large(run: Run) -> str | None:
+    """What is said of a step that does not fit; None where it fits."""
     try:
-        with opened(configured(*given)) as run:
-            stepper(run)()
-    except RuntimeError as error:
-        return no_memory(error)
-    return "it fits"
+        with named_shortage(run.config):
+            loss_of(run, stepper(run)())
+    except UserError as error:
+        return str(error)
+    return None

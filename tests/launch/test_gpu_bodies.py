@@ -6,7 +6,7 @@ import os
 import socket
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +16,12 @@ from thriftlab.data.files import finite
 from thriftlab.launch.gpu import agree, machine, methods, model, one, runs
 from thriftlab.launch.gpu.setting import Setting
 from thriftlab.launch.gpu.trace import Trace
-from thriftlab.launch.messages import no_memory
 from thriftlab.launch.peers import variants
 from thriftlab.launch.probe import made_up_text
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.loop import run
+from thriftlab.train.micro_batch import Need
 
 pytestmark = pytest.mark.slow
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -206,36 +206,52 @@ def test_attention(setting):
     assert line["numbers"][causal]["loss"] != line["numbers"][grouped]["loss"]
 
 
-def test_memory(setting, monkeypatch):
-    assert last(model.memory, setting)["status"] == "ok"
+def test_memory(setting):
+    line = last(model.memory, setting)
+    assert (
+        line["status"] == "ok" and line["says"].startswith("2 x 16: peak") and line["says"].endswith("4 rows: they fit")
+    )
+    assert 0 < line["numbers"]["planned_bytes"] < 10 * line["numbers"]["peak_bytes"]
+
+
+def test_a_peak_that_is_not_planned_and_a_size_that_should_not_fit(setting, monkeypatch):
+    """As on a GPU of 80 GB with stand-ins for it: 20 GB stay, and a window needs 4 GB."""
     stand_ins(monkeypatch, Counter())
+    weights = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=5 * 10**9)])
+    config = SimpleNamespace(train=SimpleNamespace(micro_batch_size=48))
+    parts = runs_of(dataset=None, model=weights, config=config, micro_batch_size=None)
+    monkeypatch.setattr(model, "opened", lambda config: nullcontext(parts))
+    monkeypatch.setattr(model, "make_model", lambda config, dataset: (None, None))
+    monkeypatch.setattr(model, "need_of", lambda *_: Need(fixed=10**9, window=4 * 10**9))
+    monkeypatch.setattr(model, "kept_bytes", lambda run: 15 * 10**9)
+    monkeypatch.setattr(model, "free_bytes", lambda device: 75 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 20 * 10**9)
+    monkeypatch.setattr(model, "peak_allocation", lambda call, device: 49 * 10**9)
     given = replace(setting, device=CUDA, small=False)
-    monkeypatch.setattr(model, "too_large", lambda given: "the GPU has no room")
+
+    def step(run):
+        def call():
+            if run.micro_batch_size > 12:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
+            return 5.0
+
+        return call
+
+    monkeypatch.setattr(model, "stepper", step)
     line = last(model.memory, given)
-    assert line["status"] == "ok" and line["numbers"]["rows"] == 12
-    assert line["says"] == "12 x 2048: peak 73.0 GB, planned 73.6 GB; 26 rows: the GPU has no room"
-    monkeypatch.setattr(model, "too_large", lambda given: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 95 * 10**9)
-    assert [said[:20] for said in last(model.memory, given)["wrong"]] == [
-        "the peak is 1.29 of ",
-        "26 rows ended in no m"[:20],
-    ]
-    little = SimpleNamespace(total_memory=24 * 10**9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: little)
-    line = last(model.memory, given)
-    assert (line["status"], line["says"]) == ("skipped", "llama-1b needs 28 GB, and there are 24")
+    assert line["status"] == "ok" and line["numbers"]["rows"] == 12, line
+    assert line["says"].startswith(
+        "12 x 2048: peak 69.0 GB, planned 69.0 GB; 48 rows: the memory of the GPU is not enough"
+    )
+    assert "train.micro_batch_size" in line["says"]
+    monkeypatch.setattr(model, "stepper", lambda run: lambda: 5.0)
+    monkeypatch.setattr(model, "peak_allocation", lambda call, device: 69 * 10**9)
+    peak, message = last(model.memory, given)["wrong"]
+    assert "1.29 of what is planned" in peak and "48 rows ended in no message, though 213 GB are planned" in message
 
 
-def test_what_is_said_of_a_step_that_does_not_fit(setting, monkeypatch):
-    message = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
-
-    def full(run):
-        raise torch.OutOfMemoryError(message)
-
-    monkeypatch.setattr(model, "stepper", full)
-    said = model.too_large(model.common(setting, 2, 16, model=setting.model({})))
-    assert said.startswith("the GPU has no room for 20.00 GiB more; lower train.micro_batch_size")
-    assert no_memory(RuntimeError("CUDA error")) is None
+def runs_of(**parts):
+    return make_dataclass("Run", parts)(**parts)
 
 
 def test_machine_on_a_gpu(setting, monkeypatch):
@@ -270,7 +286,9 @@ def test_a_product_of_matrices():
 
 
 def test_checkpoint(setting, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     line = last(runs.checkpoint, setting)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "what deterministic products on a GPU need"
     assert line["status"] == "ok" and line["numbers"]["bitwise"] is True
     assert line["numbers"]["bytes"] > 0 and line["numbers"]["blocked_seconds"] >= 0
 
