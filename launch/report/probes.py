@@ -107,4 +107,4 @@ def by_head(rows: Sequence[tuple[int, Row]], name: str) -> Picture | None:
         f"{HEADS[name]}: the share of attention of each head at the end of training, mean over seeds, from transparent "
         f"(0) to full colour (1). Rows: layers, the first at the bottom; columns: heads, arm by arm."
     )
-    return Picture(title, render(draw, name.replace("_", ""), 1 + 0.3 * layers), caption)
+    return Picture(title, render(draw, name.replace("_", ""), 1 + min(0.3 * layers, 6)), caption)

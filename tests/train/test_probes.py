@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from thriftlab.train.build import make_plan
 from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.loop import run
 from thriftlab.train.model import GPT, ModelConfig
-from thriftlab.train.probes import PROBES, measured
+from thriftlab.train.probes import PROBES, base, measured
 from thriftlab.train.probes import material as material_file
 from thriftlab.train.probes.in_context import in_context, places
 from thriftlab.train.probes.material import Material
@@ -35,6 +37,7 @@ NAMES = {
     "copy_loss", "copy_ratio", "second_occurrence_loss", "prefix_matching", "previous_token", "in_context", "pool_loss",
     "memorised",
 }  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
 DELIMITER = 256
 REPEATED = {"repetition": {"fraction": 0.5, "repeats": 4}}
 
@@ -383,6 +386,21 @@ def test_a_compiled_model_is_measured_without_being_compiled(tiny_data):
 
 
 # --------------------------------------------------------------------------------------------------- configuration
+
+
+def test_the_probe_of_the_docs_is_one(tiny_data, few, monkeypatch):
+    monkeypatch.setattr(base, "PROBES", dict(PROBES))
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "probes.md").read_text(), re.DOTALL)[1]
+    exec(code, {})
+    data = material(tiny_data)
+
+    def choices(rows):
+        return rows[:, 1:] + (torch.arange(rows.shape[1] - 1) % 9 == 0).long()  # 5 of 45 are wrong
+
+    known = Known(choices=choices)
+    assert base.PROBES["greedy_accuracy"](known, data) == {"greedy_accuracy": pytest.approx(40 / 45)}
+    with pytest.raises(ValueError, match="already a probe 'greedy_accuracy'"):
+        exec(code, {})
 
 
 def test_the_names_are_these():
