@@ -77,7 +77,8 @@ def drawing(title: str, lines: Sequence[tuple[int, str, Any, Any]], caption: str
 
 def by_head(rows: Sequence[tuple[int, Row]], name: str) -> Picture | None:
     """Layers x heads of each arm, side by side: the mean over seeds of the score of each head at the end."""
-    found = [(i, row.arm, np.mean(scores, 0)) for i, row in rows if (scores := row.values("probes", name, "heads"))]
+    every = [(i, row.arm, np.array(row.values("probes", name, "heads"), float)) for i, row in rows]
+    found = [(i, arm, np.mean(scores, 0)) for i, arm, scores in every if scores.size and np.isfinite(scores).all()]
     if not found:
         return None
     written = sum(scores.size for *_, scores in found) <= WRITTEN
@@ -88,7 +89,7 @@ def by_head(rows: Sequence[tuple[int, Row]], name: str) -> Picture | None:
         for i, _, scores in found:
             depth, heads = scores.shape
             for layer, head in np.ndindex(depth, heads):
-                score = min(max(scores[layer, head], 0.0), 1.0)
+                score = min(scores[layer, head], 1.0)
                 axes.add_patch(Rectangle((left + head, layer), 1, 1, facecolor=SERIES[i % 8], alpha=score, linewidth=0))
                 if written:
                     axes.text(left + head + 0.5, layer + 0.5, f"{score:.2f}", ha="center", va="center", fontsize=7)

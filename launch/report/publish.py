@@ -52,7 +52,8 @@ def publish(study: Study, target: Path) -> Path:
 def line(result: Result) -> dict[str, Any]:
     """A run in one line."""
     kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
-    return {"arm": result.arm, "seed": result.seed, **kept}
+    probes = value_at(result.record, "probes")
+    return {"arm": result.arm, "seed": result.seed, **kept, **({"probes": probes} if probes else {})}
 
 
 def slug(title: str) -> str:

@@ -82,6 +82,14 @@ def test_the_page_and_what_is_kept_have_the_figures(study, tmp_path, monkeypatch
     kept = publish.publish(study, tmp_path / "kept")
     assert {path.name for path in kept.glob("*.svg")} == {"loss.svg", "loss-by-copy.svg"}
     assert "![Loss by copy](loss-by-copy.svg)" in (kept / "report.md").read_text()
+    lines = [json.loads(line) for line in (kept / "runs.jsonl").read_text().splitlines()]
+    assert [line.get("probes", {}).get("pool_loss", "none") for line in lines] == [None] * 2 + [0.25] * 2 + ["none"] * 2
+
+
+def test_scores_that_are_not_finite_are_not_drawn(tmp_path):
+    write_plan(tmp_path, ["adamw"], [0])
+    write_run(tmp_path, "adamw", 0, 2.5, probes={"prefix_matching": {"mean": None, "heads": [[None, 0.5]]}})
+    assert probe_pictures(read_study(tmp_path)) == []
 
 
 def test_a_study_that_asked_nothing_has_neither_table_nor_figures(tmp_path):
