@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.tools.studies import make_record, write_plan, write_run
-from thriftlab.launch.report import page, publish
+from thriftlab.launch.report import page, probes, publish
 from thriftlab.launch.report.figures import Picture
 from thriftlab.launch.report.page import markdown
 from thriftlab.launch.report.probes import probe_pictures
@@ -71,6 +72,16 @@ def test_each_number_has_a_curve_and_each_head_a_cell(study):
     heads = drawn["Prefix matching by head"]
     assert re.findall(r">(\d\.\d\d)</text>", heads) == ["0.62", "0.00", "0.12", "0.00", "0.00", "1.00"] * 2
     assert "#0a0a0" not in heads and heads.count("opacity: 0.625") == 2 and "signsgd" not in heads
+
+
+def test_a_cell_is_where_its_head_is(study, monkeypatch):
+    axes = Figure().subplots()
+    monkeypatch.setattr(probes, "render", lambda draw, *_: draw(axes))
+    probes.by_head([(0, study.rows[0]), (1, study.rows[1])], "prefix_matching")
+    cells = {patch.get_xy(): patch.get_alpha() for patch in axes.patches if patch.get_fill()}
+    layers = [[0.625, 0.0, 0.125], [0.0, 0.0, 1.0]]
+    heads = [(4 * arm + head, layer) for arm in (0, 1) for layer in (0, 1) for head in range(3)]
+    assert cells == {(x, layer): layers[layer][x % 4] for x, layer in heads}
 
 
 def test_the_page_and_what_is_kept_have_the_figures(study, tmp_path, monkeypatch):
