@@ -145,8 +145,8 @@ def stopped(tree, step):
 
 
 def in_odd_ways():
-    """What a step did whose gradient is not finite on one rank; the losses after weights are put, here and in one process;
-    and what other optimizers are told."""
+    """What a step did whose gradient is not finite on one rank; the losses after weights are put, here and in one
+    process; and what other optimizers are told."""
     backend = make_backend("fsdp2")
     model, optimizer = make(AdamW)
     backend.prepare(model, optimizer)
