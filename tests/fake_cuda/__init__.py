@@ -57,13 +57,9 @@ def believe(library: str) -> None:
     """Makes this process believe in one CUDA device."""
     assert "torch" not in sys.modules
     ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-    import torch
+    from tests.fake_cuda.stand_ins import install
 
-    torch.cuda.is_available = lambda: True
-    torch.cuda.is_bf16_supported = lambda including_emulation=True: True
-    torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
-    torch.cuda.device_count = lambda: 1
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU first
+    install()
 
 
 def in_fake_mode(function: Callable[..., Any], *args: Any) -> Any:

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tests.fake_cuda.stand_ins import pinned, waits
+
 QUIET = {  # no kernel: memory alone, or the shape
     "_unsafe_view", "detach_", "empty", "empty_like", "empty_strided", "is_pinned", "is_same_size", "lift",
     "lift_fresh", "new_empty", "new_empty_strided", "record_stream", "resize_", "set_",
@@ -35,7 +37,7 @@ class Counted(NamedTuple):
     launches: Counter  # by the name of the operation
     where: Counter  # launches by place
     reads: Counter  # of the device by the host, which waits for it
-    to_device: Counter  # copies
+    to_device: Counter  # copies by (place, whether the host waits, as it does for memory that is not pinned)
     to_host: Counter
     products: Counter  # by (dtype, place)
     collectives: Counter  # by (name, device, dtype)
@@ -62,6 +64,8 @@ class Counts(TorchDispatchMode):
         if on_device and name == "equal":
             self.counted.reads[place()] += 1
             return True
+        pins = kwargs.get("pin_memory")
+        kwargs = {**kwargs, "pin_memory": False} if pins else kwargs
         known = self.known(func, args, kwargs) if not on_device else None
         result = func(*args, **kwargs)
         made = tensors(result)
@@ -72,8 +76,10 @@ class Counts(TorchDispatchMode):
         for fake in made:
             if isinstance(fake, FakeTensor):
                 fake.constant = None  # torch's own way to know a value, which reading would take
+                if pins:
+                    pinned[fake] = True
         if on_device or any(t.is_cuda for t in made):
-            self.note(func, name, args, given, made)
+            self.note(func, name, args, kwargs, given, made)
         return result
 
     def read(self, tensor: Tensor) -> bool | int | float:
@@ -95,11 +101,13 @@ class Counts(TorchDispatchMode):
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
-    def note(self, func, name: str, args, given: list[Tensor], made: list[Tensor]) -> None:
+    def note(self, func, name: str, args, kwargs, given: list[Tensor], made: list[Tensor]) -> None:
         if name in ("_to_copy", "copy_"):
-            source = args[1] if name == "copy_" else args[0]
-            if source.is_cuda != made[0].is_cuda:
-                (self.counted.to_host if source.is_cuda else self.counted.to_device)[place()] += 1
+            source, target = (args[1], args[0]) if name == "copy_" else (args[0], made[0])
+            if source.is_cuda != target.is_cuda:
+                soon = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+                waits = not (soon and (target if source.is_cuda else source) in pinned)
+                (self.counted.to_host if source.is_cuda else self.counted.to_device)[place(), waits] += 1
         if name in PRODUCTS:
             self.counted.products[str(given[-1].dtype).removeprefix("torch."), place()] += 1
         if func.namespace != "prim" and name not in QUIET and not func.is_view:
@@ -107,12 +115,14 @@ class Counts(TorchDispatchMode):
             self.counted.where[place()] += 1
 
     def __enter__(self):
+        self.waited = len(waits)
         self.real = {name: getattr(dist, name) for name in COLLECTIVES}
         for name in COLLECTIVES:
             setattr(dist, name, self.collective(name))
         return super().__enter__()
 
     def __exit__(self, *error):
+        self.counted.reads["synchronize"] += len(waits) - self.waited
         for name, function in self.real.items():
             setattr(dist, name, function)
         return super().__exit__(*error)

@@ -27,6 +27,7 @@ def reads():
         x.sum().item()
         bool(mask.all())
         torch.equal(x, x)
+        torch.cuda.current_stream().synchronize()
         torch.tensor(3).item()  # of the CPU: none
     return counts.counted
 
@@ -44,6 +45,10 @@ def copies():
         x.copy_(torch.ones(3))
         x.bfloat16()
         torch.tensor([1.0], device="cuda")
+        torch.ones(3).pin_memory().to("cuda", non_blocking=True)  # alone need not wait
+        torch.ones(3, pin_memory=True).to("cuda")
+        torch.ones(3).to("cuda", non_blocking=True)
+        torch.empty(3, pin_memory=True).copy_(x, non_blocking=True)  # nor does this
     return counts.counted
 
 
@@ -88,7 +93,7 @@ def test_views_and_the_cpu_are_no_launches(fake_cuda):
 
 
 def test_what_waits_is_a_read(fake_cuda):
-    assert total(fake_cuda(reads).reads) == 3
+    assert total(fake_cuda(reads).reads) == 4
 
 
 def test_a_boolean_index_is_an_error(fake_cuda):
@@ -98,7 +103,8 @@ def test_a_boolean_index_is_an_error(fake_cuda):
 
 def test_copies_have_a_direction(fake_cuda):
     counted = fake_cuda(copies)
-    assert total(counted.to_device) == 3 and total(counted.to_host) == 1
+    assert counted.to_device == {("?", True): 5, ("?", False): 1}
+    assert counted.to_host == {("?", True): 1, ("?", False): 1}
 
 
 def test_small_tensors_of_the_cpu_have_values(fake_cuda):
