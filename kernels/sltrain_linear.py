@@ -3,8 +3,8 @@
     y = x W^T,   W = scale B A + S,   S zero but at fixed positions
 
 Blocks of W's rows are made, used and dropped; backward makes them again, and of the gradient G = dy^T x of W, too, a
-block at a time, from which it takes what A, B and the positions of S need. On a GPU one block is the whole W of a layer:
-where the entries of a smaller one begin only the device knows, and to ask it would stop the queue.
+block at a time, from which it takes what A, B and the positions of S need. On a GPU one block is the whole W of a
+layer: where the entries of a smaller one begin only the device knows, and to ask it would stop the queue.
 
 The surprise: the method saves memory and no work. As the published code does, this multiplies x with a dense W, 6 m n
 a token forward and backward, and in every micro-batch adds 8 r m n for the products of the factors. What it does not do
