@@ -22,11 +22,13 @@ from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
 from thriftlab.optim.core.groups import by_reason
+from thriftlab.optim.core.products import EXACT
 from thriftlab.optim.layers.base import Layer, changing, check_patterns
 from thriftlab.train.backends.base import Backend
+from thriftlab.train.backends.device import best_precision
 from thriftlab.train.backends.replicas import refuse_differences
 from thriftlab.train.budget import SCHEDULES, Horizon
-from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint
+from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint, settled
 from thriftlab.train.evaluate import count_rows
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
@@ -72,6 +74,7 @@ class Run:
 
 def build(config: RunConfig, backend: Backend) -> Run:
     """All parts of a run before its first step, the same on every rank. UserError for what cannot be built."""
+    config = settled(config, best_precision(backend.device))
     refuse(config, backend)
     set_torch(config.train)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
@@ -102,6 +105,8 @@ def build(config: RunConfig, backend: Backend) -> Run:
 def refuse(config: RunConfig, backend: Backend) -> None:
     """ConfigError for what this backend cannot do, known without data and model."""
     config.train.rows_per_rank(backend.world)
+    if config.train.matmul == "tf32" and backend.device.type == "cpu":
+        raise ConfigError("train.matmul = tf32 is of GPUs, and this run is on a CPU; leave it out")
     if config.train.layerwise and not backend.can_layerwise:
         raise ConfigError(
             f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
@@ -124,6 +129,7 @@ def set_torch(config: TrainConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.deterministic)
+    torch.set_float32_matmul_precision("high" if config.matmul == "tf32" else EXACT)
 
 
 def make_model(config: RunConfig, dataset: Dataset) -> tuple[GPT, Conversion]:

@@ -33,7 +33,7 @@ from thriftlab.launch.studies.written import StudyOptions
 from thriftlab.train.config.choice import Plugins, Section
 from thriftlab.train.config.help import keys, nearest
 from thriftlab.train.config.parse import Settings, read, validate
-from thriftlab.train.config.schema import Count, RunConfig, Steps, fingerprint
+from thriftlab.train.config.schema import Count, RunConfig, Steps, fingerprint, settled
 from thriftlab.train.records import record
 
 HOME = Path(__file__).resolve().parents[2]
@@ -210,6 +210,7 @@ def normalized(argv: Sequence[str]) -> Iterator[str]:
 def submit(c: SubmitConfig, settings: Settings) -> None:
     """Submit the run that `settings` describe, or what is left of it. UserError for what can be seen to fail."""
     config = validate(RunConfig, settings)
+    config = settled(config, "bf16" if c.gpus and config.backend.device != "cpu" else "fp32")
     config.train.rows_per_rank(c.nodes * processes(c))
     dataset = open_dataset(config.data.path, verify=False)
     job = Job(Path(config.out).name, config, fingerprint(config, dataset.fingerprint), None)

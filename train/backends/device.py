@@ -57,6 +57,12 @@ def choose_own_device(asked: str, local_rank: int | None) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def best_precision(device: torch.device) -> str:
+    """What `train.precision=auto` is on a device."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
 def why_no_gpu() -> str:
     if torch.version.cuda is None:
         return (
