@@ -126,7 +126,7 @@ class TrainConfig(Section):
     )
     matmul: Literal["fp32", "tf32"] = Field(
         "fp32",
-        description="products of fp32 matrices in the model, on a GPU; tf32 is faster and keeps 10 bits of each factor. "
+        description="products of fp32 matrices in the model, on a GPU; tf32 is faster and keeps 10 bits of a factor. "
         "The optimizer's stay fp32",
     )
     dropout: float = Field(
@@ -278,8 +278,8 @@ def method_name(config: RunConfig) -> str:
 
 
 def settled(config: RunConfig, precision: str) -> RunConfig:
-    """With what `auto` leaves to the device, `best_precision` of it. Only then is a fingerprint of what is computed; one
-    of a configuration that is not settled is of a CPU's run."""
+    """With `precision`, that of the device, where it was left to the device. Only then is a fingerprint that of what is
+    computed; until then it is of a run on a CPU."""
     if config.train.precision != "auto":
         return config
     train = config.train.model_copy(update={"precision": precision})
