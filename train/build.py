@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from thriftlab.data.errors import ConfigError, UserError
+from thriftlab.data.errors import CheckpointError, ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
@@ -26,8 +26,9 @@ from thriftlab.optim.core.products import EXACT
 from thriftlab.optim.layers.base import Layer, changing, check_patterns
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.device import best_precision
-from thriftlab.train.backends.replicas import refuse_differences
+from thriftlab.train.backends.replicas import refuse_differences, take_up
 from thriftlab.train.budget import SCHEDULES, Horizon
+from thriftlab.train.checkpoints.reader import opened, steps_in
 from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint, settled
 from thriftlab.train.evaluate import count_rows
 from thriftlab.train.model import GPT
@@ -79,7 +80,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     set_torch(config.train)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     model, conversion = make_model(config, dataset)
-    fill(model, config.seed, backend)
+    fill(model, config.seed, backend, Path(config.out) / "checkpoints")
     optimizer = make_optimizer(config, model)
     backend.prepare(model, optimizer, config.train.compile, config.train.precision)
     if config.train.layerwise:
@@ -163,15 +164,31 @@ def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
     return done
 
 
-def fill(model: GPT, seed: int, backend: Backend) -> None:
-    """First weights, a function of the seed and equal on all ranks; they divide the layers that are more work."""
+def fill(model: GPT, seed: int, backend: Backend, checkpoints: Path) -> None:
+    """First weights, a function of the seed and equal on all ranks; they divide the layers that are more work. A run
+    that goes on has that work behind it."""
     model.to_empty(device=backend.device)
-    model.init_weights(seed, slice(backend.rank, None, backend.world))
-    for turn, layer in enumerate(model.replaced().values()):
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            backend.broadcast(tensor.detach(), turn % backend.world)
+    model.tie()
+    if not (model.replaced() and taken_up(model, backend, checkpoints)):
+        model.init_weights(seed, slice(backend.rank, None, backend.world))
+        for turn, layer in enumerate(model.replaced().values()):
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                backend.broadcast(tensor.detach(), turn % backend.world)
     if backend.world > 1:
         refuse_differences(model, backend.share)
+
+
+def taken_up(model: GPT, backend: Backend, checkpoints: Path) -> bool:
+    """Whether all ranks have the weights of the newest checkpoint now. Nobody has verified them: they stand in for
+    first weights, until the run restores all that it goes on with."""
+    path = backend.share(next((path for _, path in steps_in(checkpoints)), None))[0]
+    try:
+        found = path and opened(path)
+        if found:
+            take_up(model, found.reader("model"), found.reader("buffers"))
+    except (CheckpointError, OSError, ValueError, KeyError):
+        found = None
+    return all(backend.share(found is not None))
 
 
 def make_optimizer(config: RunConfig, model: GPT) -> Method:

@@ -279,6 +279,7 @@ class GPT(nn.Module):
         for name, layer in list(layers.items())[share]:
             shape = torch.Size((layer.out_features, layer.in_features))
             weight = self.first_weight(f"{name}.weight", shape, seed)
+            weight = weight.to(next(layer.parameters()).device)  # drawn on the CPU, decomposed where the layer is
             layer.load_dense(weight, keyed_generator(seed, f"{name}.weight", 1))
         for name, p in self.named_parameters():
             if name.rpartition(".")[0] not in layers:
