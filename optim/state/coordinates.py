@@ -194,7 +194,10 @@ class Coordinates(CoordinateSubspace):
         return matrix.take(where)
 
     def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
-        matrix.put_(where, small)
+        if torch.are_deterministic_algorithms_enabled():  # which torch refuses of `put_`, though no position is twice
+            matrix.index_put_((where // matrix.shape[1], where % matrix.shape[1]), small)
+        else:
+            matrix.put_(where, small)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
         return (int(shape[0] * shape[1] * self.density),), {"key": ((), torch.int64), "chosen": ((), torch.int64)}
