@@ -36,6 +36,7 @@ from thriftlab.train.objective import Objective
 from thriftlab.train.probes.base import SHORTEST
 from thriftlab.train.signals import SIGNALS, Signal
 from thriftlab.train.signals.reference import open_reference
+from thriftlab.train.step import micro_batch_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Run:
     horizon: Horizon
     objective: Objective
     fingerprint: str
+    micro_batch_size: int | None  # windows of one forward; None: not known before the memory of a GPU is looked at
 
     @property
     def out(self) -> Path:
@@ -88,6 +90,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     horizon = make_horizon(config, model)
     data_plan = make_plan(config, dataset, horizon.steps)
     horizon = replace(horizon, steps=horizon.steps and data_plan.fitting(horizon.steps))
+    objective = make_objective(config, dataset, data_plan, backend.device)
     return Run(
         config=config,
         backend=backend,
@@ -98,8 +101,9 @@ def build(config: RunConfig, backend: Backend) -> Run:
         optimizer=optimizer,
         schedule=functools.partial(SCHEDULES[config.schedule.name], **config.schedule.hyperparameters()),
         horizon=horizon,
-        objective=make_objective(config, dataset, data_plan, backend.device),
+        objective=objective,
         fingerprint=fingerprint(config, dataset.fingerprint),
+        micro_batch_size=micro_batch_size(config, backend, objective.waits),
     )
 
 
@@ -273,6 +277,15 @@ def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torc
             reference=reference or None,
             device=device,
         )
+
+
+def micro_batch_size(config: RunConfig, backend: Backend, waits: bool) -> int | None:
+    """Windows of one forward, as set or as a CPU's cache holds them; None where the memory of a GPU has to be asked.
+    `waits`: whether a second micro-batch would mean a second forward of all."""
+    if config.train.micro_batch_size or backend.device.type != "cpu":
+        return config.train.micro_batch_size
+    all_rows = config.train.rows_per_rank(backend.world)
+    return all_rows if waits else micro_batch_rows(backend.device, config.data.sequence_length, config.model.dim)
 
 
 def refuse_unheld(signal: Signal, dataset: Dataset, names: list[str], sequence_length: int) -> None:

@@ -37,6 +37,7 @@ class Counters:
     skipped: int = 0
     skipped_in_a_row: int = 0
     loss: float = float("nan")
+    micro_batch_size: int | None = None  # windows of one forward, where the memory of a GPU has decided it
 
     def add(self, result: StepResult, seconds: float, timed: bool) -> None:
         self.step += 1
@@ -169,7 +170,11 @@ def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dic
             predicted_state_bytes=backend.predicted_state_bytes(),
             peak_bytes=peak_bytes(),
         ),
-        speed=Throughput(speed, mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None),
+        speed=Throughput(
+            speed,
+            mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None,
+            run.micro_batch_size,
+        ),
         skipped_steps=counters.skipped,
         signal=tell(run.objective.report(), [source.name for source in run.plan.sources]),
         remarks=run.optimizer.remarks(),

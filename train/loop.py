@@ -36,12 +36,13 @@ from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.dropout import row_keys
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log, finish
+from thriftlab.train.micro_batch import named_shortage, with_micro_batch
 from thriftlab.train.probes.base import PROBES, measured
 from thriftlab.train.probes.material import Material
 from thriftlab.train.probes.subject import Subject
 from thriftlab.train.records.record import Record, provenance, read_record
 from thriftlab.train.records.stop import Interrupted, correct_status, status, stop_file, stop_signals
-from thriftlab.train.step import StepResult, micro_batch_rows, train_step
+from thriftlab.train.step import StepResult, train_step
 from thriftlab.train.witness import witness
 
 WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation
@@ -56,7 +57,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     with named_losses(config.out, config.backend.timeout):
         backend = make_backend(config.backend.name, config.backend.device, **config.backend.options())
     try:
-        with stop_signals() as received, named_losses(config.out, config.backend.timeout):
+        with stop_signals() as received, named_losses(config.out, config.backend.timeout), named_shortage(config):
             parts = build(config, backend)
             return (finished(parts) or train(parts, received)).to_json()
     finally:
@@ -69,6 +70,7 @@ def train(run: Run, received: list[int]) -> Record:
     with claim(run):
         examine(run)
         start = restore(run)
+        run = with_micro_batch(run, start[0])
         with status(run.out, run.chief):
             return steps(run, base_lr, *start, received)
 
@@ -150,7 +152,9 @@ def announce(run: Run, counters: Counters) -> None:
     """Says once which layers are replaced, what the method leaves to full AdamW, and which data are repeated."""
     target = run.config.data.proxy_of
     proxy = target and f"a proxy of a run of {target:,} tokens:\n{run.plan.table(run.horizon.steps)}"
-    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement(), proxy
+    fits = counters.micro_batch_size
+    rows = fits and f"micro-batches of {fits} windows, as many as the memory of the GPU holds"
+    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement(), proxy, rows
     lines = [line for line in said if line]
     if lines and run.chief and counters.step == 0:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -185,10 +189,7 @@ def aim(run: Run, step: int, progress: float) -> None:
 def one_step(run: Run, batch: Batch) -> StepResult:
     """The step that the objective has been told of."""
     c, backend = run.config, run.backend
-    rows = c.train.micro_batch_size
-    if rows is None and not run.objective.waits:  # which one micro-batch does without a second forward
-        rows = micro_batch_rows(backend.device, c.data.sequence_length, c.model.dim)
-    rows = rows or len(batch.tokens)
+    rows = run.micro_batch_size or len(batch.tokens)
     keys = None
     if c.train.dropout:
         first = run.objective.step * c.train.batch_size

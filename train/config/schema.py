@@ -118,7 +118,9 @@ class TrainConfig(Section):
 
     batch_size: Count = Field(32, description="windows of one optimizer step, over all ranks")
     micro_batch_size: Speed[Count | None] = Field(
-        None, description="windows of one forward on one rank; null: what suits the device"
+        None,
+        description="windows of one forward on one rank; null: what a CPU's cache or the memory of a GPU holds, there "
+        "chosen at the first start",
     )
     clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(

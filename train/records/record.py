@@ -169,6 +169,7 @@ class Memory:
 class Throughput:
     tokens_per_second: float | None  # of all ranks; None where no step was timed
     mfu: float | None  # None where the device's peak is not known
+    micro_batch_size: int | None = None  # windows of one forward on one rank
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ class Record:
                 del tree[key]
         if self.data.sources is None:  # in records that are older than it
             del tree["data"]["sources"]
+        if self.speed and self.speed.micro_batch_size is None:  # likewise
+            del tree["speed"]["micro_batch_size"]
         return tree
 
     @classmethod
