@@ -7,6 +7,7 @@ names in a configuration become things: it looks them up and names none itself.
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_
 from thriftlab.optim.core.groups import by_reason
 from thriftlab.optim.core.products import EXACT
 from thriftlab.optim.layers.base import Layer, changing, check_patterns
+from thriftlab.train.attention import why_no_flash
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.device import best_precision
 from thriftlab.train.backends.replicas import refuse_differences, take_up
@@ -79,6 +81,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     """All parts of a run before its first step, the same on every rank. UserError for what cannot be built."""
     config = settled(config, best_precision(backend.device))
     refuse(config, backend)
+    warn_of_slow_attention(config, backend)
     set_torch(config.train)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     model, conversion = make_model(config, dataset)
@@ -127,6 +130,14 @@ def refuse(config: RunConfig, backend: Backend) -> None:
             f"layers of layer.name = {config.layer.name} change whole weights between steps, which under backend "
             f"{backend.name!r} no rank has; use backend.name=ddp or backend.name=owned"
         )
+
+
+def warn_of_slow_attention(config: RunConfig, backend: Backend) -> None:
+    """Says what keeps attention on a GPU from torch's fastest kernel."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    why = why_no_flash(dtype, config.model.dim // config.model.heads)
+    if backend.device.type != "cpu" and backend.rank == 0 and why and not config.data.document_mask:
+        warnings.warn(f"attention does not take the flash kernel: {why}", RuntimeWarning, stacklevel=2)
 
 
 def set_torch(config: TrainConfig) -> None:
