@@ -14,7 +14,7 @@ from tests.fake_cuda.counts import Counts, to_device
 from thriftlab.kernels import sltrain_linear as sltrain
 from thriftlab.optim import LAYERS, convert
 from thriftlab.train import attention
-from thriftlab.train.attention import attend, block_mask, continued, dense_mask, why_no_flash
+from thriftlab.train.attention import as_dense, attend, block_mask, continued, dense_mask, why_no_flash
 from thriftlab.train.model import GPT, PRESETS, ModelConfig, rotary, rotate
 from thriftlab.train.windows import autocast
 
@@ -100,9 +100,8 @@ def test_blocks_are_those_that_looking_at_every_pair_finds(docs):
         first = torch.arange(getattr(ours, places).shape[-1]) < getattr(ours, count)[..., None]
         assert torch.equal(getattr(ours, places)[first], getattr(theirs, places)[first])
     assert ours.shape == (len(docs), 1, length, length)
-    places = torch.arange(length)
-    seen = ours.mask_mod(torch.arange(len(docs))[:, None, None], None, places[:, None], places)
-    assert torch.equal(seen[:, None], dense_mask(docs))
+    assert torch.equal(as_dense(ours), dense_mask(docs)) and torch.equal(as_dense(dense_mask(docs)), dense_mask(docs))
+    assert as_dense(None) is None
     assert torch.equal(continued(ours), continued(dense_mask(docs)))
     assert torch.equal(continued(ours), docs[:, 1:] == docs[:, :-1])
 
@@ -144,7 +143,10 @@ def test_a_model_of_all_layers_as_a_gpu_has_it_compiles_as_one_graph(monkeypatch
     x, docs, found = torch.randint(19, (2, 150), generator=torch.Generator().manual_seed(1)), some_documents(2, 150), []
     assert {*KINDS.values(), "dense"} == {*LAYERS}
     for on_gpu in (False, True):
-        model = GPT(ModelConfig(**{**SMALL, "layers": 1}, kv_heads=1, qk_norm=True), activation_checkpointing=on_gpu)
+        model = GPT(
+            ModelConfig(**{**SMALL, "layers": 1}, kv_heads=1, qk_norm=True, smeared_keys=True),
+            activation_checkpointing=on_gpu,
+        )
         for place, name in KINDS.items():
             convert(model, LAYERS[name], [rf"\.{place}\."], rank=4)
         model.init_weights(0)
@@ -194,7 +196,7 @@ def a_step(options, with_documents, checkpointing=False):
 
 @pytest.mark.parametrize("with_documents, checkpointing", [(False, False), (True, True)])
 def test_what_a_step_of_the_model_asks_of_a_gpu(fake_cuda, with_documents, checkpointing):
-    options = {**SMALL, "dim": 64, "kv_heads": 1, "qk_norm": True}
+    options = {**SMALL, "dim": 64, "kv_heads": 1, "qk_norm": True, "smeared_keys": True}
     calls, counted = fake_cuda(a_step, options, with_documents, checkpointing)
     assert not any(sum(counter.values()) for counter in (counted.reads, counted.to_device, counted.to_host))
     assert {dtype for dtype, _ in counted.products} == {"bfloat16"}
