@@ -58,12 +58,21 @@ def continued(mask: Mask) -> Tensor:
     """Whether a token has its document in common with the one before it, [batch, seq - 1]."""
     if not isinstance(mask, BlockMask):
         return mask.diagonal(-1, -2, -1)[:, 0]
-    batch, length = mask.shape[0], mask.shape[-1]
-    rows, places = (
-        torch.arange(batch, device=mask.kv_indices.device),
-        torch.arange(1, length, device=mask.kv_indices.device),
-    )
-    return mask.mask_mod(rows[:, None], rows[:1], places, places - 1)
+    rows, places = rows_and_places(mask)
+    return mask.mask_mod(rows[:, None], rows[:1], places[1:], places[:-1])
+
+
+def as_dense(mask: Mask | None) -> Tensor | None:
+    """True where query may see key, [batch, 1, seq, seq], of any mask; for those who look at every pair."""
+    if not isinstance(mask, BlockMask):
+        return mask
+    rows, places = rows_and_places(mask)
+    return mask.mask_mod(rows[:, None, None, None], rows[:1], places[:, None], places)
+
+
+def rows_and_places(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    device = mask.kv_indices.device
+    return torch.arange(mask.shape[0], device=device), torch.arange(mask.shape[-1], device=device)
 
 
 def dense_mask(documents: Tensor) -> Tensor:

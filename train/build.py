@@ -8,6 +8,7 @@ names in a configuration become things: it looks them up and names none itself.
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_
 from thriftlab.optim.core.groups import by_reason
 from thriftlab.optim.core.products import EXACT
 from thriftlab.optim.layers.base import Layer, changing, check_patterns
+from thriftlab.train.attention import why_no_flash
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.device import best_precision
 from thriftlab.train.backends.replicas import refuse_differences, take_up
@@ -35,6 +37,7 @@ from thriftlab.train.evaluate import count_rows
 from thriftlab.train.memory import Peaks
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
+from thriftlab.train.probes.base import SHORTEST
 from thriftlab.train.signals import SIGNALS, Signal
 from thriftlab.train.signals.reference import open_reference
 from thriftlab.train.step import micro_batch_rows
@@ -82,6 +85,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     config = settled(config, best_precision(backend.device))
     refuse(config, backend)
     peaks = Peaks(backend.device)
+    warn_of_slow_attention(config, backend)
     set_torch(config.train)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     model, conversion = make_model(config, dataset)
@@ -121,11 +125,24 @@ def refuse(config: RunConfig, backend: Backend) -> None:
             f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
             f"the ranks have met; start one process, or set train.layerwise=false"
         )
+    if config.probes.every and config.data.sequence_length < SHORTEST:
+        raise ConfigError(
+            f"probes need windows of {SHORTEST} tokens at least, and data.sequence_length = "
+            f"{config.data.sequence_length}; raise it, or set probes.every=0"
+        )
     if not backend.whole_weights and LAYERS[config.layer.name].before_step is not Layer.before_step:
         raise ConfigError(
             f"layers of layer.name = {config.layer.name} change whole weights between steps, which under backend "
             f"{backend.name!r} no rank has; use backend.name=ddp or backend.name=owned"
         )
+
+
+def warn_of_slow_attention(config: RunConfig, backend: Backend) -> None:
+    """Says what keeps attention on a GPU from torch's fastest kernel."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    why = why_no_flash(dtype, config.model.dim // config.model.heads)
+    if backend.device.type != "cpu" and backend.rank == 0 and why and not config.data.document_mask:
+        warnings.warn(f"attention does not take the flash kernel: {why}", RuntimeWarning, stacklevel=2)
 
 
 def set_torch(config: TrainConfig) -> None:

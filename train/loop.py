@@ -8,7 +8,7 @@ Only with a budget in seconds, where progress is a clock and not a step, may it 
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from thriftlab.optim.core.listing import listing
 from thriftlab.optim.layers.base import before_step, replaced
 from thriftlab.optim.state.keys import keyed_generator, keyed_seed
 from thriftlab.train.backends import make_backend
-from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.channel import Channel
 from thriftlab.train.backends.device import generators
 from thriftlab.train.backends.pieces import whole
@@ -42,10 +41,13 @@ from thriftlab.train.late import Numbers
 from thriftlab.train.log import Counters, Log, finish, over_tensors
 from thriftlab.train.memory import REHEARSAL
 from thriftlab.train.micro_batch import named_shortage, with_micro_batch
+from thriftlab.train.probes.base import PROBES, measured
+from thriftlab.train.probes.material import Material
+from thriftlab.train.probes.subject import Subject
 from thriftlab.train.records.record import Record, provenance, read_record
 from thriftlab.train.records.stop import Interrupted, correct_status, status, stop_file_lately, stop_signals
 from thriftlab.train.step import REFRESH, take_step
-from thriftlab.train.unread import Unread
+from thriftlab.train.unread import Unread, agree, asks
 from thriftlab.train.witness import witness
 
 
@@ -106,18 +108,16 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
     while True:
         asked = bool(received) or run.chief and stop_asked()
         halt, seconds = agree(backend, asked, counters.seconds, unread.asked)
-        over, evaluates, saves = (
-            horizon.over(step, seconds),
-            step > first and due(step, config.eval.every),
-            step > first and due(step, config.checkpoint.every),
-        )
-        if over or evaluates or saves or halt:
+        over, pauses = horizon.over(step, seconds), step > first
+        looks = pauses and (due(step, config.eval.every) or due(step, config.probes.every))
+        saves = halt or pauses and due(step, config.checkpoint.every)
+        if over or looks or saves:
             unread.read_all()
         if over:
             break
-        if evaluates:
-            log.evaluation(measure(run))
-        if saves or halt:
+        if looks:
+            log.evaluation(evaluation(run, step))
+        if saves:
             saver.save(counters)
         if halt:
             saver.wait()
@@ -135,12 +135,12 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
         unread.add(one_step(run, batch(step)), base_lr[0] * factor, clock)
         step += 1
 
-    results = measure(run)
-    log.evaluation(results)
+    found = evaluation(run)
+    log.evaluation(found)
     saver.save(counters)  # after the line, which it vouches for
     saver.wait()
     log.close()
-    return finish(run, counters, results, origin)
+    return finish(run, counters, found, origin)
 
 
 def examine(run: Run) -> None:
@@ -172,25 +172,6 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def agree(backend: Backend, halt: bool, seconds: float, answered: Sequence[float] = ()) -> tuple[bool, float]:
-    """One answer for all ranks: whether any of them was asked to stop, and the first rank's clock. `answered`: what the
-    GPUs have summed already, with a step (`asks`), so that nobody waits for them."""
-    if backend.world == 1:
-        return halt, seconds
-    if not answered:
-        clock = seconds if backend.rank == 0 else 0.0
-        answered = backend.sum(torch.tensor([halt, clock], dtype=torch.float64, device=backend.device)).tolist()
-    halts, clock = answered
-    return halts > 0, clock
-
-
-def asks(backend: Backend, halt: bool, seconds: float) -> tuple[float, ...]:
-    """What several GPUs sum with their step, to `agree` later; nothing on CPUs, which agree before it."""
-    if backend.world == 1 or backend.device.type == "cpu":
-        return ()
-    return float(halt), seconds if backend.rank == 0 else 0.0
-
-
 def seed_step(run: Run, step: int) -> None:
     """Torch's own generators as a function of (seed, rank, step), for a module that draws from them. Only those that it
     may draw from: torch.manual_seed looks for devices of every kind each time."""
@@ -220,6 +201,19 @@ def one_step(run: Run, batch: Batch | Packed) -> Numbers:
     numbers = take_step(backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective, keys)
     found = over_tensors(run.optimizer.diagnostics(fresh=True)) if run.chief else {}
     return numbers | {f"{REFRESH}{key}": tensor for key, tensor in found.items()}
+
+
+def evaluation(run: Run, step: int | None = None) -> dict[str, Any]:
+    """What is to be measured after so many steps; None: at the end."""
+    c, found = run.config, {}
+    if step is None or due(step, c.eval.every):
+        found["eval"] = measure(run)
+    if c.probes.every and (step is None or due(step, c.probes.every)):
+        subject = Subject(run.backend, run.model, c.train.precision, run.mask_delimiter, c.train.compile)
+        material = Material(run.dataset, c.data.sequence_length, run.plan.pool)
+        with run.peaks.during("evaluation"):
+            found["probes"] = measured(subject, material, c.probes.names or list(PROBES))
+    return found
 
 
 def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:

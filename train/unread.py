@@ -7,9 +7,12 @@ GPU, and names the step that they are of. Before an evaluation or a checkpoint e
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from thriftlab.data.errors import UserError
+from thriftlab.train.backends.base import Backend
 from thriftlab.train.build import Run
 from thriftlab.train.late import Numbers, send
 from thriftlab.train.log import Counters, Log
@@ -60,3 +63,22 @@ def refuse_divergence(counters: Counters, most: int) -> None:
             f"loss or gradient was not finite in the {counters.skipped_in_a_row} steps up to step {counters.step}, and "
             f"nothing was updated in them; lower optim.lr, set train.clip=1.0, or use train.precision=fp32"
         )
+
+
+def agree(backend: Backend, halt: bool, seconds: float, answered: Sequence[float] = ()) -> tuple[bool, float]:
+    """One answer for all ranks: whether any of them was asked to stop, and the first rank's clock. `answered`: what the
+    GPUs have summed already, with a step (`asks`), so that nobody waits for them."""
+    if backend.world == 1:
+        return halt, seconds
+    if not answered:
+        clock = seconds if backend.rank == 0 else 0.0
+        answered = backend.sum(torch.tensor([halt, clock], dtype=torch.float64, device=backend.device)).tolist()
+    halts, clock = answered
+    return halts > 0, clock
+
+
+def asks(backend: Backend, halt: bool, seconds: float) -> tuple[float, ...]:
+    """What several GPUs sum with their step, to `agree` later; nothing on CPUs, which agree before it."""
+    if backend.world == 1 or backend.device.type == "cpu":
+        return ()
+    return float(halt), seconds if backend.rank == 0 else 0.0

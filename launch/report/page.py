@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from thriftlab.data.files import replace_atomically
 from thriftlab.launch.report.figures import Picture, colours, pictures
+from thriftlab.launch.report.probes import probe_pictures
 from thriftlab.launch.report.results import Study
 from thriftlab.launch.report.tables import Cell, Table, circumstances, sections
 from thriftlab.launch.report.words import answers, question, warnings
@@ -46,7 +47,8 @@ def body(study: Study) -> str:
         '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in answers(study)), "</ul>",
         warning_box(warnings(study)),
         *(html_section(*section, colour) for section in tables[:lead]),
-        '<h2>Figures</h2><div class="figures">', *map(html_figure, pictures(study)), "</div>",
+        '<h2>Figures</h2><div class="figures">', *map(html_figure, [*pictures(study), *probe_pictures(study)]),
+        "</div>",
         *(html_section(*section, colour) for section in tables[lead:]),
         "<h2>How it was run</h2><dl>", *(html_fact(*fact) for fact in circumstances(study)), "</dl>",
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.launch.report.figures import Picture, pictures
 from thriftlab.launch.report.page import markdown, template
+from thriftlab.launch.report.probes import probe_pictures
 from thriftlab.launch.report.results import STUDY, Result, Study, value_at
 
 KEPT = {
@@ -37,7 +38,7 @@ def publish(study: Study, target: Path) -> Path:
     make_folder(target)
     for old in target.glob("*.svg"):
         old.unlink()
-    figures = {f"{slug(picture.title)}.svg": picture for picture in pictures(study)}
+    figures = {f"{slug(picture.title)}.svg": picture for picture in [*pictures(study), *probe_pictures(study)]}
     words = markdown(study, figures).replace(f"{study.folder}/", "")  # where a problem lay on the machine of the runs
     lines = [json.dumps(line(result)) for result in study.results if result.record]
     texts = {name: standalone(picture) for name, picture in figures.items()}
@@ -51,7 +52,8 @@ def publish(study: Study, target: Path) -> Path:
 def line(result: Result) -> dict[str, Any]:
     """A run in one line."""
     kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
-    return {"arm": result.arm, "seed": result.seed, **kept}
+    probes = value_at(result.record, "probes")
+    return {"arm": result.arm, "seed": result.seed, **kept, **({"probes": probes} if probes else {})}
 
 
 def slug(title: str) -> str:

@@ -30,7 +30,7 @@ def may_be_due(name: str, state: State, group: dict[str, Any]) -> bool:
 
 def ask(names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]) -> dict[str, Any] | None:
     """The group of a step with `applied`: as it is if no refresh can be due. Otherwise the device is read, and the
-    group is without `applied`; None if the step is refused."""
+    group says that it was "asked"; None if the step is refused."""
     if capturing() or not any(map(may_be_due, names, states, [group] * len(names))):
         return group
     counters = [state["step"] for state in states]
@@ -40,7 +40,7 @@ def ask(names: list[str], weights: list[Tensor], states: list[State], group: dic
             know(counter, count)
         if not told[-1]:
             return None
-    return {**group, "applied": None}
+    return {**group, "asked": True}
 
 
 def due_refreshes(
@@ -48,7 +48,7 @@ def due_refreshes(
 ) -> list[int | None]:
     """The numbers of the refreshes that are due, of each matrix; of a step that is applied, as `ask` has found out."""
     counters = [state["step"] for state in states]
-    if not counters or group.get("applied") is not None:  # nothing can be due
+    if not counters or (group.get("applied") is not None and "asked" not in group):  # nothing can be due
         return [None] * len(names)
     if counts_on_host(weights[0], group):
         counts = [int(counter) for counter in counters]

@@ -117,9 +117,9 @@ def without(factor: float | Tensor, sizes: Tensor) -> Tensor:
 def lengths(phis: list[Tensor], sizes: list[Tensor]) -> Tensor:
     """Of each matrix the norm of phi * norm over its channels, and 0 for a channel where phi is: its norm may be beyond
     the largest number  # [matrices]"""
-    scaled = torch._foreach_mul(phis, sizes)
-    scaled = [torch.where(phi == 0, phi, both) for phi, both in zip(phis, scaled, strict=True)]
-    return torch.stack(torch._foreach_norm(scaled))
+    phi, size = (torch.cat([channels.reshape(-1) for channels in several]) for several in (phis, sizes))
+    scaled = torch.where(phi == 0, phi, phi * size)
+    return torch.stack(torch._foreach_norm(scaled.split([channels.numel() for channels in phis])))
 
 
 def growth_limit(norm: Tensor, state: State, gamma: float) -> Tensor:

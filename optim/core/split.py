@@ -1,8 +1,8 @@
 """The core of the split methods: matrices are split into a state-full subspace and the rest, other tensors are not.
 
-A method writes `descend`, the step of one matrix within a subspace (or `descend_all`), and inherits the rest: the refresh of the subspace
-every `gap` steps from the gradient of that very step, what happens to the moments then, and AdamW for embeddings, heads
-and norms. A method without a subspace overrides `update_matrices` instead.
+A method writes `descend`, the step of one matrix within a subspace (or `descend_all`, of several), and inherits the
+rest: the refresh of the subspace every `gap` steps from the gradient of that very step, what happens to the moments
+then, and AdamW for embeddings, heads and norms. A method without a subspace overrides `update_matrices` instead.
 
 The surprise: the bias correction counts from the step at which the moments were last zero ("start"), the refreshes from
 the first step; they are two counters, because `on_refresh="keep"` moves one and not the other.
@@ -44,8 +44,8 @@ DIAGNOSTICS: Spec = {"diagnostic.residual": ((), torch.float32), "diagnostic.ove
 class SplitOptimizer(Method):
     """2-D tensors of the groups with `split` (the default) go to `update_matrices`; all others to AdamW.
 
-    A subclass writes its equation in `descend`, of one matrix, or in `descend_all`, of several. With `decay_after` weight decay follows that, W <- (1 - lr wd) W; else
-    it is part of the equation.
+    A subclass writes its equation in `descend`, of one matrix, or in `descend_all`, of several. With `decay_after`
+    weight decay follows that, W <- (1 - lr wd) W; else it is part of the equation.
     """
 
     decay_after = False
@@ -73,8 +73,8 @@ class SplitOptimizer(Method):
     def asked(
         self, names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The group, without `applied` if the host had to ask for it, as before a refresh; None if the step is refused.
-        States get their counters."""
+        """The group, "asked" if the host had to read `applied`, as before a refresh; None if the step is refused. States
+        get their counters."""
         if "gap" not in group:
             return group
         for weight, state in zip(weights, states, strict=True):

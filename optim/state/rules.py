@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import Spec, State
-from thriftlab.optim.state.lists import TOGETHER, batches, each
+from thriftlab.optim.state.lists import TOGETHER, batches, each, refused
 from thriftlab.optim.state.storage import kept_spec, load, make_zero, rounding_spec, store
 from thriftlab.optim.state.torch_adamw import (
     MOMENTS,
@@ -161,14 +161,15 @@ def add_scaled(weights: list[Tensor], directions: list[Tensor], scale: float | T
 
 def add_signs(weights: list[Tensor], grads: list[Tensor], scale: float | Tensor, applied: Tensor | None = None) -> None:
     """weight += scale * sign(grad), in place, and without all signs at once; nothing where `applied` is 0."""
+    no = None if applied is None else refused(applied)
     for batch in batches(weights, most=2 * TOGETHER):
         w, g = weights[batch], grads[batch]
         if reads_steps(w[0]) and applied is None:
             add_sign(w[0], g[0], scale)
         else:
             signs = list(torch._foreach_sign([grad.to(weight.dtype) for weight, grad in zip(w, g, strict=True)]))
-            if applied is not None:
-                subtract(w, signs, -scale, applied)
+            if applied is not None and no is not None:
+                subtract(w, signs, -scale, applied, no)
             elif isinstance(scale, Tensor):
                 torch._foreach_mul_(signs, scale)
                 torch._foreach_add_(w, signs)

@@ -119,16 +119,13 @@ def call_torch(
     torch_adamw(weights, grads, firsts, seconds, [], steps, **options, **hyper)
 
 
-def subtract(
-    weights: list[Tensor], directions: list[Tensor], lr: float | Tensor, applied: Tensor | None = None
-) -> None:
-    """weights -= lr directions, in place, by torch's fused SGD; every bit stays where `applied` is 0."""
+def subtract(weights: list[Tensor], directions: list[Tensor], lr: float | Tensor, applied: Tensor, no: Tensor) -> None:
+    """weights -= lr directions, in place, by torch's fused SGD; every bit stays where `applied` is 0, and `no` is 1."""
     alike = [i for i, weight in enumerate(weights) if one_layout(weight, directions[i])]
     options: dict[str, Any] = dict(dampening=0.0, nesterov=False, maximize=False, is_first_step=False)
-    options["found_inf"] = None if applied is None else refused(applied)
     for places in by_dtype(weights, alike):
         w, d = [weights[i] for i in places], [directions[i] for i in places]
-        torch._fused_sgd_(w, d, [], weight_decay=0.0, momentum=0.0, lr=lr, **options)
+        torch._fused_sgd_(w, d, [], weight_decay=0.0, momentum=0.0, lr=lr, found_inf=no, **options)
     others = [i for i in range(len(weights)) if i not in alike]
     with kept_unless(applied, [weights[i] for i in others]):
         for i in others:

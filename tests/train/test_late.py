@@ -3,18 +3,22 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tools import gang
+from tests.tools import gang, scale
 from tests.tools.runs import LAYERWISE, assert_same, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import UserError
 from thriftlab.data.loader import Batch, read_ahead
+from thriftlab.optim import METHODS
+from thriftlab.optim.core.hyper import hyperparameters
 from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train import late, loop, memory, unread
+from thriftlab.train.backends import make_backend
 from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.feed import pack, unpack
 from thriftlab.train.log import Counters
@@ -102,6 +106,64 @@ def test_a_layerwise_step_that_went_wrong_is_not_saved(tiny_data, tmp_path, spoi
     with pytest.raises(UserError, match="they are not saved"):
         run(tiny_config(tiny_data, tmp_path, train={**LAYERWISE, "micro_batch_size": 8}))
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
+
+
+# ---------------------------------------------------------------------------------------- what the device decides
+
+
+def held(backend):
+    """Copies of the weights and the state of this rank."""
+    return {key: piece.tensor.numpy().copy() for key, piece in {**backend.weights(), **backend.states()}.items()}
+
+
+REFUSED = (2, 4, 6)  # with gap=3: of a plain step, of a refresh, and of one just after it
+
+
+def refused_steps(method, asks_first, name="single"):
+    """Steps of which some are refused; all that this rank has after each."""
+    backend = make_backend(name)
+    hyper = {key: value for key, value in HYPER.items() if key in hyperparameters(METHODS[method])}
+    model, optimizer = scale.make(METHODS[method], **hyper)
+    backend.prepare(model, optimizer)
+    backend.asks_first = lambda: asks_first
+    history = []
+    for step in range(8):
+        inputs, targets = scale.batch(step, backend.rank, backend.world)
+        with backend.micro_batch(last=True):
+            backend.backward(backend.module(inputs, targets).sum())
+        factor = torch.nan if step in REFUSED else 0.01
+        norm, applied = backend.step(torch.tensor(factor, dtype=torch.float64), 1.0)
+        assert bool(applied) == (step not in REFUSED) == bool(norm.isfinite())
+        history.append(held(backend))
+    backend.close()
+    return history
+
+
+def hold(told, asked):
+    for step in REFUSED:
+        assert told[step].keys() == told[step - 1].keys()
+        assert all((told[step][key] == array).all() for key, array in told[step - 1].items()), step
+    for ours, theirs in zip(told, asked, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, array in theirs.items():
+            np.testing.assert_allclose(ours[key], array, rtol=1e-4, atol=1e-6)
+
+
+HYPER = {"gap": 3, "rank": 2, "density": 0.3, "lr": 0.01, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_the_device_refuses_leaves_every_bit(method):
+    """And what comes after is as if there had been none."""
+    hold(*(refused_steps(method, first) for first in (False, True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "name"), [("adamw", "ddp"), ("galore", "owned"), ("frugal", "fsdp2")])
+def test_several_ranks_refuse_together(method, name):
+    told, asked = (gang.ranks(2, refused_steps, method, first, name) for first in (False, True))
+    for rank in range(2):
+        hold(told[rank], asked[rank])
 
 
 # ------------------------------------------------------------------------------------------------ what ranks agree on

@@ -1,6 +1,8 @@
 """What `auto` is on a device, and products in TF32: of the model alone."""
 
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from thriftlab.optim import ReLoRA
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.layers.base import before_step
 from thriftlab.train.backends.device import best_precision
-from thriftlab.train.build import set_torch
-from thriftlab.train.config.schema import TrainConfig
+from thriftlab.train.build import set_torch, warn_of_slow_attention
+from thriftlab.train.config.schema import TrainConfig, settled
 from thriftlab.train.loop import run
 
 
@@ -31,6 +33,20 @@ def test_a_run_says_what_auto_was(tiny_data, tmp_path):
     entry = run(config)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert entry["config"]["train"]["precision"] == written["train"]["precision"] == "fp32"
+
+
+def test_attention_without_flash_is_said_once_and_on_gpus_alone(tiny_data, tmp_path):
+    config = settled(tiny_config(tiny_data, tmp_path / "out"), "fp32")
+    gpu, other = (SimpleNamespace(device=torch.device("cuda", rank), rank=rank) for rank in (0, 1))
+    with pytest.warns(RuntimeWarning, match="does not take the flash kernel: it computes in float32; use train.prec"):
+        warn_of_slow_attention(config, gpu)
+    masked = tiny_config(tiny_data, tmp_path / "out", data={"document_mask": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_slow_attention(config, other)
+        warn_of_slow_attention(config, SimpleNamespace(device=torch.device("cpu"), rank=0))
+        warn_of_slow_attention(settled(tiny_config(tiny_data, tmp_path / "out"), "bf16"), gpu)
+        warn_of_slow_attention(masked, gpu)
 
 
 def test_tf32_on_a_cpu_is_refused(tiny_data, tmp_path):

@@ -265,9 +265,7 @@ def test_provenance_says_what_ran_and_not_whose_machine():
     assert found["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpus"}
 
 
-OPEN = (
-    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build  (dvs-builder)"
-)
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build  (dvs-builder)"
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC version: 12.3.0"
 
 

@@ -27,7 +27,6 @@ class Backend(Holdings):
     name = "single"
     layerwise: Layerwise | None = None
     whole_weights = True  # whether every rank has every weight, uncut
-    takes_applied = True  # whether `update` can leave everything as it was by a number that only the device has
     can_layerwise = True  # whether a gradient is whole inside of backward, see `update_in_backward`
 
     def prepare(
@@ -76,13 +75,17 @@ class Backend(Holdings):
         norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
         applied = norm.isfinite()
-        unasked = norm.is_cuda and self.takes_applied and isinstance(self.optimizer, Method)
-        if unasked or applied:
+        asked = self.asks_first()
+        if not asked or applied:
             if grads:
                 torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
-            self.update(applied.float() if unasked else None)
+            self.update(None if asked else applied.float())
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
+
+    def asks_first(self) -> bool:
+        """Whether the host waits to know if a step counts, before the update."""
+        return self.device.type == "cpu" or not isinstance(self.optimizer, Method)
 
     def summed_gradients(self) -> list[Tensor]:
         """What this rank has of the summed gradients, to be scaled in place."""
@@ -98,7 +101,8 @@ class Backend(Holdings):
         if applied is None:
             self.optimizer.step()
         else:
-            self.optimizer.step(applied=applied)  # type: ignore[call-overload]
+            assert isinstance(self.optimizer, Method)
+            self.optimizer.step(applied=applied)
 
 
 def clip_factor(norm: Tensor, scale: Tensor, max_norm: float | None) -> Tensor:

@@ -30,7 +30,6 @@ class FSDP2(Sharded):
     """Rows of every tensor on every rank."""
 
     name = "fsdp2"
-    takes_applied = False
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
@@ -75,7 +74,7 @@ class FSDP2(Sharded):
 
     def update(self, applied: Tensor | None = None) -> None:
         grads = self.flat_gradients()
-        self.sharded.update({name: flat(self.rows[name]) for name in grads}, grads)
+        self.sharded.update({name: flat(self.rows[name]) for name in grads}, grads, applied)
 
     def weights(self) -> Pieces:
         return self.placed({name: flat(self.rows[name]) for name in self.places})

@@ -84,9 +84,10 @@ class ShardedMethod(Sharding, torch.optim.Optimizer):
         scale = torch.as_tensor(self.scale, dtype=torch.float64, device=total.device)
         norm = total.to(scale) * scale
         self.norm, self.factor = norm, clip_factor(norm, scale, self.max_norm)
-        if norm.isfinite():
+        applied, asked = norm.isfinite(), not norm.is_cuda
+        if not asked or applied:
             torch._foreach_mul_(list(grads.values()), self.factor.float())
-            self.update(weights, grads)
+            self.update(weights, grads, None if asked else applied.float())
 
     def held(self) -> tuple[Flat, Flat]:
         """Weights and gradients."""
