@@ -94,7 +94,7 @@ def missing_extra(error: Exception) -> str | None:
     package = PACKAGES.get(name, name).replace("_", "-")
     try:
         requirements = metadata.requires("thriftlab") or ()
-    except metadata.PackageNotFoundError:  # run from its source, by a Python that has it not installed
+    except metadata.PackageNotFoundError:  # run from the source
         return f"this command needs the package {package}, and {sys.executable} has none; pip install {package}"
     for requirement in requirements:
         required = re.match(rf"{re.escape(package)}\b(?!-)", requirement, re.IGNORECASE)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thriftlab.launch import cli
+from thriftlab.launch import cli, messages
 from thriftlab.launch.gpu import check, one
 from thriftlab.launch.gpu.setting import Finding, NotBuilt, Setting, Skipped
 
@@ -156,6 +156,15 @@ def test_a_finished_check_is_in_the_file_before_the_next_begins(run, tmp_path):
 def test_a_file_that_cannot_be_written_is_one_line(capsys, tmp_path):
     assert cli.main(["check", "gpu", "--out", str(tmp_path), "--only", "1"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_python_that_lacks_a_package_and_has_thriftlab_not_installed_is_one_line(monkeypatch):
+    def unknown(name):
+        raise messages.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(messages.metadata, "requires", unknown)
+    said = messages.missing_extra(ModuleNotFoundError("", name="yaml.nodes"))
+    assert said == f"this command needs the package pyyaml, and {sys.executable} has none; pip install pyyaml"
 
 
 # ------------------------------------------------------------------------------------------------ how one check ends
