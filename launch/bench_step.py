@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from thriftlab.data.errors import ConfigError
 from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.data.paths import FilePath
 from thriftlab.launch.bench import spread
 from thriftlab.launch.probe import configured, made_up_text, opened, stepper
 from thriftlab.launch.studies.arms import Arm
-from thriftlab.launch.studies.compare import make_comparison
+from thriftlab.launch.studies.compare import CompareConfig, make_comparison
 from thriftlab.launch.timing import gpu_seconds, peak_allocation, wall_seconds
 from thriftlab.optim import state_bytes
 from thriftlab.train.backends.device import choose_device, warn_of_idle_gpu
@@ -56,6 +57,8 @@ def bench_steps(settings: Settings) -> dict[str, Any]:
     options = validate(StepBench, settings.pick([*StepBench.model_fields]))
     asked = settings.drop([*StepBench.model_fields])
     asked.words = settings.words
+    if idle := asked.tree.keys() & CompareConfig.model_fields.keys():
+        raise ConfigError(f"{', '.join(sorted(idle))}: has no effect on the time of a step; leave it out")
     comparison = make_comparison(asked)
     if options.out:
         make_folder(Path(options.out).parent)

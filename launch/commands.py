@@ -256,13 +256,13 @@ def curate(argv: list[str]) -> None:
 def bench_keys(argv: list[str]) -> str:
     parts = {"optim": "thriftlab.launch.bench:OptimBench", "step": "thriftlab.launch.bench_step:StepBench"}
     keys = [keys_of(model, f"thriftlab bench {name}:\n\n")(argv) for name, model in parts.items()]
-    return "\n\n".join([*keys, "Besides these, all keys of `thriftlab compare` but its own."])
+    return "\n\n".join([*keys, "Besides these, all keys of `thriftlab train` and METHOD.KEY, as for `thriftlab compare`."])
 
 
 @command(
     """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
 thriftlab bench step METHOD ... [--rounds 7] [--out FILE.json] [key=value ...]
-    What a step costs in seconds and bytes: of each update rule alone, beside torch's own optimizer, or
+    What a step costs in seconds and bytes: of each update rule alone, beside torch's optimizers, or
     with forward and backward. On a GPU its own seconds are counted.""",
     bench_keys,
     alone=True,
@@ -288,7 +288,7 @@ def bench(argv: list[str]) -> None:
 
 @command(
     """thriftlab check gpu [--out FILE] [--only 1,6] [--device cuda:1]
-    Thirteen checks of this package on this machine's GPU, in at most eight minutes, and a table of them.""",
+    Thirteen checks of this package on this machine's GPU, in at most eight minutes, and a table.""",
     keys_of("thriftlab.launch.gpu.check:CheckOptions"),
     alone=True,
 )

@@ -84,6 +84,7 @@ def test_held_bytes_look_into_objects_and_count_a_storage_once():
     (["bench", "data"], "thriftlab bench optim"),
     (["bench", "step"], "name"),
     (["bench", "step", "adamw", "rounds=0"], "integer >= 1"),
+    (["bench", "step", "adamw", "seeds=5"], "seeds: has no effect on the time of a step"),
     (["bench", "step", "adamw", "backend.device=cuda"], "build without CUDA"),
     (["bench", "optim", "device=cuda"], "build without CUDA"),
     (["bench", "optim", "--methods", "adamw,nadam"], "unknown nadam; there are adamw"),
