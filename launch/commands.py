@@ -256,7 +256,8 @@ def curate(argv: list[str]) -> None:
 def bench_keys(argv: list[str]) -> str:
     parts = {"optim": "thriftlab.launch.bench:OptimBench", "step": "thriftlab.launch.bench_step:StepBench"}
     keys = [keys_of(model, f"thriftlab bench {name}:\n\n")(argv) for name, model in parts.items()]
-    return "\n\n".join([*keys, "Besides these, all keys of `thriftlab train` and METHOD.KEY, as for `thriftlab compare`."])
+    more = "Besides these, all keys of `thriftlab train` and METHOD.KEY, as for `thriftlab compare`."
+    return "\n\n".join([*keys, more])
 
 
 @command(
