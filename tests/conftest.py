@@ -11,6 +11,7 @@ import pytest  # noqa: E402
 
 pytest.register_assert_rewrite("tests.tools")
 
+from tests.fake_cuda import fake_cuda  # noqa: E402, F401
 from tests.tools.tiny import prepare_tiny  # noqa: E402
 
 
