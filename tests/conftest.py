@@ -24,11 +24,12 @@ def tiny_data(tmp_path_factory):
 
 # The longest first: where several processes share the files, none is left with one of these at the end.
 LONGEST = (
-    "launch/test_slurm", "train/test_zero", "train/test_signals_run", "launch/test_study", "data/test_engine",
-    "launch/test_hosts", "train/test_layers_run", "train/test_owned", "train/test_witness", "data/test_prepare",
-    "data/test_any_size", "train/test_resume", "train/test_failures", "launch/test_compare_all", "data/test_lost_node",
-    "data/test_on_ray", "data/test_places", "optim/test_fsdp", "train/test_tracking", "train/test_torchrun",
-    "optim/test_plain_step", "optim/test_relora", "optim/test_distributed_checkpoint", "test_packaging", "test_layout",
+    "launch/test_slurm", "train/test_signals_run", "train/test_zero", "train/test_fsdp2", "data/test_engine",
+    "launch/test_hosts", "launch/test_study", "train/test_layers_run", "train/test_owned", "train/test_witness",
+    "data/test_prepare", "data/test_any_size", "train/test_resume", "train/test_failures", "launch/test_compare_all",
+    "data/test_lost_node", "data/test_on_ray", "data/test_places", "optim/test_fsdp", "train/test_tracking",
+    "train/test_torchrun", "optim/test_plain_step", "optim/test_relora", "optim/test_distributed_checkpoint",
+    "test_packaging", "test_layout",
 )  # fmt: skip
 
 
