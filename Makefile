@@ -39,10 +39,10 @@ run-on-gpu: $(VENV)/.ready
 	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light_gpu.yaml
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 quick: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 gpu-check: .typecheck/thriftlab
 	PYTHONPATH=.typecheck $(CHECKED) -m thriftlab.launch check gpu --out $(FILE) $(addprefix --only ,$(ONLY))
