@@ -34,7 +34,7 @@ CASES = {  # world -> tolerance -> (method, or LAYER+METHOD, or frozen+METHOD; h
     },
     3: {1e-7: [("columns", FP64), ("galore", FP64), ("blocks", {**FP64, "micro_batches": 2})]},
 }
-STEPS = 6  # subspaces are refreshed in the first and the fifth
+STEPS = 5  # subspaces are refreshed in the first and the last
 
 
 @pytest.fixture(scope="module")
