@@ -73,8 +73,9 @@ class SplitOptimizer(Method):
     def asked(
         self, names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The group, "asked" if the host had to read `applied`, as before a refresh; None if the step is refused. States
-        get their counters."""
+        """The group, "asked" if the host had to read `applied`, as before a refresh; None if the step is refused.
+
+        States get their counters."""
         if "gap" not in group:
             return group
         for weight, state in zip(weights, states, strict=True):

@@ -73,7 +73,7 @@ def captured(name):
     return steps, kept[0] == kept[1] == kept[2], set(counters)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*KEPT_WIDE, "frugal, columns, bf16"])
 def test_a_plain_step_can_be_captured(fake_cuda, name):
     """No read, no copy, no new state, and the same launches with the same numbers: what changes lies on the device."""
     (_, one, two), stays, counters = fake_cuda(captured, name)
