@@ -108,7 +108,7 @@ def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], gro
     momenta = [load(state, BUFFERS[0]) for state in states]
     grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
     torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-    ahead = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+    ahead = list(torch._foreach_lerp(grads, momenta, group["momentum"])) if group["nesterov"] else momenta
     ahead = in_dtype(ahead, torch.bfloat16 if group["iteration"] == "bf16" else wide(ahead[0].dtype))
     norms = list(torch._foreach_norm(ahead))
     torch._foreach_clamp_min_(norms, group["eps"])

@@ -67,8 +67,8 @@ class SplitOptimizer(Method):
         )
         known = self.asked(matrices[0], matrices[1], matrices[3], group)
         if known is not None:
-            self.update_plain(*plain[1:], known)
-            self.update_matrices(*matrices, known)
+            self.update_plain(plain[1], plain[2], plain[3], known)
+            self.update_matrices(matrices[0], matrices[1], matrices[2], matrices[3], known)
 
     def asked(
         self, names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
