@@ -180,9 +180,11 @@ class Zeros:
 
 def evaluation():
     from tests.fake_cuda.counts import Counts
+    from thriftlab.train import evaluate as module
     from thriftlab.train.evaluate import evaluate
 
     backend = Trainer().backend
+    module.read_ahead = lambda read, items, device: map(read, items)  # a thread would have no fake tensors
     tokenizer = SimpleNamespace(token_bytes=np.ones(VOCABULARY, np.int64))
     dataset = SimpleNamespace(sources=["a", "b"], tokenizer=tokenizer, windows=lambda *_: Zeros())
     with Counts() as counts, mock.patch("torch.cuda.is_initialized", lambda: True):
