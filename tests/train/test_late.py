@@ -112,7 +112,8 @@ def test_a_layerwise_step_that_went_wrong_is_not_saved(tiny_data, tmp_path, spoi
     delayed()
     spoil(3)
     with pytest.raises(UserError, match="they are not saved"):
-        run(tiny_config(tiny_data, tmp_path, train={**LAYERWISE, "micro_batch_size": 8}))
+        train = {**LAYERWISE, "micro_batch_size": 8}
+        run(tiny_config(tiny_data, tmp_path, train=train, checkpoint={"background": False}))
     assert saved(tmp_path) == ["step-00000002"]
 
 
