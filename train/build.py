@@ -7,6 +7,7 @@ names in a configuration become things: it looks them up and names none itself.
 
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,8 @@ def set_torch(config: TrainConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:  # else torch refuses products on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high" if config.matmul == "tf32" else EXACT)
 
 

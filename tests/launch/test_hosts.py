@@ -207,7 +207,6 @@ def fake_ssh(desk, monkeypatch):
     return install
 
 
-@pytest.mark.slow
 def launched(folder, *words):
     """Code and messages of a launch that has a process of its own."""
     os.chdir(folder)
@@ -215,6 +214,7 @@ def launched(folder, *words):
         return cli.main(["launch", *words]), said.getvalue()
 
 
+@pytest.mark.slow
 def test_ctrl_c_becomes_a_stop_file_that_is_taken_back(desk, fake_ssh, capsys):
     (desk / "out").mkdir()
     fake_ssh("touch on-$4; for i in {1..300}; do [ -e out/STOP ] && exit 0; sleep 0.1; done; exit 1")

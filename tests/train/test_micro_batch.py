@@ -75,11 +75,11 @@ SIZES = dict(preset=None, dim=32, layers=2, heads=2, hidden=48, vocab_size=64)
 MADE = {
     "plain": ({}, {}, None), "grouped": (dict(kv_heads=1, qk_norm=True, tied=True), {}, None),
     "checkpointing": ({}, dict(activation_checkpointing=True), None), "dropout": ({}, dict(dropout=0.1), None),
-    "lost": ({}, {}, "lost"), "relora": ({}, {}, "relora"),
+    "lost": ({}, {}, "lost"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, precision", [(name, "bf16") for name in MADE] + [("plain", "fp32")])
+@pytest.mark.parametrize("name, precision", [*((name, "bf16") for name in MADE), ("plain", "fp32")])
 def test_what_is_counted_without_memory_is_what_is_held(name, precision):
     sizes, options, layer = MADE[name]
     length, many, documents = 40, 6, name == "plain"
