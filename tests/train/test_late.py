@@ -82,6 +82,14 @@ def test_the_same_lines_and_checkpoints(tiny_data, tmp_path, spoil, delayed, cas
     run(tiny_config(tiny_data, tmp_path / "late", train=train, **case))
     assert plain["skipped_steps"] == 2
     assert_same(traces(tmp_path / "late"), traces(tmp_path / "plain"))
+    assert saved(tmp_path / "late") == saved(tmp_path / "plain") == ["step-00000006", "step-00000008"]
+    lines = read_metrics(tmp_path / "late" / "metrics.jsonl")
+    refreshed = [line["step"] for line in lines if "refresh" in line]
+    assert refreshed == ([1, 5] if "optim" in case else [])
+
+
+def saved(out):
+    return sorted(path.name for path in (out / "checkpoints").glob("step-*"))
 
 
 def test_a_late_run_resumes_bitwise(tiny_data, tmp_path, delayed):
@@ -104,8 +112,9 @@ def test_a_layerwise_step_that_went_wrong_is_not_saved(tiny_data, tmp_path, spoi
     delayed()
     spoil(3)
     with pytest.raises(UserError, match="they are not saved"):
-        run(tiny_config(tiny_data, tmp_path, train={**LAYERWISE, "micro_batch_size": 8}))
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
+        train = {**LAYERWISE, "micro_batch_size": 8}
+        run(tiny_config(tiny_data, tmp_path, train=train, checkpoint={"background": False}))
+    assert saved(tmp_path) == ["step-00000002"]
 
 
 # ---------------------------------------------------------------------------------------- what the device decides

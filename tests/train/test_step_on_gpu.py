@@ -33,7 +33,9 @@ OPTIONS = {"galore": {"rank": 512}, "fira": {"rank": 512}, "apollo": {"rank": 51
 class Trainer:
     """The loop's steps of a run without data, on fake tensors."""
 
-    def __init__(self, backend="single", method="adamw", layer=None, mask=None, dropout=0.0, **options):
+    def __init__(
+        self, backend="single", method="adamw", layer=None, mask=None, dropout=0.0, layerwise=False, **options
+    ):
         from tests.fake_cuda.counts import to_device
         from thriftlab.optim import convert, split_groups
         from thriftlab.train import unread
@@ -46,6 +48,8 @@ class Trainer:
         model, options = to_device(model), {} if layer else options
         optimizer = METHODS[method](split_groups(model, include=[MATRICES]), **options)
         self.backend, self.told = make_backend(backend, model, optimizer), []
+        if layerwise:
+            self.backend.update_in_backward()
         self.run = SimpleNamespace(
             backend=self.backend, model=model, optimizer=optimizer, mask_delimiter=mask, chief=True
         )
@@ -139,6 +143,10 @@ def hold(found, owned=False, copies=1):
     assert devices <= {"cuda"}, counted.collectives
 
 
+def test_layerwise_updates(fake_cuda):
+    hold(fake_cuda(partial(second_step, layerwise=True)))
+
+
 @pytest.mark.parametrize("backend", ["single", "owned"])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(fake_cuda, method, backend):
@@ -180,9 +188,11 @@ class Zeros:
 
 def evaluation():
     from tests.fake_cuda.counts import Counts
+    from thriftlab.train import evaluate as module
     from thriftlab.train.evaluate import evaluate
 
     backend = Trainer().backend
+    module.read_ahead = lambda read, items, device: map(read, items)  # a thread would have no fake tensors
     tokenizer = SimpleNamespace(token_bytes=np.ones(VOCABULARY, np.int64))
     dataset = SimpleNamespace(sources=["a", "b"], tokenizer=tokenizer, windows=lambda *_: Zeros())
     with Counts() as counts, mock.patch("torch.cuda.is_initialized", lambda: True):
