@@ -26,6 +26,8 @@ from thriftlab.optim.layers.base import Layer
 from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train.dropout import dropout
 
+OFF = {"smeared_keys": False}  # written only where it is on: so fingerprints stay what they were before there was one
+
 # LLaMA sizes of the memory-efficient papers (GaLore 2403.03507 and after): 32,000 tokens, no ties, no biases.
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": dict(dim=128, layers=4, heads=4, hidden=352, tied=True),
@@ -56,6 +58,7 @@ class ModelConfig(BaseModel):
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     tied: bool = Field(False, description="embedding and head share one tensor")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
+    smeared_keys: bool = Field(False, description="each key mixed with the key before it, by a learned share per head")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon inside RMSNorm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
 
@@ -72,8 +75,12 @@ class ModelConfig(BaseModel):
     @model_serializer(mode="wrap")
     def without_the_preset(self, full: Callable[["ModelConfig"], dict[str, Any]]) -> dict[str, Any]:
         """What is not the preset's own, so that a file that was written can be read with another preset."""
-        given = PRESETS.get(self.preset or "", {})
+        given = OFF | PRESETS.get(self.preset or "", {})
         return {key: value for key, value in full(self).items() if key not in given or given[key] != value}
+
+    def sizes(self) -> dict[str, Any]:
+        """All that determines a model, whatever its preset has of it."""
+        return {key: value for key, value in self if key not in OFF or value != OFF[key]}
 
     @model_validator(mode="after")
     def heads_fit(self) -> "ModelConfig":
@@ -112,6 +119,23 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
+def smear(k: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
+    """Smeared keys (Olsson et al. 2022, 2209.11895): sigmoid(a) k_j + (1 - sigmoid(a)) k_{j-1} for each head.
+
+    The first key stays, and under `mask` the first of each document. Keys are smeared as they are projected, before
+    norm and rotation: so a mixed key stands at position j, and scores still depend on differences of positions only.
+
+    Args:
+        k: [batch, seq, head, head_dim].
+        a: [head].
+    """
+    back = k[:, :-1] - k[:, 1:]  # [batch, seq - 1, head, head_dim]
+    if mask is not None:
+        joined = mask.diagonal(-1, -2, -1)  # [batch, 1, seq - 1]: token j may see token j - 1
+        back = back * joined.transpose(1, 2)[..., None]
+    return k + F.pad(back * torch.sigmoid(-a).to(k.dtype)[:, None], (0, 0, 0, 0, 1, 0))
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (2305.13245)."""
 
@@ -125,11 +149,14 @@ class Attention(nn.Module):
         self.o = nn.Linear(c.heads * head_dim, c.dim, bias=False)
         self.q_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.smear = nn.Parameter(torch.empty(kv_heads)) if c.smeared_keys else None
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:  # [batch * seq, dim]
         q = self.q(x).view(-1, len(rope), self.heads, self.head_dim)
         k = self.k(x).view(-1, len(rope), self.kv_heads, self.head_dim)
         v = self.v(x).view(-1, len(rope), self.kv_heads, self.head_dim)
+        if self.smear is not None:
+            k = smear(k, self.smear, mask)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, seq, head_dim]
         y = F.scaled_dot_product_attention(
@@ -230,7 +257,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, share: slice = slice(None)) -> None:
-        """Norms 1; all else normal(0, init_std), the two projections back into the residual stream / sqrt(2 layers).
+        """Norms 1; smears 0, half and half; all else normal(0, init_std), the two projections back into the residual
+        stream / sqrt(2 layers).
 
         A layer in the place of a Linear starts from the weight that the Linear would have. That can be much work, so of
         these layers only a share is filled where ranks divide them.
@@ -243,13 +271,15 @@ class GPT(nn.Module):
             layer.load_dense(weight, keyed_generator(seed, f"{name}.weight", 1))
         for name, p in self.named_parameters():
             if name.rpartition(".")[0] not in layers:
-                p.copy_(torch.ones(p.shape) if p.ndim == 1 else self.first_weight(name, p.shape, seed))
+                p.copy_(self.first_weight(name, p.shape, seed))
 
     def replaced(self) -> dict[str, Layer]:
         """The layers in the place of Linears, by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Layer)}
 
     def first_weight(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("attn.smear") else 1.0)
         into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
         std = self.config.init_std / (math.sqrt(2 * self.config.layers) if into_residual else 1.0)
         return torch.randn(shape, generator=keyed_generator(seed, name, 0)) * std
@@ -258,7 +288,8 @@ class GPT(nn.Module):
         """Training FLOPs of one token, forward and backward, counted from the modules (2204.02311, appendix B).
 
         Six per weight of every Linear (an embedding is a look-up) and twelve per attended position and channel. By that
-        paper's convention all `sequence_length` positions count, though the causal mask leaves half of them out.
+        paper's convention all `sequence_length` positions count, though the causal mask leaves half of them out, and
+        what is no product of matrices, as norms and smeared keys, does not.
         """
         linear = sum(6 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         replaced = sum(layer.flops_per_token() for layer in self.replaced().values())

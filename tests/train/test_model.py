@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
-from thriftlab.train.model import GPT, ModelConfig
+from thriftlab.optim import split_groups
+from thriftlab.train.config.schema import RunConfig, counted, fingerprint
+from thriftlab.train.model import GPT, ModelConfig, document_mask, smear
 
 TINY = dict(preset=None, dim=24, layers=2, heads=4, hidden=40, vocab_size=19)
 
@@ -68,8 +70,8 @@ def test_impossible_sizes_are_refused(bad, word):
 # --------------------------------------------------------------------------------------------------- values
 
 
-def reference_logits(model, x):
-    """The transformer from its equations, a position and a head at a time, in float64."""
+def reference_logits(model, x, starts=(0,)):
+    """The transformer from its equations, a position and a head at a time, in float64; documents begin at `starts`."""
     c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
     head_dim, kv_heads = c.dim // c.heads, c.kv_heads or c.heads
 
@@ -96,13 +98,18 @@ def reference_logits(model, x):
                 kv = head * kv_heads // c.heads
                 here, there = slice(head * head_dim, (head + 1) * head_dim), slice(kv * head_dim, (kv + 1) * head_dim)
                 qs, ks = q[:, here], k[:, there]
+                if c.smeared_keys:
+                    own = 1 / (1 + math.exp(-w[pre + "attn.smear"][kv]))
+                    smeared = [own * u + (1 - own) * ks[t - 1] for t, u in enumerate(ks)]
+                    ks = torch.stack([u if t in starts else smeared[t] for t, u in enumerate(ks)])
                 if c.qk_norm:
                     qs, ks = norm(qs, w[pre + "attn.q_norm.weight"]), norm(ks, w[pre + "attn.k_norm.weight"])
                 qs = torch.stack([rope(u, t) for t, u in enumerate(qs)])
                 ks = torch.stack([rope(u, t) for t, u in enumerate(ks)])
                 for t in range(len(row)):
-                    weights = torch.softmax(qs[t] @ ks[: t + 1].T / math.sqrt(head_dim), -1)
-                    mixed[t, here] = weights @ v[: t + 1, there]
+                    seen = slice(max(start for start in starts if start <= t), t + 1)
+                    weights = torch.softmax(qs[t] @ ks[seen].T / math.sqrt(head_dim), -1)
+                    mixed[t, here] = weights @ v[seen, there]
             h = h + mixed @ w[pre + "attn.o.weight"].T
             n = norm(h, w[pre + "mlp_norm.weight"])
             gate, up = n @ w[pre + "mlp.gate.weight"].T, n @ w[pre + "mlp.up.weight"].T
@@ -121,6 +128,64 @@ def test_logits_follow_the_equations(change):
                 p.copy_(torch.linspace(0.5, 1.5, p.numel()))
     # The angles are kept in complex64: 2**-24 relative, times a few dozen additions.
     torch.testing.assert_close(model(x), reference_logits(model, x), rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- smeared keys
+
+
+def smeared(**changes):
+    """A model whose heads smear their keys, each by another share."""
+    model = make(init_std=0.2, smeared_keys=True, **changes)
+    with torch.no_grad():
+        for layer, block in enumerate(model.layers):
+            block.attn.smear.copy_(torch.linspace(-2.0, 1.5, block.attn.kv_heads) + layer)
+    return model
+
+
+@pytest.mark.parametrize("change", [{}, dict(kv_heads=2), dict(kv_heads=2, qk_norm=True)])
+@pytest.mark.parametrize("starts", [(0,), (0, 4, 5, 9)])
+def test_smeared_keys_follow_the_equation_within_documents(change, starts):
+    model, x = smeared(**change), tokens()
+    documents = None
+    if len(starts) > 1:
+        documents = torch.bucketize(torch.arange(x.shape[1]), torch.tensor(starts[1:]), right=True).expand_as(x)
+    expected = reference_logits(model, x, starts)
+    torch.testing.assert_close(model(x, documents=documents), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, reference_logits(smeared_off(model), x, starts), atol=1e-2)
+
+
+def smeared_off(model):
+    """The same weights without the smear."""
+    plain = make(**{**dict(model.config), "smeared_keys": False})
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if "smear" not in name})
+    return plain
+
+
+def test_a_first_key_is_kept_to_the_bit_and_a_smear_begins_half_and_half():
+    k = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
+    documents = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+    mixed = smear(k, torch.tensor([-1.0, 0.0, 3.0]), document_mask(documents))
+    first = torch.tensor([[True, False, True, False, False, False], [True] + [False] * 4 + [True]])
+    assert torch.equal(mixed[first], k[first]) and (mixed[~first] != k[~first]).all()
+    begin = smear(k, make(smeared_keys=True).layers[0].attn.smear[:3].float(), None)
+    torch.testing.assert_close(begin[:, 1:], (k[:, 1:] + k[:, :-1]) / 2)
+
+
+def test_a_smear_is_one_number_for_each_head_of_keys_and_off_it_is_nothing():
+    names = {n: p.shape for n, p in make(smeared_keys=True, kv_heads=2).named_parameters() if "smear" in n}
+    assert names == {f"layers.{layer}.attn.smear": (2,) for layer in range(2)}
+    on, off = make(smeared_keys=True), make()
+    assert on.flops_per_token(32) == off.flops_per_token(32)
+    assert all(torch.equal(p, dict(on.named_parameters())[n]) for n, p in off.named_parameters())
+    split, rest = split_groups(on, [r"\.(attn|mlp)\."])  # to an optimizer it is a vector, as a norm
+    assert "layers.0.attn.smear" in rest["names"] and "layers.0.attn.q.weight" in split["names"]
+
+
+def test_smeared_keys_change_no_fingerprint_and_no_file_where_they_are_off():
+    on, off = RunConfig(model={"smeared_keys": True}), RunConfig()
+    assert "smeared_keys" not in counted(off)["model"] and counted(on)["model"]["smeared_keys"] is True
+    assert "smeared_keys" not in off.model_dump()["model"]
+    assert RunConfig.model_validate(on.model_dump()) == on and fingerprint(on, "") != fingerprint(off, "")
 
 
 @pytest.mark.slow
@@ -202,12 +267,13 @@ def test_flops_are_those_that_torch_counts():
     assert 3 * counter.get_total_flops() == model.flops_per_token(32) * x.numel()
 
 
-def test_checkpointed_activations_give_the_same_gradients():
+@pytest.mark.parametrize("documents", [None, torch.arange(11).expand(2, 11) // 4])
+def test_checkpointed_activations_give_the_same_gradients(documents):
     x, gradients = tokens(), []
     for recompute in (False, True):
-        model = GPT(ModelConfig(**TINY), activation_checkpointing=recompute)
+        model = GPT(ModelConfig(**TINY, smeared_keys=True), activation_checkpointing=recompute)
         model.init_weights(0)
-        model(x, x).sum().backward()
+        model(x, x, documents).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

@@ -256,7 +256,7 @@ PLUMBING, SPEED = tuple(marked(RunConfig, "plumbing")), tuple(marked(RunConfig, 
 
 def counted(config: RunConfig) -> dict[str, Any]:
     """The values that determine the result of a run, or its speed where that counts."""
-    tree = config.model_dump(mode="json") | {"model": dict(config.model)}  # the sizes, whatever the preset is called
+    tree = config.model_dump(mode="json") | {"model": config.model.sizes()}  # the sizes, whatever the preset is called
     for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
         *sections, leaf = key.split(".")
         del functools.reduce(dict.__getitem__, sections, tree)[leaf]
