@@ -11,8 +11,8 @@ from typing import Any
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically
-from thriftlab.launch.report.figures import Picture, pictures
-from thriftlab.launch.report.page import markdown, template
+from thriftlab.launch.report.figures import Picture
+from thriftlab.launch.report.page import markdown, pictures, template
 from thriftlab.launch.report.results import STUDY, Result, Study, value_at
 
 KEPT = {
