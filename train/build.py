@@ -30,6 +30,7 @@ from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerp
 from thriftlab.train.evaluate import count_rows
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
+from thriftlab.train.probes.base import SHORTEST
 from thriftlab.train.signals import SIGNALS, Signal
 from thriftlab.train.signals.reference import open_reference
 
@@ -105,6 +106,11 @@ def refuse(config: RunConfig, backend: Backend) -> None:
         raise ConfigError(
             f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
             f"the ranks have met; start one process, or set train.layerwise=false"
+        )
+    if config.probes.every and config.data.sequence_length < SHORTEST:
+        raise ConfigError(
+            f"probes need windows of {SHORTEST} tokens at least, and data.sequence_length = "
+            f"{config.data.sequence_length}; raise it, or set probes.every=0"
         )
     if not backend.whole_weights and LAYERS[config.layer.name].before_step is not Layer.before_step:
         raise ConfigError(

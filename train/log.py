@@ -100,11 +100,11 @@ class Log:
                 stacklevel=2,
             )
 
-    def evaluation(self, results: dict[str, Any]) -> None:
+    def evaluation(self, found: dict[str, Any]) -> None:
         """One line a step, though a run that was killed just after it evaluates again."""
         last = self.run.chief and self.metrics.last or {}
-        if self.run.chief and not ("eval" in last and last["step"] == self.counters.step):
-            self.write({"eval": results})
+        if self.run.chief and not (found.keys() <= last.keys() and last["step"] == self.counters.step):
+            self.write(found)
 
     def write(self, values: dict[str, Any]) -> None:
         counters = self.counters
@@ -128,9 +128,10 @@ def over_tensors(diagnostics: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     return summary
 
 
-def finish(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
-    """Write record.json and return what is in it; `origin` is when and from what code the run started."""
-    entry = make_record(run, counters, results, origin)
+def finish(run: Run, counters: Counters, found: dict[str, Any], origin: dict[str, Any]) -> Record:
+    """Write record.json and return what is in it; `found` is the last evaluation, `origin` when and from what code the
+    run started."""
+    entry = make_record(run, counters, found, origin)
     if run.chief:
         write_record(run.out, entry.to_json())
     return entry
@@ -141,7 +142,8 @@ def data_used(run: Run, steps: int) -> DataUsed:
     return DataUsed(data.fingerprint, plan.fingerprint, data.tokenizer.name, plan.uses(steps))
 
 
-def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: dict[str, Any]) -> Record:
+def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dict[str, Any]) -> Record:
+    results: dict[str, Any] = found["eval"]
     model, backend, speed = run.model, run.backend, counters.tokens_per_second()
     return Record(
         status="done",
@@ -172,4 +174,5 @@ def make_record(run: Run, counters: Counters, results: dict[str, Any], origin: d
         signal=tell(run.objective.report(), [source.name for source in run.plan.sources]),
         remarks=run.optimizer.remarks(),
         finished=time.time(),
+        probes=found.get("probes"),
     )

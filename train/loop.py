@@ -36,6 +36,9 @@ from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.dropout import row_keys
 from thriftlab.train.evaluate import evaluate
 from thriftlab.train.log import Counters, Log, finish
+from thriftlab.train.probes.base import PROBES, measured
+from thriftlab.train.probes.material import Material
+from thriftlab.train.probes.subject import Subject
 from thriftlab.train.records.record import Record, provenance, read_record
 from thriftlab.train.records.stop import Interrupted, correct_status, status, stop_file, stop_signals
 from thriftlab.train.step import StepResult, micro_batch_rows, train_step
@@ -98,8 +101,8 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
         halt, counters.seconds = agree(backend, bool(received) or run.chief and stop_file(run.out), counters.seconds)
         if horizon.over(counters.step, counters.seconds):
             break
-        if counters.step > first and due(counters.step, config.eval.every):
-            log.evaluation(measure(run))
+        if counters.step > first and (found := evaluation(run, counters.step)):
+            log.evaluation(found)
         if counters.step > first and due(counters.step, config.checkpoint.every):
             saver.save(counters)
         if halt:
@@ -123,12 +126,12 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
         log.step(result, base_lr[0] * factor, seconds)
         refuse_divergence(run, counters)
 
-    results = measure(run)
-    log.evaluation(results)
+    found = evaluation(run)
+    log.evaluation(found)
     saver.save(counters)  # after the line, which it vouches for
     saver.wait()
     log.close()
-    return finish(run, counters, results, origin)
+    return finish(run, counters, found, origin)
 
 
 def examine(run: Run) -> None:
@@ -191,6 +194,18 @@ def one_step(run: Run, batch: Batch) -> StepResult:
         first = run.objective.step * c.train.batch_size
         keys = row_keys(c.seed, first, c.train.batch_size, backend.rank, backend.world, backend.device)
     return train_step(backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective, keys)
+
+
+def evaluation(run: Run, step: int | None = None) -> dict[str, Any]:
+    """What is to be measured after so many steps; None: at the end."""
+    c, found = run.config, {}
+    if step is None or due(step, c.eval.every):
+        found["eval"] = measure(run)
+    if c.probes.every and (step is None or due(step, c.probes.every)):
+        subject = Subject(run.backend, run.model, c.train.precision, run.mask_delimiter, c.train.compile)
+        material = Material(run.dataset, c.data.sequence_length, run.plan.pool)
+        found["probes"] = measured(subject, material, c.probes.names or list(PROBES))
+    return found
 
 
 def measure(run: Run, tokens: int | None = None, sources: list[str] | None = None) -> dict[str, Any]:

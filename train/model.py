@@ -139,6 +139,8 @@ def smear(k: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention (2305.13245)."""
 
+    watch: Callable[[Tensor, Tensor, Tensor | None], None] | None = None  # is shown queries, keys and mask
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         kv_heads, head_dim = c.kv_heads or c.heads, c.dim // c.heads
@@ -159,6 +161,8 @@ class Attention(nn.Module):
             k = smear(k, self.smear, mask)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, seq, head_dim]
+        if self.watch is not None:
+            self.watch(q, k, mask)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )

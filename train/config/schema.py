@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.paths import FilePath
@@ -26,11 +26,21 @@ from thriftlab.train.config.choice import Choice, Pattern, Plugin, Plumbing, Reg
 from thriftlab.train.config.data import DataConfig
 from thriftlab.train.config.help import is_model
 from thriftlab.train.model import ModelConfig
+from thriftlab.train.probes import PROBES
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.base import asks_for_statistics, has_state
 from thriftlab.train.signals.reference import read_reference
 
 Steps = Annotated[int, Field(ge=0)]
+
+
+def probe_name(name: str) -> str:
+    if name not in PROBES:
+        raise ValueError(f"there is no probe {name!r}; choose from {', '.join(PROBES)}")
+    return name
+
+
+ProbeName = Annotated[str, AfterValidator(probe_name)]
 
 
 class OptimConfig(Choice):
@@ -190,6 +200,19 @@ class EvalConfig(Section):
     tokens: Whole | None = Field(None, ge=1, description="held-out tokens of each source; null: all")
 
 
+class ProbesConfig(Section):
+    """Probes: copying, attention by head, memorisation; they change nothing in the training."""
+
+    every: Steps = Field(0, description="steps between measurements, made at the end as well; 0: none")
+    names: tuple[ProbeName, ...] | None = Field(None, description=f"which: {', '.join(PROBES)}; null: all")
+
+    @model_validator(mode="after")
+    def goes_together(self) -> "ProbesConfig":
+        if self.names is not None and not self.every:
+            raise ValueError("names has no effect with every=0, which measures nothing; set every")
+        return self
+
+
 class CheckpointConfig(Section):
     """Checkpoints, from which a run resumes."""
 
@@ -227,8 +250,13 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     backend: Speed[BackendConfig] = BackendConfig()
     eval: EvalConfig = EvalConfig()
+    probes: ProbesConfig = ProbesConfig()
     checkpoint: Plumbing[CheckpointConfig] = CheckpointConfig()
     log: Plumbing[LogConfig] = LogConfig()
+
+    @model_serializer(mode="wrap")
+    def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_off(self, dump, "probes")
 
 
 # What a method is made of: a layer, an update rule, a signal, or several of them, as in "lost+frugal".

@@ -198,12 +198,14 @@ class Record:
     signal: dict[str, Any]
     remarks: list[str]
     finished: float
+    probes: dict[str, Any] | None = None  # None where nothing was asked for
     files: dict[str, str] | None = None  # name -> sha256; set when it is written
 
     def to_json(self) -> dict[str, Any]:
         tree = asdict(self)
-        if self.files is None:
-            del tree["files"]
+        for key in ("probes", "files"):
+            if tree[key] is None:
+                del tree[key]
         if self.data.sources is None:  # in records that are older than it
             del tree["data"]["sources"]
         return tree
