@@ -11,6 +11,7 @@ from typing import Any
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically
+from thriftlab.data.mixture import REPEATED
 from thriftlab.launch.report.figures import Picture
 from thriftlab.launch.report.page import markdown, pictures, template
 from thriftlab.launch.report.results import STUDY, Result, Study, value_at
@@ -24,6 +25,11 @@ KEPT = {
     "commit": ("commit",), "diff_sha256": ("diff_sha256",), "cpu": ("machine", "cpu"), "cores": ("machine", "cores"),
     "threads": ("machine", "threads"), "gpus": ("machine", "gpus"), "finished": ("finished",),
     "fingerprint": ("fingerprint",),
+}  # fmt: skip
+WHERE_MEASURED = {
+    "pool_loss": ("results", "sources", REPEATED, "loss"), "copy_loss": ("probes", "copy_loss", "held_out"),
+    "copy_ratio": ("probes", "copy_ratio", "held_out"), "prefix_matching": ("probes", "prefix_matching", "mean"),
+    "prefix_matching_max": ("probes", "prefix_matching", "max"), "memorised": ("probes", "memorised"),
 }  # fmt: skip
 
 
@@ -51,7 +57,9 @@ def publish(study: Study, target: Path) -> Path:
 def line(result: Result) -> dict[str, Any]:
     """A run in one line."""
     kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
-    return {"arm": result.arm, "seed": result.seed, **kept}
+    measured = {key: value_at(result.record, *path) for key, path in WHERE_MEASURED.items()}
+    found = {key: value for key, value in measured.items() if value is not None}
+    return {"arm": result.arm, "seed": result.seed, **kept, **found}
 
 
 def slug(title: str) -> str:

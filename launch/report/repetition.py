@@ -135,16 +135,18 @@ def size_by_loss(study: Study, controls: Mapping[int, Row], row: Row) -> Cell:
 
 def size_by_probe(controls: Mapping[int, Row], row: Row, *path: str) -> Cell:
     """The same by a probe, between the means of the controls, and what it has found."""
-    means = {n: statistics.fmean(values) for n, control in controls.items() if (values := probed(control, *path))}
-    own = probed(row, *path)
+    means = {
+        n: statistics.fmean(values) for n, control in controls.items() if (values := control.values("probes", *path))
+    }
+    own = row.values("probes", *path)
     if not own or len(means) < 2:
         return ("–",)
-    found, value = interpolated_size(means, statistics.fmean(own)), f"{statistics.fmean(own):.3f}"
-    if math.isnan(found):
+    nearest, value = interpolated_size(means, statistics.fmean(own)), f"{statistics.fmean(own):.3f}"
+    if math.isnan(nearest):
         return "–", value
-    if beyond := off_scale(found, min(means), max(means)):
+    if beyond := off_scale(nearest, min(means), max(means)):
         return off_scale_words(beyond, controls, row), value
-    return f"{found / size(row):.2f}", value
+    return f"{nearest / size(row):.2f}", value
 
 
 def off_scale_words(beyond: str, controls: Mapping[int, Row], row: Row) -> str:
@@ -170,12 +172,6 @@ def damage(study: Study, rows: Sequence[Row], row: Row) -> list[Cell]:
         (f"{index:+.2f}" if told else "–",),
         (verdict(difference.t),),
     ]
-
-
-def probed(row: Row, *path: str) -> list[float]:
-    """What a probe found at the end of each run, without nulls."""
-    last = [next((line for line in reversed(run.metrics) if "probes" in line), None) for run in row.done]
-    return [value for line in last if (value := value_at(line, "probes", *path)) is not None]
 
 
 def law_words(controls: Mapping[int, Row]) -> str:
