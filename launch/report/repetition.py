@@ -192,12 +192,10 @@ def law_words(controls: Mapping[int, Row]) -> str:
 def picture(study: Study) -> Picture | None:
     """Held-out loss, and that of the pool, against exposures, a line for each fraction."""
     rows = [row for row in study.rows if row.done and row.loss[0] is not None]
-    if not rows or study.rows[0] not in rows:
+    if study.rows[0] not in rows or not any(role(row) == "repeats" for row in rows):
         return None
     plain = [r for r in rows if recipe(r) == recipe(study.rows[0]) and size(r) == size(study.rows[0])]
     fractions = sorted({repetition(row)["fraction"] for row in plain if role(row) == "repeats"})
-    if not fractions:
-        return None
 
     def draw(axes: Axes) -> None:
         axes.axhline(study.rows[0].loss[0] or 0.0, color=INK, linewidth=0.8, label="all text seen once")
