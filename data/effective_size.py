@@ -62,6 +62,8 @@ def interpolated_size(controls: Mapping[int, float], value: float) -> float:
     both. 0 or inf for a value beyond the last control on that side; nan where the measure does not change with N.
     """
     sizes = sorted(controls)
+    if not sizes:
+        return math.nan
     x, y = np.log(sizes), np.array([controls[size] for size in sizes])
     sign = 1.0 if ((x - x.mean()) * (y - y.mean())).sum() > 0 else -1.0
     knots = rising(x, sign * y)

@@ -17,7 +17,7 @@ from thriftlab.data.effective_size import fit_size_law, harm_index, interpolated
 from thriftlab.data.errors import DataError
 from thriftlab.data.mixture import REPEATED
 from thriftlab.launch.report.figures import DASHES, INK, MARKERS, SERIES, Picture, render
-from thriftlab.launch.report.results import Row, Study, value_at
+from thriftlab.launch.report.results import Row, Study, evaluations, value_at
 from thriftlab.launch.report.stats import paired, t_interval
 from thriftlab.launch.report.tables import Cell, Table
 from thriftlab.launch.report.words import plus_minus, signed
@@ -26,10 +26,11 @@ from thriftlab.train.model import ModelConfig
 RECIPE = ("layer", "optim", "signal", "schedule", "train")
 MEASURES = {"copying": ("copy_loss", "held_out"), "prefix matching": ("prefix_matching", "mean")}  # of the probes
 HEAD = (
-    "arm", "loss of the pool", "size, by loss", *(f"size, by {name}" for name in MEASURES),
+    "arm", "loss of the pool", "risen since its lowest", "size, by loss", *(f"size, by {name}" for name in MEASURES),
     "loss minus that without the repeats", "harm index", "repeats were",
 )  # fmt: skip
 NOTE = (
+    "Risen since its lowest: final held-out loss above the lowest on the way, of the evaluations that there are. "
     "Size: of a model that does as well on text seen once, as a part of this one's. By loss: ln L = a - alpha ln N "
     "through the controls, for each seed its own, with a 95 % t interval of its logarithm. By a probe, whose value is "
     "given: between the means of the controls. Beyond the controls no size is told. Harm index: 0, the repeats were "
@@ -44,7 +45,7 @@ def section(study: Study) -> tuple[str, Table, str] | None:
     if not any(role(row) == "repeats" for row in rows):
         return None
     controls = size_controls(study.rows[0], rows)
-    shown = [row for row in rows if size(row) == size(study.rows[0]) and row not in controls.values()]
+    shown = [row for row in rows if size(row) == size(study.rows[0]) or row in controls.values()]
     return (
         "Repetition",
         (HEAD, [table_row(study, controls, rows, row) for row in shown]),
@@ -110,7 +111,14 @@ def partner(rows: Sequence[Row], baseline: Row, row: Row, wanted: str) -> Row | 
 def table_row(study: Study, controls: Mapping[int, Row], rows: Sequence[Row], row: Row) -> list[Cell]:
     measured = [size_by_probe(controls, row, *path) for path in MEASURES.values()]
     pool = plus_minus(*row.mean_sd("results", "sources", REPEATED, "loss"))
-    return [(row.arm,), (pool,), size_by_loss(study, controls, row), *measured, *damage(study, rows, row)]
+    by_loss = ("–",) if row in controls.values() else size_by_loss(study, controls, row)
+    return [(row.arm,), (pool,), (risen(row),), by_loss, *measured, *damage(study, rows, row)]
+
+
+def risen(row: Row) -> str:
+    """How far the final held-out loss is above the lowest of the run."""
+    curves = [[line["eval"]["loss"] for line in lines] for lines in evaluations(row.done)]
+    return f"{statistics.fmean(curve[-1] - min(curve) for curve in curves):.4f}" if all(curves) else "–"
 
 
 def size_by_loss(study: Study, controls: Mapping[int, Row], row: Row) -> Cell:
@@ -139,10 +147,10 @@ def size_by_probe(controls: Mapping[int, Row], row: Row, *path: str) -> Cell:
         n: statistics.fmean(values) for n, control in controls.items() if (values := control.values("probes", *path))
     }
     own = row.values("probes", *path)
-    if not own or len(means) < 2:
+    if not own:
         return ("–",)
     nearest, value = interpolated_size(means, statistics.fmean(own)), f"{statistics.fmean(own):.3f}"
-    if math.isnan(nearest):
+    if math.isnan(nearest) or row in controls.values():
         return "–", value
     if beyond := off_scale(nearest, min(means), max(means)):
         return off_scale_words(beyond, controls, row), value
