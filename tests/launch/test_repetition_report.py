@@ -106,9 +106,6 @@ def test_the_interval_of_a_size_is_students_on_the_logarithm(folder):
 
 def test_a_size_by_a_probe_is_read_off_between_the_controls(folder):
     rows, _ = rows_of(folder)
-    between = (math.log(64 / 40) - math.log(64 / 48)) / (
-        math.log(64 / 32) - math.log(64 / 48)
-    )  # not linear in the probe
     part = (64 / 40 - 64 / 48) / (64 / 32 - 64 / 48)
     expected = math.exp(math.log(blocks(48)) + part * (math.log(blocks(32)) - math.log(blocks(48)))) / blocks(64)
     assert rows["some"]["size, by copying"] == (f"{expected:.2f}", "1.600")
