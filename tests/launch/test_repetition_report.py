@@ -52,6 +52,8 @@ def folder(tmp_path):
     for arm, dim in WIDTHS.items():
         write(tmp_path, arm, law(blocks(dim)), fresh, dim, probes=copying(64 / dim))
     full, half = law(blocks(64)), law(blocks(64)) + 0.08
+    write(tmp_path, "cured-32", 5.0, fresh, 32, signal={"name": "linupper"})
+    write(tmp_path, "cured-unique", 5.0, fresh | {"control": "unique_only"}, signal={"name": "linupper"})
     write(tmp_path, "unique", half, fresh | {"control": "unique_only"})
     write(tmp_path, "few", full, {"fraction": 0.5, "repeats": 3}, pool=1.6)
     size = blocks(64) * 0.5
@@ -59,7 +61,7 @@ def folder(tmp_path):
     write(tmp_path, "many", half + 0.2, {"fraction": 0.5, "repeats": 100}, pool=0.3, probes=copying(5.0))
     write(tmp_path, "cured", half, {"fraction": 0.5, "repeats": 100}, pool=0.9, signal={"name": "linupper"})
     write(tmp_path, "lonely", full, {"fraction": 0.1, "repeats": 10}, pool=1.2)
-    arms = [*WIDTHS, "unique", "few", "some", "many", "cured", "lonely"]
+    arms = ["control", "cured-32", "cured-unique", *[*WIDTHS][1:], "unique", "few", "some", "many", "cured", "lonely"]
     write_plan(tmp_path, arms, range(3), question="Repeats?")
     return tmp_path
 
