@@ -11,7 +11,6 @@ from typing import Any
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically
-from thriftlab.data.mixture import REPEATED
 from thriftlab.launch.report.figures import Picture
 from thriftlab.launch.report.page import markdown, pictures, template
 from thriftlab.launch.report.results import STUDY, Result, Study, value_at
@@ -27,7 +26,7 @@ KEPT = {
     "fingerprint": ("fingerprint",),
 }  # fmt: skip
 WHERE_MEASURED = {
-    "pool_loss": ("results", "sources", REPEATED, "loss"), "copy_loss": ("probes", "copy_loss", "held_out"),
+    "copy_loss": ("probes", "copy_loss", "held_out"),
     "copy_ratio": ("probes", "copy_ratio", "held_out"), "prefix_matching": ("probes", "prefix_matching", "mean"),
     "prefix_matching_max": ("probes", "prefix_matching", "max"), "memorised": ("probes", "memorised"),
 }  # fmt: skip
@@ -59,6 +58,10 @@ def line(result: Result) -> dict[str, Any]:
     kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
     measured = {key: value_at(result.record, *path) for key, path in WHERE_MEASURED.items()}
     found = {key: value for key, value in measured.items() if value is not None}
+    sources = value_at(result.record, "results", "sources") or {}
+    if len(sources) > 1:
+        found["losses"] = {name: measures["loss"] for name, measures in sources.items()}
+        found["used"] = value_at(result.record, "data", "sources")
     return {"arm": result.arm, "seed": result.seed, **kept, **found}
 
 
