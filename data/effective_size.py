@@ -40,7 +40,7 @@ def fit_size_law(losses: Mapping[int, float]) -> SizeLaw:
     DataError for fewer than four sizes, or where the loss does not fall with size.
     """
     if len(losses) < CONTROLS:
-        raise DataError(f"{len(losses)} sizes of controls; a law of size takes {CONTROLS} or more")
+        raise DataError(f"a law of size takes {CONTROLS} sizes of controls or more, and there are {len(losses)}")
     x, y = np.log(sorted(losses)), np.log([losses[size] for size in sorted(losses)])
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
     if slope >= 0:

@@ -158,7 +158,7 @@ def test_fewer_than_four_sizes_give_no_size(folder):
     plan = [arm for arm in ("control", "control-32", "control-48", "unique", "few", "many")]
     write_plan(folder, plan, range(3), question="Repeats?")
     rows, note = rows_of(folder)
-    assert rows["many"]["size, by loss"] == ("–",) and "No size by loss: 3 sizes of controls" in note
+    assert rows["many"]["size, by loss"] == ("–",) and "No size by loss: a law of size takes 4 sizes" in note
     assert rows["many"]["repeats were"] == ("harmful",)
 
 
