@@ -14,6 +14,7 @@ from types import MappingProxyType
 from thriftlab.data.files import replace_atomically
 from thriftlab.launch.report import figures, repetition, tables
 from thriftlab.launch.report.figures import Picture, colours
+from thriftlab.launch.report.probes import probe_pictures
 from thriftlab.launch.report.results import Study
 from thriftlab.launch.report.tables import Cell, Table, circumstances
 from thriftlab.launch.report.words import answers, question, warnings
@@ -63,7 +64,7 @@ def sections(study: Study) -> list[tuple[str, Table, str]]:
 def pictures(study: Study) -> list[Picture]:
     """Every figure of the report."""
     more = repetition.picture(study)
-    return [*figures.pictures(study), *([more] if more else [])]
+    return [*figures.pictures(study), *probe_pictures(study), *([more] if more else [])]
 
 
 def warning_box(lines: list[str]) -> str:

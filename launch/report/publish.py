@@ -25,11 +25,6 @@ KEPT = {
     "threads": ("machine", "threads"), "gpus": ("machine", "gpus"), "finished": ("finished",),
     "fingerprint": ("fingerprint",),
 }  # fmt: skip
-WHERE_MEASURED = {
-    "copy_loss": ("probes", "copy_loss", "held_out"),
-    "copy_ratio": ("probes", "copy_ratio", "held_out"), "prefix_matching": ("probes", "prefix_matching", "mean"),
-    "prefix_matching_max": ("probes", "prefix_matching", "max"), "memorised": ("probes", "memorised"),
-}  # fmt: skip
 
 
 def publish(study: Study, target: Path) -> Path:
@@ -56,9 +51,8 @@ def publish(study: Study, target: Path) -> Path:
 def line(result: Result) -> dict[str, Any]:
     """A run in one line."""
     kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
-    measured = {key: value_at(result.record, *path) for key, path in WHERE_MEASURED.items()}
-    found = {key: value for key, value in measured.items() if value is not None}
-    sources = value_at(result.record, "results", "sources") or {}
+    probes, sources = value_at(result.record, "probes"), value_at(result.record, "results", "sources") or {}
+    found: dict[str, Any] = {"probes": probes} if probes else {}
     if len(sources) > 1:
         found["losses"] = {name: measures["loss"] for name, measures in sources.items()}
         found["used"] = value_at(result.record, "data", "sources")

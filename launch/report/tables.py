@@ -32,6 +32,7 @@ def sections(study: Study) -> list[tuple[str, Table, str]]:
         ("Comparison", main_table(study), f"{NOTES} {side_by_side}"),
         ("Arms", arm_table(study), "What differs from the study's base. Peak memory is that of the whole process."),
         ("Held-out loss by source", source_table(study), f"nats/token, mean ± standard deviation over seeds.{pool}"),
+        ("Probes", probe_table(study), PROBE_NOTES),
         ("Learning-rate trials", trial_table(study), trials),
     ]
     return [(name, rows, note) for name, rows, note in tables if rows]
@@ -136,6 +137,30 @@ def source_table(study: Study) -> Table | None:
         return plus_minus(*row.mean_sd("results", "sources", name, "loss")), f"{number(bits, '.4f')} bits/byte"
 
     return ["arm", *names], [[(row.arm,), *(cell(row, name) for name in names)] for row in study.rows]
+
+
+PROBED = {  # title of a column -> where it is among what probes found
+    "copy loss": ("copy_loss", "held_out"), "copy loss, random": ("copy_loss", "random"),
+    "copy ratio": ("copy_ratio", "held_out"), "copy ratio, random": ("copy_ratio", "random"),
+    "second occurrence": ("second_occurrence_loss", "held_out"),
+    "second occurrence, random": ("second_occurrence_loss", "random"),
+    "prefix matching, mean": ("prefix_matching", "mean"), "prefix matching, best head": ("prefix_matching", "max"),
+    "previous token, best head": ("previous_token", "max"), "in-context score": ("in_context",),
+    "pool loss": ("pool_loss",), "memorised": ("memorised",),
+}  # fmt: skip
+PROBE_NOTES = (
+    "At the end of the runs, mean ± standard deviation over seeds; docs/probes.md defines them. Losses and the "
+    "in-context score in nats per token, the others are shares. random: on random tokens, else on held-out text."
+)
+
+
+def probe_table(study: Study) -> Table | None:
+    """What probes found at the end; None where no run was asked."""
+    shown = {title: path for title, path in PROBED.items() if any(row.values("probes", *path) for row in study.rows)}
+    if not shown:
+        return None
+    rows = [[(row.arm,), *((plus_minus(*row.mean_sd("probes", *p)),) for p in shown.values())] for row in study.rows]
+    return ["arm", *shown], rows
 
 
 def trial_table(study: Study) -> Table | None:

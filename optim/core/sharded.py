@@ -150,7 +150,7 @@ def refuse_owned(optimizer: Any, name: str, p: DTensor) -> None:
         raise ValueError(
             f"{type(optimizer).__name__}: the state of {name} lies whole at one rank, and torch.distributed.checkpoint "
             "would lose it; save rank_state_dict() in a file of each rank and load it on as many ranks, or use "
-            "`thriftlab train` with backend.name=owned or deepspeed, whose checkpoints fit any number of ranks"
+            "`thriftlab train` with backend.name=owned or fsdp2, whose checkpoints fit any number of ranks"
         )
 
 

@@ -58,7 +58,10 @@ def test_a_size_is_as_sensitive_as_the_formula_says():
 
 @pytest.mark.parametrize(
     ("losses", "words"),
-    [({1: 3.0, 2: 2.0, 3: 1.0}, "takes 4 sizes of controls or more, and there are 3"), ({1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}, "does not fall")],
+    [
+        ({1: 3.0, 2: 2.0, 3: 1.0}, "takes 4 sizes of controls or more, and there are 3"),
+        ({1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}, "does not fall"),
+    ],
 )
 def test_what_is_no_law_is_refused_in_one_line(losses, words):
     with pytest.raises(DataError, match=words) as error:

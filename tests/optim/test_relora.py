@@ -397,11 +397,14 @@ def whole_run(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer, words", [("relora", "change whole weights between steps"), ("lora", "train every")])
-def test_sharded_weights_are_refused_before_training(tiny_data, tmp_path, layer, words):
-    config = tiny_config(
-        tiny_data, tmp_path / "out", layer={"name": layer, "rank": 4}, backend={"name": "deepspeed", "stage": 1}
-    )
+@pytest.mark.parametrize(
+    "layer, backend, words",
+    [("relora", {"name": "deepspeed", "stage": 1}, "change whole weights between steps"),
+     ("relora", {"name": "fsdp2"}, "change whole weights between steps"),
+     ("lora", {"name": "deepspeed", "stage": 1}, "train every")],
+)  # fmt: skip
+def test_sharded_weights_are_refused_before_training(tiny_data, tmp_path, layer, backend, words):
+    config = tiny_config(tiny_data, tmp_path / "out", layer={"name": layer, "rank": 4}, backend=backend)
     for message in gang.ranks(2, said, config.model_dump()):
         assert words in message and "use backend.name=ddp or backend.name=owned" in message and "\n" not in message
     assert not list((tmp_path / "out").glob("checkpoints/step-*"))

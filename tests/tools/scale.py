@@ -61,7 +61,8 @@ def alone(maker, world, steps, dtype=torch.float32, layer=None, frozen=None, **h
 
 
 def weights_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """Whole, also of tensors that FSDP2 has cut: then all ranks call it together."""
+    return {name: getattr(p.detach(), "full_tensor", p.detach)().clone() for name, p in model.named_parameters()}
 
 
 def distance(a, b):

@@ -1,13 +1,12 @@
 """The model against slow float64 references, against Hugging Face's LLaMA, and against its own published sizes."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.tools.transformer import reference_logits
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim import split_groups
@@ -68,55 +67,6 @@ def test_impossible_sizes_are_refused(bad, word):
 
 
 # --------------------------------------------------------------------------------------------------- values
-
-
-def reference_logits(model, x, starts=(0,)):
-    """The transformer from its equations, a position and a head at a time, in float64; documents begin at `starts`."""
-    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    head_dim, kv_heads = c.dim // c.heads, c.kv_heads or c.heads
-
-    def norm(v, weight):
-        return v / (v.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
-
-    def rope(v, position):  # one head's vector
-        out = v.clone()
-        for i in range(head_dim // 2):
-            angle = position * c.rope_theta ** (-2 * i / head_dim)
-            cos, sin, a, b = math.cos(angle), math.sin(angle), v[2 * i], v[2 * i + 1]
-            out[2 * i], out[2 * i + 1] = a * cos - b * sin, a * sin + b * cos
-        return out
-
-    rows = []
-    for row in x:
-        h = w["embed.weight"][row]
-        for layer in range(c.layers):
-            pre = f"layers.{layer}."
-            n = norm(h, w[pre + "attn_norm.weight"])
-            q, k, v = (n @ w[f"{pre}attn.{p}.weight"].T for p in "qkv")
-            mixed = torch.zeros(len(row), c.dim, dtype=torch.float64)
-            for head in range(c.heads):
-                kv = head * kv_heads // c.heads
-                here, there = slice(head * head_dim, (head + 1) * head_dim), slice(kv * head_dim, (kv + 1) * head_dim)
-                qs, ks = q[:, here], k[:, there]
-                if c.smeared_keys:
-                    own = 1 / (1 + math.exp(-w[pre + "attn.smear"][kv]))
-                    smeared = [own * u + (1 - own) * ks[t - 1] for t, u in enumerate(ks)]
-                    ks = torch.stack([u if t in starts else smeared[t] for t, u in enumerate(ks)])
-                if c.qk_norm:
-                    qs, ks = norm(qs, w[pre + "attn.q_norm.weight"]), norm(ks, w[pre + "attn.k_norm.weight"])
-                qs = torch.stack([rope(u, t) for t, u in enumerate(qs)])
-                ks = torch.stack([rope(u, t) for t, u in enumerate(ks)])
-                for t in range(len(row)):
-                    seen = slice(max(start for start in starts if start <= t), t + 1)
-                    weights = torch.softmax(qs[t] @ ks[seen].T / math.sqrt(head_dim), -1)
-                    mixed[t, here] = weights @ v[seen, there]
-            h = h + mixed @ w[pre + "attn.o.weight"].T
-            n = norm(h, w[pre + "mlp_norm.weight"])
-            gate, up = n @ w[pre + "mlp.gate.weight"].T, n @ w[pre + "mlp.up.weight"].T
-            h = h + (gate / (1 + torch.exp(-gate)) * up) @ w[pre + "mlp.down.weight"].T
-        head = w["embed.weight"] if c.tied else w["lm_head.weight"]
-        rows.append(norm(h, w["norm.weight"]) @ head.T)
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("change", [{}, dict(kv_heads=2), dict(kv_heads=1, qk_norm=True), dict(tied=True, heads=2)])

@@ -12,7 +12,7 @@ from tests.tools.scale import alone, batch, distance, make, one_step, weights_of
 from thriftlab.data.errors import BackendError
 from thriftlab.optim import AdamW, Frugal, Muon, state_bytes
 from thriftlab.optim.core.owners import Cost, assign
-from thriftlab.train.backends import make_backend
+from thriftlab.train.backends import make_backend, owned
 
 EXACT = [name for name in MAKERS if name != "muon"]  # its iteration in bf16 is another amplifier
 FP64 = {"steps": 6, "dtype": torch.float64}  # here a first Adam step on a tiny gradient, or a sign, amplifies nothing
@@ -137,6 +137,59 @@ def test_work_is_balanced_and_no_rank_has_more_state_than_its_share():
         heaviest, mean = max(i.work for i in parts), sum(i.work for i in parts) / world
         assert max(sum(i.work for i in own) for own in share) <= mean + heaviest
         assert assign(parts[::-1], world) == plan
+
+
+# ------------------------------------------------------------------------------------------------------- the sums
+
+
+class Sometimes(torch.nn.Module):
+    """One layer of two, or both, as `uses` says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+        self.uses = "both"
+        for p in self.parameters():
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+
+    def forward(self, x):
+        layers = {"both": [self.first, self.second], "first": [self.first], "second": [self.second]}[self.uses]
+        return sum(layer(x).tanh().sum() for layer in layers)
+
+
+USES = [("both", "both"), ("first", "first"), ("both", "first"), ("second", "first"), ("first", "both")]  # by rank
+
+
+def sometimes(backend, ranks):
+    """Weights after a step for each line of USES, by the gradients of some ranks; and what was sent before backward
+    had ended."""
+    model = Sometimes()
+    named = [{"params": [*model.parameters()], "names": [name for name, _ in model.named_parameters()]}]
+    backend.prepare(model, AdamW(named, lr=0.1, weight_decay=0.5))
+    early = []
+    for uses in USES:
+        for i, rank in enumerate(ranks):
+            model.uses = uses[rank]
+            with backend.micro_batch(last=i == len(ranks) - 1):
+                backend.backward(backend.module(torch.arange(6.0).view(2, 3) - rank))
+                early.append(len(backend.sums.flying) if hasattr(backend, "sums") else None)
+        backend.step(torch.tensor(0.5), 1.0)
+    return {k: w.numpy() for k, w in weights_of(model).items()}, early
+
+
+def on_two_ranks():
+    owned.BUCKET = 1  # each tensor travels alone
+    backend = make_backend("owned")
+    result = sometimes(backend, [backend.rank])
+    backend.close()
+    return result
+
+
+def test_a_gradient_that_is_there_at_times_is_summed_or_none_as_with_one_process():
+    expected, _ = sometimes(make_backend("single"), [0, 1])
+    for weights, early in gang.ranks(2, on_two_ranks):
+        assert distance(weights, expected) == 0
+        assert early[0] == 4  # all of them
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong

@@ -64,15 +64,18 @@ def journey(folder, *stops):
 @pytest.mark.slow
 def test_any_backend_goes_on_where_another_stopped_bitwise(tmp_path):
     """Two ranks and one process that takes their batches in order add the same numbers in the same order."""
-    ends = journey(tmp_path, ("ddp", 2, 3), ("owned", 2, 6), ("single", 1, 7), ("owned", 2, 9), ("ddp", 2, 10))
+    ends = journey(
+        tmp_path, ("ddp", 2, 3), ("owned", 2, 5), ("fsdp2", 2, 6), ("single", 1, 7), ("fsdp2", 2, 8), ("owned", 2, 9),
+        ("ddp", 2, 10),
+    )  # fmt: skip
     for name in CASES:
         frozen, _, rule = name.rpartition("+")
         assert distance(ends[name], alone(MAKERS[rule], 2, 10, frozen="mlp.up" if frozen else None)[0]) == 0, name
 
 
-def wide_leg(folder, first, last):
-    """In fp64, three ranks."""
-    backend = make_backend("owned")
+def wide_leg(name, folder, first, last):
+    """In fp64."""
+    backend = make_backend(name)
     model, optimizer = make(MAKERS["columns"], torch.float64)
     backend.prepare(model, optimizer)
     if first:
@@ -83,16 +86,18 @@ def wide_leg(folder, first, last):
     ours = [{k: p for k, p in of.items() if backend.saves(k)} for of in (backend.weights(), backend.states())]
     writer = Writer(folder, 1, False, backend.channel())
     writer.save(last, {"model": ours[0], "optim": ours[1]}, {"optim": backend.options()})
+    ends = {k: w.numpy() for k, w in weights_of(model).items()}
     backend.close()
-    return {k: w.numpy() for k, w in weights_of(model).items()}
+    return ends
 
 
 @pytest.mark.slow
-def test_other_world_sizes_go_on_up_to_summation_noise(tmp_path):
-    gang.ranks(3, wide_leg, tmp_path, 0, 3)
+@pytest.mark.parametrize("names", [("owned", "owned", "owned"), ("fsdp2", "fsdp2", "owned")], ids="-".join)
+def test_other_world_sizes_go_on_up_to_summation_noise(tmp_path, names):
+    gang.ranks(3, wide_leg, names[0], tmp_path, 0, 3)
     assert len(list((tmp_path / "step-00000003").glob("optim*.safetensors"))) == 3
-    gang.ranks(4, wide_leg, tmp_path, 3, 6)
-    ends = gang.ranks(2, wide_leg, tmp_path, 6, 8)[0]
+    gang.ranks(4, wide_leg, names[1], tmp_path, 3, 6)
+    ends = gang.ranks(2, wide_leg, names[2], tmp_path, 6, 8)[0]
     assert distance(ends, alone(MAKERS["columns"], 12, 8, dtype=torch.float64)[0]) < 1e-8
 
 

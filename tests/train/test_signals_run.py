@@ -42,7 +42,7 @@ CASES = {  # signal, its options, those of the objective, micro-batches of a ran
     "doremi": ("doremi", {"reference": "-"}, {}, 1),
     "focal": ("focal", {}, {}, 2),
 }
-STAGES = {"ddp": [None], "owned": [None], "deepspeed": [0, 1, 2, 3]}
+STAGES = {"ddp": [None], "owned": [None], "fsdp2": [None], "deepspeed": [0, 1, 2, 3]}
 # As in test_zero's "close": sums of gradients are taken in another order, and nothing else differs.
 TOLERANCE = 5e-6
 

@@ -28,6 +28,7 @@ CASES = {
             ("galore", 3, {"settings": SMALL, "checkpointing": True}),
             ("muon", 3, {"chunk": 700}),
             ("fira", 2, {"settings": OVERLAP, "checkpointing": True}),
+            ("adamw", 1, {"settings": OVERLAP}),
             *(("galore", stage, {"precision": "bf16"}) for stage in (1, 2, 3)),
             *(("adamw", stage, {"spoil": (4,)}) for stage in range(4)),
             *(("lost+adamw", stage, {}) for stage in range(4)),

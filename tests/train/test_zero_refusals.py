@@ -12,7 +12,7 @@ from tests.tools import zero_cases
 from thriftlab.data.errors import BackendError
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.train.backends import make_backend
-from thriftlab.train.backends.zero.engine import engine_settings, merged
+from thriftlab.train.backends.zero.engine import engine_settings, merged, overlapped
 from thriftlab.train.backends.zero.layout import VERSION, Layout, refuse, verify
 from thriftlab.train.backends.zero.optimizer import ShardedMethod
 from thriftlab.train.config.schema import RunConfig
@@ -141,6 +141,16 @@ def test_settings_of_the_user_are_added_and_ours_stay():
     for theirs in ({"gradient_clipping": 1.0}, {"zero_optimization": {"stage": 2}}):
         with pytest.raises(BackendError, match="backend.settings"):
             merged(ours, theirs)
+
+
+def test_gradients_are_reduced_during_backward_unless_somebody_says_otherwise():
+    for stage in (1, 2):
+        zero = overlapped(engine_settings(stage, "fp32"))["zero_optimization"]
+        assert zero["overlap_comm"] and zero["stage"] == stage and zero["reduce_bucket_size"] == 2**26
+        theirs = {"zero_optimization": {"overlap_comm": False}}
+        assert not overlapped(merged(engine_settings(stage, "fp32"), theirs))["zero_optimization"]["overlap_comm"]
+    for stage in (0, 3):
+        assert overlapped(engine_settings(stage, "fp32")) == engine_settings(stage, "fp32")
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -7,10 +7,11 @@ from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.ddp import DDP
 from thriftlab.train.backends.device import warn_of_idle_gpu
 from thriftlab.train.backends.environment import read_environment
+from thriftlab.train.backends.fsdp2 import FSDP2
 from thriftlab.train.backends.owned import Owned
 from thriftlab.train.backends.zero.engine import DeepSpeed
 
-BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (Backend, DDP, Owned, DeepSpeed)}
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (Backend, DDP, Owned, FSDP2, DeepSpeed)}
 
 
 def make_backend(name: str, device: str = "auto", **options: Any) -> Backend:

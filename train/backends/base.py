@@ -67,7 +67,7 @@ class Backend(Holdings):
         """
         if self.layerwise:
             return self.layerwise.finish(scale), True
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = self.summed_gradients()
         norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
         applied = bool(norm.isfinite())
@@ -77,6 +77,10 @@ class Backend(Holdings):
             self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item(), applied
+
+    def summed_gradients(self) -> list[Tensor]:
+        """What this rank has of the summed gradients, to be scaled in place."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm over all ranks; `grads` are what this rank has of the summed gradients."""

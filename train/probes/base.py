@@ -39,9 +39,9 @@ def probe(*names: str) -> Callable[[Probe], Probe]:
 def measured(subject: Subject, material: Material, names: Sequence[str]) -> dict[str, Any]:
     """What the probes of these names find, in evaluation mode, without dropout and without compiling anything."""
     found: dict[str, Any] = {}
-    module = subject.backend.module.eval()
+    subject.backend.module.eval()
     with torch.compiler.set_stance("force_eager") if subject.compiled else nullcontext():
         for function in dict.fromkeys(PROBES[name] for name in names):
             found |= function(subject, material)
-    module.train()
+    subject.backend.module.train()
     return {name: found[name] for name in names}

@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from thriftlab.data.errors import BackendError
-from thriftlab.optim.core import fragments
-from thriftlab.train.backends.base import Backend, as_method
+from thriftlab.train.backends.base import as_method
 from thriftlab.train.backends.device import choose_device
-from thriftlab.train.backends.optim_state import state_trees, unpack_optimizer
-from thriftlab.train.backends.pieces import Piece, Pieces, TensorReader, whole
-from thriftlab.train.backends.ranks import Distributed
+from thriftlab.train.backends.pieces import Piece, Pieces
 from thriftlab.train.backends.zero.exchange import CHUNK
+from thriftlab.train.backends.zero.holdings import Sharded
 from thriftlab.train.backends.zero.layout import VERSION
 from thriftlab.train.backends.zero.optimizer import ShardedMethod
 from thriftlab.train.backends.zero.settings import refuse_unknown
@@ -51,7 +49,7 @@ REFUSED = {  # keys of DeepSpeed's JSON: why, and the nearest that works
 }
 
 
-class DeepSpeed(Distributed, Backend):
+class DeepSpeed(Sharded):
     """DeepSpeed's engine.
 
     Args:
@@ -60,7 +58,7 @@ class DeepSpeed(Distributed, Backend):
     """
 
     name = "deepspeed"
-    whole_weights = False
+    sharded: ShardedMethod
     chunk = CHUNK  # entries of whole matrices that one rank has at once beside its own
 
     def __init__(self, stage: int = 1, settings: dict[str, Any] | None = None, device: str = "auto"):
@@ -78,6 +76,8 @@ class DeepSpeed(Distributed, Backend):
         super().prepare(model, optimizer)
         self.sharded = ShardedMethod(as_method(optimizer, self.name), model, self.chunk)
         config = merged(engine_settings(self.stage, precision), self.settings)
+        if self.device.type == "cuda":
+            config = overlapped(config)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.sharded, config=config)
         self.sharded.attach(self.engine)
         self.module = self.engine
@@ -119,47 +119,6 @@ class DeepSpeed(Distributed, Backend):
         assert layout is not None
         places = layout.places
         return {n: Piece(places[n][0].shape, places[n][0].start, t) for n, t in layout.views(flat).items()}
-
-    def states(self) -> Pieces:
-        found: Pieces = {}
-        for name, group in self.sharded.group_of().items():
-            state = self.optimizer.state.get(self.sharded.stand_ins[name], {})
-            if fragment := self.sharded.fragment(name):
-                for key, shape, start, tensor in fragments.saved_pieces(fragment, state, group):
-                    found[f"{name}/{key}"] = Piece(shape, start, tensor)
-            else:
-                found |= {f"{name}/{key}": whole(tensor) for key, tensor in state.items()}
-        return found
-
-    def saves(self, key: str) -> bool:
-        name, entry = (key, "") if key in self.sharded.shapes else key.rpartition("/")[::2]
-        if self.sharded.layout is None or name not in self.sharded.shapes:
-            return self.rank == 0
-        fragment = self.sharded.fragment(name)
-        if fragment is None or fragment.start == 0 or not entry:
-            return True
-        return fragments.is_moment(entry, self.sharded.state_of(name)[entry].shape)  # else all fragments have the same
-
-    def predicted_state_bytes(self) -> int:
-        return self.sharded.predicted_state_bytes()
-
-    def load_states(self, states: TensorReader, options: dict[str, Any]) -> None:
-        unpack_optimizer(self.optimizer, states, options, owns=lambda name: False)  # the groups alone
-        trees = state_trees(states, options["state"])
-        for name, group in self.sharded.group_of().items():
-            self.sharded.state_of(name).update(self.read_state(name, group, states, [*trees.get(name, {})]))
-
-    def read_state(self, name: str, group: dict[str, Any], states: TensorReader, keys: list[str]) -> dict[str, Tensor]:
-        """What this rank keeps of a tensor's state."""
-        shapes = {key: states.shapes[f"{name}/{key}"] for key in keys}
-
-        def read(key: str, start: int = 0, stop: int | None = None) -> Tensor:
-            tensor = states.read(f"{name}/{key}", start, stop).clone()
-            return tensor.to(self.device) if shapes[key] else tensor  # counters stay on the CPU
-
-        if fragment := self.sharded.fragment(name):
-            return fragments.take_up(fragment, group, shapes, read)
-        return {key: read(key).view(shapes[key]) for key in keys} if self.sharded.keeps(name) else {}
 
     def put_weights(self, value: Callable[[str, Piece], Tensor]) -> None:
         super().put_weights(value)
@@ -207,6 +166,15 @@ def engine_settings(stage: int, precision: str) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
+
+
+def overlapped(config: dict[str, Any]) -> dict[str, Any]:
+    """At stages 1 and 2 gradients are reduced during backward, unless the configuration says otherwise. That takes two
+    buffers, which are 2 GB each in fp32 if nobody says how many entries they have."""
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (1, 2):
+        return config
+    return {**config, "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 2**26, **zero}}
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> dict[str, Any]:
