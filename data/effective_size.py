@@ -92,7 +92,12 @@ def harm_index(repeated: float, fewer: float, full: float) -> float:
     return (repeated - fewer) / (fewer - full) if fewer > full else math.nan
 
 
-def verdict(interval: tuple[float, float]) -> str:
-    """What repeats were, by an interval of L_rep - L_(1-phi)D."""
+def verdict(interval: tuple[float, float], cost: float) -> str:
+    """What repeats were, by an interval of L_rep - L_(1-phi)D and what less text costs, L_(1-phi)D - L_D.
+
+    Wasted: all of the interval is nearer to 0 than to what the same amount of other text would change.
+    """
     low, high = interval
-    return "harmful" if low > 0 else "useful" if high < 0 else "wasted"
+    if low > 0 or high < 0:
+        return "harmful" if low > 0 else "useful"
+    return "wasted" if max(-low, high) < cost / 2 else "no claim"

@@ -35,7 +35,8 @@ NOTE = (
     "through the controls, for each seed its own, with a 95 % t interval of its logarithm. By a probe, whose value is "
     "given: between the means of the controls. Beyond the controls no size is told. Harm index: 0, the repeats were "
     "wasted; -1, as good as other text; above 0, worse than none. No index is told where less text has not cost "
-    "anything. Repeats were wasted where the interval contains 0, which few seeds make wide."
+    "anything. Wasted: all of the interval is within half of what less text costs; no claim: it contains 0, and is "
+    "wider than that."
 )
 
 
@@ -173,12 +174,12 @@ def damage(study: Study, rows: Sequence[Row], row: Row) -> list[Cell]:
     if difference is None or difference.t is None:
         return [(signed(difference.mean) if difference else "–", "no interval"), ("–",), ("–",)]
     less = paired(*study.pair(fewer.arm, full.arm))
-    index = harm_index(row.loss[0] or 0.0, fewer.loss[0] or 0.0, full.loss[0] or 0.0)
+    losses = [each.loss[0] or 0.0 for each in (row, fewer, full)]
     told = less is not None and less.resolved
     return [
         (signed(difference.mean), f"95 % t: {signed(difference.t[0])} to {signed(difference.t[1])}"),
-        (f"{index:+.2f}" if told else "–",),
-        (verdict(difference.t),),
+        (f"{harm_index(*losses):+.2f}" if told else "–",),
+        (verdict(difference.t, losses[1] - losses[2]),),
     ]
 
 

@@ -126,8 +126,16 @@ def test_the_harm_index_has_its_three_fixed_points():
 
 
 @pytest.mark.parametrize(
-    ("interval", "word"),
-    [((0.1, 0.3), "harmful"), ((-0.3, -0.1), "useful"), ((-0.1, 0.1), "wasted"), ((0.0, 0.1), "wasted")],
+    ("interval", "cost", "word"),
+    [
+        ((0.1, 0.3), 0.1, "harmful"),
+        ((-0.3, -0.1), 0.1, "useful"),
+        ((-0.04, 0.03), 0.1, "wasted"),
+        ((-0.03, 0.06), 0.1, "no claim"),
+        ((-0.06, 0.03), 0.1, "no claim"),
+        ((0.0, 0.04), 0.1, "wasted"),
+        ((-0.001, 0.001), -0.1, "no claim"),
+    ],
 )
-def test_the_word_is_that_of_the_interval(interval, word):
-    assert verdict(interval) == word
+def test_the_word_is_that_of_the_interval(interval, cost, word):
+    assert verdict(interval, cost) == word
