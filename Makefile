@@ -1,6 +1,10 @@
-# make run    the whole path on this machine: environment, corpus, a comparison with intervals, a report
+# make run    the whole path on this machine: environment, corpus, a comparison with intervals, a report; on a GPU a
+#             larger one, where torch sees a GPU
 # make test   environment and tests
 # make quick  the same without the slow tests, in under 90 seconds
+# make gpu-check  thirteen checks on this machine's GPU, in at most eight minutes; installs nothing. With a Python of your
+#             own: make gpu-check PYTHON=/path/to/python; some of them: ONLY=1,6; another file than gpu-check.json: FILE=...
+# make gpu-dry-run  whether pip finds what a GPU environment needs; needs the network, installs nothing
 # make slurm  what the tests of SLURM jobs need; without it they are skipped (Debian or Ubuntu, as root)
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -16,18 +20,35 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 HAS_TORCH := $(BIN)/python -c 'import torch'
 HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))'
+SEES_GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+# The Python that was asked for, else that of the environment if there is one.
+CHECKED := $(if $(filter file default undefined,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
+FILE ?= gpu-check.json
 
-.PHONY: run test quick lint types slurm clean
+.PHONY: run run-on-cpu run-on-gpu test quick gpu-check gpu-dry-run lint types slurm clean
 
 run: $(VENV)/.ready
+	@if $(SEES_GPU); then $(MAKE) --no-print-directory run-on-gpu; else $(MAKE) --no-print-directory run-on-cpu; fi
+
+run-on-cpu: $(VENV)/.ready
 	$(BIN)/thriftlab prepare tokenizer=bpe:1024
 	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light.yaml
 
+run-on-gpu: $(VENV)/.ready
+	$(BIN)/thriftlab prepare tokenizer=bpe:8192 out=prepared/embedded-8192
+	$(BIN)/thriftlab compare adamw signsgd frugal --config launch/studies/first_light_gpu.yaml
+
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 quick: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+gpu-check: .typecheck/thriftlab
+	PYTHONPATH=.typecheck $(CHECKED) -m thriftlab.launch check gpu --out $(FILE) $(addprefix --only ,$(ONLY))
+
+gpu-dry-run:
+	$(CHECKED) -m tests.measure.gpu_dry_run
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
     y = x W^T,   W = scale B A + S,   S zero but at fixed positions
 
 Blocks of W's rows are made, used and dropped; backward makes them again, and of the gradient G = dy^T x of W, too, a
-block at a time, from which it takes what A, B and the positions of S need.
+block at a time, from which it takes what A, B and the positions of S need. On a GPU one block is the whole W of a
+layer: where the entries of a smaller one begin only the device knows, and to ask it would stop the queue.
 
 The surprise: the method saves memory and no work. As the published code does, this multiplies x with a dense W, 6 m n
 a token forward and backward, and in every micro-batch adds 8 r m n for the products of the factors. What it does not do
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from thriftlab.kernels.lost_linear import product_dtype
 
-BLOCKS = 16  # of W's rows: beside activations and factors no more than m n / 8 numbers are there at once
+BLOCKS = 16  # of W's rows on a CPU: beside activations and factors no more than m n / 8 numbers are there at once
 
 
 def sltrain_linear(
@@ -25,7 +26,7 @@ def sltrain_linear(
 ) -> Tensor:
     """y = x W^T with W = scale lr_out lr_in, to which sp_value is added at sp_index. Differentiable once.
 
-    Keeps x alone. Reads `sp_index` on the host.
+    Keeps x alone.
 
     Args:
         x: [..., in].
@@ -104,6 +105,9 @@ sltrain.register_autograd(differentiate, setup_context=keep)
 
 def blocks(sp_index: Tensor, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """Rows of W, and the entries of S that stand in them."""
+    if sp_index.device.type != "cpu":
+        yield slice(0, rows), slice(0, len(sp_index))
+        return
     size = -(-rows // BLOCKS)
     starts = range(0, rows, size)
     ends = torch.arange(1, len(starts) + 1, device=sp_index.device) * (size * columns)

@@ -1,14 +1,12 @@
-"""thriftlab bench optim: what a step of each method costs in CPU seconds, beside torch's own over lists of tensors.
+"""thriftlab bench optim: what a step of each method costs in seconds, beside torch's own over lists of tensors.
 
-One thread, one process, one set of weights and random gradients for all. The optimizers take turns in every round, so a
-noise that lasts affects them all alike; ratios are taken within a round. A refresh is forced by setting the group's
-`gap` to 1 for one step. The surprise: a peer's refresh is its first step, which allocates its state as well.
+One process, one set of weights and random gradients for all; on a CPU one thread and its own seconds, on a GPU the
+seconds between two events. The optimizers take turns in every round, so a noise that lasts affects them all alike;
+ratios are taken within a round. A refresh is forced by setting the group's `gap` to 1 for one step. The surprise: a
+peer's refresh is its first step, which allocates its state as well.
 """
 
 import json
-import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -21,7 +19,9 @@ from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.data.paths import FilePath
 from thriftlab.data.prepare.request import split_commas
 from thriftlab.launch.peers import FLOOR, FLOOR_OF, NO_REFRESH, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
+from thriftlab.launch.timing import peak_allocation, timer
 from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
+from thriftlab.train.backends.device import Device, choose_device, warn_of_idle_gpu
 from thriftlab.train.config.choice import Section
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
 from thriftlab.train.records.record import provenance
@@ -40,6 +40,7 @@ class OptimBench(Section):
     preset: Literal[tuple(PRESETS)] = Field(  # type: ignore[valid-type]
         "llama-60m", description="whose shapes (model.preset)"
     )
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU where torch sees one")
     out: FilePath | None = Field(None, description="JSON file for every number; null: none")
 
 
@@ -48,21 +49,23 @@ class Timing:
 
     def __init__(self, label: str, optimizer: torch.optim.Optimizer):
         self.label, self.optimizer = label, optimizer
+        device = optimizer.param_groups[0]["params"][0].device
+        self.seconds = timer(device)
         self.ours = type(optimizer) in METHODS.values()
         self.refreshes = self.ours and "gap" in optimizer.param_groups[0]
         self.spec_bytes = predicted_state_bytes(optimizer) if self.ours else None  # type: ignore[arg-type]
         self.plain: list[float] = []
-        first = cpu_seconds(optimizer.step)
+        first = self.seconds(optimizer.step)
         self.refresh = [] if self.ours else [first]
         self.state_bytes = held_bytes(optimizer)
-        self.transient_bytes = peak_allocation(optimizer.step)
+        self.transient_bytes = peak_allocation(optimizer.step, device)
 
     def take_turn(self, refresh: bool) -> None:
         if refresh and self.refreshes:
             self.set_gap(1)
-            self.refresh.append(cpu_seconds(self.optimizer.step))
+            self.refresh.append(self.seconds(self.optimizer.step))
             self.set_gap(NO_REFRESH)
-        self.plain.append(cpu_seconds(self.optimizer.step))
+        self.plain.append(self.seconds(self.optimizer.step))
 
     def set_gap(self, gap: int) -> None:
         for group in self.optimizer.param_groups:
@@ -85,17 +88,19 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
         make_folder(Path(options.out).parent)
         if Path(options.out).is_dir():
             raise ConfigError(f"out: {options.out} is a folder; name a file in it")
-    threads = torch.get_num_threads()
+    warn_of_idle_gpu(options.device)
+    device, threads = choose_device(options.device), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        timings = make_timings(options)
+        timings = make_timings(options, device)
         for number in range(options.rounds):
             for timing in timings:
                 timing.take_turn(refresh=number < REFRESHES)
     finally:
         torch.set_num_threads(threads)
+    origin = provenance()
     result = {
-        "preset": options.preset, "rounds": options.rounds, **provenance(),
+        "preset": options.preset, "rounds": options.rounds, "device": name_of(device, origin["machine"]), **origin,
         "rows": [timing.numbers(timings[0].plain) for timing in timings],
     }  # fmt: skip
     print(table(result))
@@ -104,9 +109,14 @@ def bench_methods(options: OptimBench) -> dict[str, Any]:
     return result
 
 
-def make_timings(options: OptimBench) -> list[Timing]:
+def name_of(device: torch.device, machine: dict[str, Any]) -> str:
+    """A GPU, or one thread of a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one thread of {machine['cpu']}"
+
+
+def make_timings(options: OptimBench, device: torch.device) -> list[Timing]:
     """The ruler first, then the methods, GaLore's floor, and the peers that are installed."""
-    groups = tensors(options.preset)
+    groups = tensors(ModelConfig(preset=options.preset), device)
     split = [p for group in groups if group["split"] for p in group["params"]]
     plain = [p for group in groups if not group["split"] for p in group["params"]]
     timings = [Timing(RULER, ruler(split, plain))]
@@ -127,44 +137,31 @@ def make_timings(options: OptimBench) -> list[Timing]:
     return timings
 
 
-def tensors(preset: str) -> list[dict[str, Any]]:
-    """Parameter groups of the preset's shapes, with fixed random weights and gradients of 0.02."""
+def tensors(sizes: ModelConfig, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
+    """Parameter groups of a model's shapes, with fixed random weights and gradients of 0.02."""
     with torch.device("meta"):
-        model = GPT(ModelConfig(preset=preset, vocab_size=ModelConfig(preset=preset).vocab_size or 32000))
-    draw = torch.Generator().manual_seed(0)
+        model = GPT(sizes.model_copy(update={"vocab_size": sizes.vocab_size or 32000}))
+    draw = torch.Generator(device).manual_seed(0)
     groups = split_groups(model, include=MATRICES)
     for group in groups:
-        group["params"] = [torch.nn.Parameter(torch.randn(p.shape, generator=draw) * 0.02) for p in group["params"]]
+        group["params"] = [torch.nn.Parameter(noise(p.shape, draw)) for p in group["params"]]
         for p in group["params"]:
-            p.grad = torch.randn(p.shape, generator=draw) * 0.02
+            p.grad = noise(p.shape, draw)
     return groups
 
 
-def cpu_seconds(call: Callable[[], Any]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def peak_allocation(call: Callable[[], Any]) -> int:
-    """Bytes that a call holds at most beyond what it found, by torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+def noise(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=draw, device=draw.device) * 0.02
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown, one row an optimizer: median (range)."""
+    unit = "CPU s" if "thread" in result["device"] else "GPU s"
     lines = [
-        f"{result['preset']}, one thread of {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+        f"{result['preset']}, {result['device']}, torch {torch.__version__}, "
         f"median (range) of {result['rounds']} interleaved rounds, commit {(result['commit'] or 'none')[:10]}",
         "",
-        "| optimizer | plain step, CPU s | ratio to foreach | refresh, CPU s | state MB | declared | transient MB |",
+        f"| optimizer | plain step, {unit} | ratio to foreach | refresh, {unit} | state MB | declared | transient MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -182,5 +179,5 @@ def spread(values: list[float]) -> str:
     if not values:
         return "-"
     if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+        return f"{values[0]:.3g}"
+    return f"{median(values):.3g} ({min(values):.3g}-{max(values):.3g})"

@@ -253,22 +253,56 @@ def curate(argv: list[str]) -> None:
     print(curate(argv))
 
 
+def bench_keys(argv: list[str]) -> str:
+    parts = {"optim": "thriftlab.launch.bench:OptimBench", "step": "thriftlab.launch.bench_step:StepBench"}
+    keys = [keys_of(model, f"thriftlab bench {name}:\n\n")(argv) for name, model in parts.items()]
+    more = "Besides these, all keys of `thriftlab train` and METHOD.KEY, as for `thriftlab compare`."
+    return "\n\n".join([*keys, more])
+
+
 @command(
     """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
-    What a step of each method costs in CPU seconds and bytes, beside torch's own optimizer.""",
-    keys_of("thriftlab.launch.bench:OptimBench"),
+thriftlab bench step METHOD ... [--rounds 7] [--out FILE.json] [key=value ...]
+    What a step costs in seconds and bytes: of each update rule alone, beside torch's optimizers, or
+    with forward and backward. On a GPU its own seconds are counted.""",
+    bench_keys,
     alone=True,
 )
 def bench(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError
 
-    if argv[:1] != ["optim"]:
-        raise ConfigError("thriftlab bench measures one thing so far: thriftlab bench optim")
+    what, *rest = argv or [""]
+    if what not in ("optim", "step"):
+        raise ConfigError("thriftlab bench measures one of two things: thriftlab bench optim, thriftlab bench step")
 
-    from thriftlab.launch.bench import OptimBench, bench_methods
+    from thriftlab.train.config.parse import load, read
+
+    if what == "optim":
+        from thriftlab.launch.bench import OptimBench, bench_methods
+
+        bench_methods(load(OptimBench, rest))
+    else:
+        from thriftlab.launch.bench_step import bench_steps
+
+        bench_steps(read(rest))
+
+
+@command(
+    """thriftlab check gpu [--out FILE] [--only 1,6] [--device cuda:1]
+    Thirteen checks of this package on this machine's GPU, in at most eight minutes, and a table.""",
+    keys_of("thriftlab.launch.gpu.check:CheckOptions"),
+    alone=True,
+)
+def check(argv: list[str]) -> None:
+    from thriftlab.data.errors import ConfigError
+
+    if argv[:1] != ["gpu"]:
+        raise ConfigError("thriftlab check looks at one thing: thriftlab check gpu")
+
+    from thriftlab.launch.gpu.check import CheckOptions, check_gpu
     from thriftlab.train.config.parse import load
 
-    bench_methods(load(OptimBench, argv[1:]))
+    check_gpu(load(CheckOptions, ["small=true" if word == "--small" else word for word in argv[1:]]))
 
 
 @command(

@@ -92,7 +92,11 @@ def missing_extra(error: Exception) -> str | None:
         return None
     name = error.name.partition(".")[0]
     package = PACKAGES.get(name, name).replace("_", "-")
-    for requirement in metadata.requires("thriftlab") or ():
+    try:
+        requirements = metadata.requires("thriftlab") or ()
+    except metadata.PackageNotFoundError:  # run from the source
+        return f"this command needs the package {package}, and {sys.executable} has none; pip install {package}"
+    for requirement in requirements:
         required = re.match(rf"{re.escape(package)}\b(?!-)", requirement, re.IGNORECASE)
         extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
         if required and extra:

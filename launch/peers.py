@@ -75,7 +75,7 @@ class GaLoreFloor(torch.optim.Optimizer):
 
     def __init__(self, split: Tensors, plain: Tensors):
         super().__init__(split + plain, {})
-        self.matrices = [(p, torch.randn(min(p.shape), RANK) / min(p.shape) ** 0.5) for p in split]
+        self.matrices = [(p, torch.randn(min(p.shape), RANK, device=p.device) / min(p.shape) ** 0.5) for p in split]
         smalls = [down(p, basis) for p, basis in self.matrices]
         self.moments = [adam_state(t) for t in smalls]
         self.plain, self.plain_moments = plain, [adam_state(p) for p in plain]
@@ -97,7 +97,8 @@ def down(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def adam_state(like: Tensor) -> dict[str, Tensor]:
-    return {"m": torch.zeros_like(like.detach()), "v": torch.zeros_like(like.detach()), "step": torch.zeros(())}
+    zeros = {key: torch.zeros_like(like.detach()) for key in ("m", "v")}
+    return {**zeros, "step": torch.zeros((), device=like.device)}
 
 
 def fused_adam(weights: Tensors, grads: list, moments: list[dict[str, Tensor]]) -> None:

@@ -30,6 +30,8 @@ class AdamW(Method, name="adamw"):
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
     """
 
+    takes_applied = True
+
     def __init__(
         self,
         params,

@@ -20,8 +20,18 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms, scaled_norms
+from thriftlab.optim.core.projected import (
+    Projected,
+    all_norms,
+    correction,
+    directions,
+    growth_limits,
+    lengths,
+    quotients,
+    without,
+)
 from thriftlab.optim.core.split import OnRefresh
+from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype
 from thriftlab.optim.state.subspaces import Subspace, basis_of, keeps_rows, subspace_of
@@ -71,13 +81,19 @@ class Apollo(Projected, name="apollo"):
     ):
         super().__init__(**arguments(locals()))
 
-    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
-        small = subspace_of(group).down(grad, basis_of(state))
-        dim = int(keeps_rows(small, grad)) if group["granularity"] == "channel" else None
-        phi = norms(direction(small, state, age, group), dim) / (norms(small, dim) + TINY)
-        norm = norms(scaled_norms(phi, norms(grad, dim)), None)
-        limit = growth_limit(norm / correction(age, group), state, group["gamma"])
-        weight.addcmul_(grad, phi * (-group["lr"] * math.sqrt(group["scale"])) / limit)
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        subspace = subspace_of(group)
+        smalls = [subspace.down(grad, basis_of(state)) for grad, state in zip(grads, states, strict=True)]
+        channels = group["granularity"] == "channel"
+        dims = [int(keeps_rows(small, g)) if channels else None for small, g in zip(smalls, grads, strict=True)]
+        normalized = directions(smalls, states, age, group)
+        phis = quotients(all_norms(normalized, dims), all_norms(smalls, dims))
+        sizes = lengths(phis, all_norms(grads, dims))
+        limits = growth_limits(without(correction(age, group), sizes), states, group["gamma"])
+        for weight, grad, phi, limit in zip(weights, grads, phis, limits, strict=True):
+            weight.addcmul_(grad, phi * (-group["lr"] * math.sqrt(group["scale"])) / limit)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}

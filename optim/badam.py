@@ -20,7 +20,9 @@ from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.core.split import has_moments
 from thriftlab.optim.frugal import Frugal
 from thriftlab.optim.state.blocks import Balance, BlockOrder, BlockUnit
+from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
+from thriftlab.optim.state.lists import pick
 from thriftlab.optim.state.storage import StateDtype
 
 
@@ -59,6 +61,10 @@ class BAdam(Frugal, name="badam"):
     ):
         super().__init__(**arguments(locals()), subspace="blocks", free="none", on_refresh="reset")
 
-    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
-        if has_moments(state, group):
-            super().descend(weight, grad, state, group, age)
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        active = [i for i, state in enumerate(states) if has_moments(state, group)]
+        if active:
+            chosen = ([values[i] for i in active] for values in (weights, grads, states))
+            super().descend_all(*chosen, group, pick(age, active))  # type: ignore[arg-type]

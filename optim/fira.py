@@ -24,8 +24,18 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import TINY, Projected, correction, direction, growth_limit, norms, scaled_norms
+from thriftlab.optim.core.projected import (
+    Projected,
+    all_norms,
+    correction,
+    directions,
+    growth_limits,
+    lengths,
+    quotients,
+    without,
+)
 from thriftlab.optim.core.split import OnRefresh
+from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype, wide
 from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, keeps_rows, subspace_of
@@ -72,32 +82,44 @@ class Fira(Projected, name="fira"):
     ):
         super().__init__(**arguments(locals()))
 
-    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
-        subspace, basis, exact = subspace_of(group), basis_of(state), group["residual"] == "exact"
-        beta = 1.0 if exact else group["alpha"]
-        small = subspace.down(grad, basis)
-        normalized = direction(small, state, age, group)
-        dim = int(keeps_rows(small, grad))
-        length = norms(small, dim)
-        phi = norms(normalized, dim) / (length + TINY)
-        norm = norms(scaled_norms(phi, residual_norms(grad, small, length, beta, subspace, basis)), None)
-        limit = growth_limit(norm if exact else norm / correction(age, group), state, group["gamma"])
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        subspace, bases, exact = subspace_of(group), [basis_of(state) for state in states], group["residual"] == "exact"
+        beta, lr = 1.0 if exact else group["alpha"], group["lr"]
+        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+        dims = [int(keeps_rows(small, grad)) for small, grad in zip(smalls, grads, strict=True)]
+        normalized = directions(smalls, states, age, group)
+        radii = all_norms(smalls, dims)
+        phis = quotients(all_norms(normalized, dims), radii)
+        sizes = lengths(phis, residual_norms(grads, smalls, radii, beta, subspace, bases))
+        limits = growth_limits(sizes if exact else without(correction(age, group), sizes), states, group["gamma"])
 
-        free = phi / limit * (group["alpha"] if exact else 1.0)
-        weight.addcmul_(grad, -group["lr"] * free)
-        inside = normalized.mul_(group["alpha"]).addcmul_(free, small, value=-beta)
-        add_up(weight, inside, subspace, basis, -group["lr"])
+        free = [phi / limit for phi, limit in zip(phis, limits, strict=True)]
+        torch._foreach_mul_(free, group["alpha"] if exact else 1.0)
+        torch._foreach_mul_(normalized, group["alpha"])
+        for weight, grad, small, inside, f, basis in zip(weights, grads, smalls, normalized, free, bases, strict=True):
+            weight.addcmul_(grad, -lr * f)
+            inside.addcmul_(f, small, value=-beta)
+            add_up(weight, inside, subspace, basis, -lr)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}
 
 
-def residual_norms(grad: Tensor, small: Tensor, length: Tensor, beta: float, subspace: Any, basis: State) -> Tensor:
-    """|G - beta up(R)| of each channel, by |G| and `length` = |R| alone where the basis is orthonormal to rounding."""
-    dim = int(keeps_rows(small, grad))
-    if getattr(subspace, "orthonormal", False) and grad.dtype == wide(grad.dtype):
-        squared = norms(grad, dim).square_().sub_(length.square(), alpha=2 * beta - beta**2)
-        return squared.clamp_(min=0).sqrt_()
-    residual = grad.clone()
-    add_up(residual, small, subspace, basis, -beta)
-    return norms(residual, dim)
+def residual_norms(
+    grads: list[Tensor], smalls: list[Tensor], radii: list[Tensor], beta: float, subspace: Any, bases: list[State]
+) -> list[Tensor]:
+    """|G - beta up(R)| of each channel, by |G| and `radii`, |R|, alone where a basis is orthonormal to rounding."""
+    dims = [int(keeps_rows(small, grad)) for small, grad in zip(smalls, grads, strict=True)]
+    if getattr(subspace, "orthonormal", False) and all(grad.dtype == wide(grad.dtype) for grad in grads):
+        squares = all_norms(grads, dims)
+        torch._foreach_mul_(squares, squares)
+        torch._foreach_sub_(squares, torch._foreach_mul(radii, radii), alpha=2 * beta - beta**2)
+        torch._foreach_clamp_min_(squares, 0)
+        torch._foreach_sqrt_(squares)
+        return squares
+    residuals = [grad.clone() for grad in grads]
+    for residual, small, basis in zip(residuals, smalls, bases, strict=True):
+        add_up(residual, small, subspace, basis, -beta)
+    return all_norms(residuals, dims)

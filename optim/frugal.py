@@ -22,8 +22,10 @@ from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.core.split import COUNTERS, OnRefresh, SplitOptimizer, has_moments, zero_moments
 from thriftlab.optim.state.blocks import Balance, BlockOrder, Blocks, BlockUnit
 from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable
+from thriftlab.optim.state.counters import Age, most
 from thriftlab.optim.state.keys import Spec, State
-from thriftlab.optim.state.rules import RULES, add_scaled, add_sign, decay
+from thriftlab.optim.state.lists import pick
+from thriftlab.optim.state.rules import RULES, add_scaled, add_signs, decay
 from thriftlab.optim.state.storage import StateDtype, by_entry, drop, rounding_spec
 from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, is_split, splits, subspace_of
 
@@ -52,6 +54,8 @@ class Frugal(SplitOptimizer, name="frugal"):
         stagger: matrices refresh by turns within a gap, not all in one step; never blocks.
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
     """
+
+    takes_applied = True
 
     def __init__(
         self,
@@ -84,27 +88,34 @@ class Frugal(SplitOptimizer, name="frugal"):
     ):
         super().__init__(**arguments(locals()))
 
-    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
         rule, lr = RULES[group["rule"]], group["lr"] * group["split_lr_scale"]
-        subspace, basis = subspace_of(group), basis_of(state)
-        decay(weight, group)
+        subspace, bases = subspace_of(group), [basis_of(state) for state in states]
+        decay(weights, group)
         if isinstance(subspace, Blocks):
-            if has_moments(state, group):
-                rule.descend(weight, grad, state, age, group, lr)
-            else:
-                free_step(weight, grad, group, lr)
+            active = [i for i, state in enumerate(states) if has_moments(state, group)]
+            idle = [i for i in range(len(states)) if i not in active]
+            if active:
+                chosen = ([values[i] for i in active] for values in (weights, grads, states))
+                rule.descend(*chosen, pick(age, active), group, lr)  # type: ignore[misc]
+            free_step([weights[i] for i in idle], [grads[i] for i in idle], group, lr)
         elif isinstance(subspace, CoordinateSubspace):
-            where = subspace.where(grad, basis)
-            chosen = subspace.take(weight, where)
-            rule.descend(chosen, subspace.take(grad, where), state, age, group, lr)
-            free_step(weight, grad, group, lr)
-            subspace.put(weight, where, chosen)
+            where = subspace.where_all(grads, bases)
+            chosen, slopes = ([*map(subspace.take, matrices, where)] for matrices in (weights, grads))
+            rule.descend(chosen, slopes, states, age, group, lr)
+            free_step(weights, grads, group, lr)
+            for weight, places, small in zip(weights, where, chosen, strict=True):
+                subspace.put(weight, places, small)
         else:
-            small = subspace.down(grad, basis)
-            add_up(weight, rule.direction(small, state, age, group), subspace, basis, -lr)
-            residual = grad.clone()
-            add_up(residual, small, subspace, basis, -1.0)
-            free_step(weight, residual, group, lr)
+            smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+            for i, direction in enumerate(rule.directions(smalls, states, age, group)):
+                add_up(weights[i], direction, subspace, bases[i], -lr)
+            residuals = [grad.clone() for grad in grads]
+            for residual, small, basis in zip(residuals, smalls, bases, strict=True):
+                add_up(residual, small, subspace, basis, -1.0)
+            free_step(weights, residuals, group, lr)
 
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
         subspace = subspace_of(group)
@@ -133,7 +144,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         subspace = subspace_of(group)
         if not (isinstance(subspace, Blocks) and is_split(weight, group)):
             return False
-        steps = int(state["step"]) if state else 0
+        steps = most(state["step"]) if state else 0
         return name not in subspace.active(group, max(steps - 1, 0) // group["gap"])
 
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
@@ -145,12 +156,12 @@ class Frugal(SplitOptimizer, name="frugal"):
         return [*super().remarks(), *(idle_blocks(group) for group in self.param_groups if never_active(group))]
 
 
-def free_step(weight: Tensor, grad: Tensor, group: dict[str, Any], lr) -> None:
+def free_step(weights: list[Tensor], grads: list[Tensor], group: dict[str, Any], lr) -> None:
     """The state-free part, in place."""
     if group["free"] == "sign":
-        add_sign(weight, grad, -lr * group["free_lr_scale"])
+        add_signs(weights, grads, -lr * group["free_lr_scale"])
     elif group["free"] == "sgd":
-        add_scaled(weight, grad, -lr * group["free_lr_scale"])
+        add_scaled(weights, grads, -lr * group["free_lr_scale"])
 
 
 def never_active(group: dict[str, Any]) -> bool:

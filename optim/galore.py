@@ -18,8 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import Projected, direction
+from thriftlab.optim.core.projected import Projected, directions
 from thriftlab.optim.core.split import OnRefresh
+from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.storage import StateDtype
 from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, subspace_of
@@ -62,7 +63,11 @@ class GaLore(Projected, name="galore"):
     ):
         super().__init__(**arguments(locals()))
 
-    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
-        subspace, basis = subspace_of(group), basis_of(state)
-        normalized = direction(subspace.down(grad, basis), state, age, group)
-        add_up(weight, normalized, subspace, basis, -group["lr"] * group["scale"])
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        subspace, bases = subspace_of(group), [basis_of(state) for state in states]
+        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+        normalized = directions(smalls, states, age, group)
+        for weight, direction, basis in zip(weights, normalized, bases, strict=True):
+            add_up(weight, direction, subspace, basis, -group["lr"] * group["scale"])

@@ -20,8 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
-from thriftlab.optim.core.split import SplitOptimizer
+from thriftlab.optim.core.split import SplitOptimizer, kept_of
 from thriftlab.optim.state.keys import Spec, State
+from thriftlab.optim.state.lists import batches, kept_unless
 from thriftlab.optim.state.rules import adamw_spec, add_scaled, decay
 from thriftlab.optim.state.storage import StateDtype, kept_spec, load, make_zero, store, wide
 
@@ -47,6 +48,8 @@ class Muon(SplitOptimizer, name="muon"):
         adam_eps: added to AdamW's denominator, after bias correction.
         state_dtype: how momentum and moments are kept, whatever the dtype of the parameters.
     """
+
+    takes_applied = True
 
     def __init__(
         self,
@@ -80,19 +83,15 @@ class Muon(SplitOptimizer, name="muon"):
     ) -> None:
         super().update_plain(weights, grads, states, {**group, "eps": group["adam_eps"]})
 
-    def update_matrix(self, name: str, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
-        if BUFFERS[0] not in state:
-            make_zero(BUFFERS, weight, state, group)
-        momentum = load(state, BUFFERS[0])
-        grad = grad.to(momentum.dtype)
-        momentum.lerp_(grad, 1 - group["momentum"])
-        ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        ahead = ahead.to(torch.bfloat16 if group["iteration"] == "bf16" else wide(ahead.dtype))
-        update = orthogonalise(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        decay(weight, group)
-        lr = group["lr"] * group["split_lr_scale"] * ratio(group["adjust_lr_fn"], *weight.shape)
-        add_scaled(weight, update.to(weight.dtype), -lr)
-        store(state, BUFFERS[0], momentum)
+    def update_matrices(
+        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        for weight, state in zip(weights, states, strict=True):
+            if BUFFERS[0] not in state:
+                make_zero(BUFFERS, weight, state, group)
+        for some in batches(weights):
+            with kept_unless(group.get("applied"), [*weights[some], *kept_of(states[some])]):
+                descend(weights[some], grads[some], states[some], {**group, "applied": None})
 
     def check_group(self, group: dict[str, Any]) -> None:
         pass  # no subspace
@@ -104,15 +103,50 @@ class Muon(SplitOptimizer, name="muon"):
         return kept_spec(BUFFERS, shape, dtype, group)
 
 
-def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Newton-Schulz: the matrix [m, n] with its singular values sent near 1, in its own dtype."""
+def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """The step of some matrices, in place."""
+    momenta = [load(state, BUFFERS[0]) for state in states]
+    grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
+    torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+    ahead = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+    ahead = in_dtype(ahead, torch.bfloat16 if group["iteration"] == "bf16" else wide(ahead[0].dtype))
+    updates = orthogonalise(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+    decay(weights, group)
+    lr = group["lr"] * group["split_lr_scale"]
+    updates = in_dtype(updates, weights[0].dtype)
+    for shape in dict.fromkeys(weight.shape for weight in weights):
+        alike = [i for i, weight in enumerate(weights) if weight.shape == shape]
+        some = [weights[i] for i in alike], [updates[i] for i in alike]
+        add_scaled(*some, -lr * ratio(group["adjust_lr_fn"], *shape))
+    for state, momentum in zip(states, momenta, strict=True):
+        store(state, BUFFERS[0], momentum)
+
+
+def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies where there is another one."""
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def orthogonalise(
+    matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float
+) -> list[Tensor]:
+    """Newton-Schulz: matrices [m, n] with their singular values sent near 1, in their own dtype."""
     a, b, c = coefficients
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller Gram matrix
-    x = x / x.norm().clamp(min=eps)  # no singular value is above 1
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    norms = list(torch._foreach_norm(matrices))
+    torch._foreach_clamp_min_(norms, eps)
+    found = []
+    for matrix, norm in zip(matrices, norms, strict=True):
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = (matrix.T if tall else matrix) / norm  # the smaller Gram matrix; no singular value is above 1
+        for _ in range(steps):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        found.append(x.T if tall else x)
+    return found
 
 
 def ratio(adjust_lr_fn: AdjustLr | None, rows: int, columns: int) -> float:

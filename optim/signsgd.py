@@ -14,7 +14,7 @@ from torch import Tensor
 from thriftlab.optim.core.hyper import Search, arguments
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.state.keys import Spec, State
-from thriftlab.optim.state.rules import add_sign, decay
+from thriftlab.optim.state.rules import add_signs, decay
 
 
 class SignSGD(Method, name="signsgd"):
@@ -24,6 +24,8 @@ class SignSGD(Method, name="signsgd"):
         lr: the learning rate: how far each coordinate moves in a step.
         weight_decay: decoupled decay per step, times lr.
     """
+
+    takes_applied = True
 
     def __init__(
         self,
@@ -38,9 +40,8 @@ class SignSGD(Method, name="signsgd"):
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
-        for weight, grad in zip(weights, grads, strict=True):
-            decay(weight, group)
-            add_sign(weight, grad, -group["lr"])
+        decay(weights, group)
+        add_signs(weights, grads, -group["lr"], group.get("applied"))
 
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return True

@@ -9,8 +9,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what the tests compare is c
 
 import pytest  # noqa: E402
 
+os.fsync = lambda descriptor: None  # nothing here outlives the machine, and a busy disk makes every run wait
+
 pytest.register_assert_rewrite("tests.tools")
 
+from tests.fake_cuda import fake_cuda  # noqa: E402, F401
 from tests.tools.tiny import prepare_tiny  # noqa: E402
 
 
@@ -20,6 +23,21 @@ def tiny_data(tmp_path_factory):
     return prepare_tiny(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def pytest_collection_modifyitems(items):
-    """Fast tests first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+# The longest first: where several processes share the files, none is left with one of these at the end.
+LONGEST = (
+    "launch/test_slurm", "train/test_signals_run", "train/test_zero", "train/test_fsdp2", "data/test_engine",
+    "launch/test_hosts", "launch/test_study", "train/test_layers_run", "train/test_owned", "train/test_witness",
+    "data/test_prepare", "data/test_any_size", "train/test_resume", "train/test_failures", "launch/test_compare_all",
+    "data/test_lost_node", "data/test_on_ray", "data/test_places", "optim/test_fsdp", "train/test_tracking",
+    "train/test_torchrun", "optim/test_plain_step", "optim/test_relora", "optim/test_distributed_checkpoint",
+    "test_packaging", "test_layout",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    """Fast tests first; with `-n`, which hands out whole files, long files first."""
+    if hasattr(config, "workerinput"):
+        rank = {f"tests/{name}.py": i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+    else:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -10,8 +10,10 @@ import pytest
 from tests.tools.tiny import tiny_config
 from thriftlab.data.prepare.pipeline import PrepareConfig
 from thriftlab.launch import documents
+from thriftlab.launch.bench import OptimBench
 from thriftlab.launch.cluster import array, hosts, slurm
 from thriftlab.launch.curate import CurateConfig
+from thriftlab.launch.gpu.check import CheckOptions
 from thriftlab.launch.studies import compare, written
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train.config import parse as settings
@@ -65,6 +67,11 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
     elif command == "curate":
         given = settings.read(argv)
         assert given.words and settings.validate(CurateConfig, given.drop([]))
+    elif command == "check":
+        assert argv[0] == "gpu" and settings.load(CheckOptions, argv[1:])
+    elif command == "bench":
+        what, *given = argv
+        assert settings.load(OptimBench, given) if what == "optim" else what == "step" and settings.read(given).words
     elif command == "study":
         assert written.make_request(settings.read(argv)) if argv else written.listing()
     else:
@@ -72,10 +79,12 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
 
 
 def test_the_settings_of_make_run_are_understood():
-    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if " compare " in line)
-    words = shlex.split(line.replace("launch/", f"{ROOT}/launch/"))[2:]
-    asked = compare.make_comparison(settings.read(words))
-    assert asked.options.seeds == 3 and len(asked.methods) == 3
+    lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if " compare " in line]
+    assert len(lines) == 2, "one for a CPU and one for a GPU"
+    for line in lines:
+        words = shlex.split(line.replace("launch/", f"{ROOT}/launch/"))[2:]
+        asked = compare.make_comparison(settings.read(words))
+        assert asked.options.seeds == 3 and len(asked.methods) == 3
 
 
 def test_the_method_of_the_docs_trains_as_a_plugin(tiny_data, tmp_path, monkeypatch):

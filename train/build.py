@@ -7,6 +7,8 @@ names in a configuration become things: it looks them up and names none itself.
 
 import functools
 import inspect
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,23 +18,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from thriftlab.data.errors import ConfigError, UserError
+from thriftlab.data.errors import CheckpointError, ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
 from thriftlab.optim.core.groups import by_reason
+from thriftlab.optim.core.products import EXACT
 from thriftlab.optim.layers.base import Layer, changing, check_patterns
+from thriftlab.train.attention import why_no_flash
 from thriftlab.train.backends.base import Backend
-from thriftlab.train.backends.replicas import refuse_differences
+from thriftlab.train.backends.device import best_precision
+from thriftlab.train.backends.replicas import refuse_differences, take_up
 from thriftlab.train.budget import SCHEDULES, Horizon
-from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint
+from thriftlab.train.checkpoints.reader import opened, steps_in
+from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint, settled
 from thriftlab.train.evaluate import count_rows
+from thriftlab.train.memory import Peaks
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
 from thriftlab.train.probes.base import SHORTEST
 from thriftlab.train.signals import SIGNALS, Signal
 from thriftlab.train.signals.reference import open_reference
+from thriftlab.train.step import micro_batch_rows
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Run:
     horizon: Horizon
     objective: Objective
     fingerprint: str
+    peaks: Peaks
+    micro_batch_size: int | None  # windows of one forward; None: not known before the memory of a GPU is looked at
 
     @property
     def out(self) -> Path:
@@ -72,11 +82,14 @@ class Run:
 
 def build(config: RunConfig, backend: Backend) -> Run:
     """All parts of a run before its first step, the same on every rank. UserError for what cannot be built."""
+    config = settled(config, best_precision(backend.device))
     refuse(config, backend)
+    peaks = Peaks(backend.device)
+    warn_of_slow_attention(config, backend)
     set_torch(config.train)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     model, conversion = make_model(config, dataset)
-    fill(model, config.seed, backend)
+    fill(model, config.seed, backend, Path(config.out) / "checkpoints")
     optimizer = make_optimizer(config, model)
     backend.prepare(model, optimizer, config.train.compile, config.train.precision)
     if config.train.layerwise:
@@ -84,6 +97,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     horizon = make_horizon(config, model)
     data_plan = make_plan(config, dataset, horizon.steps)
     horizon = replace(horizon, steps=horizon.steps and data_plan.fitting(horizon.steps))
+    objective = make_objective(config, dataset, data_plan, backend.device)
     return Run(
         config=config,
         backend=backend,
@@ -94,14 +108,18 @@ def build(config: RunConfig, backend: Backend) -> Run:
         optimizer=optimizer,
         schedule=functools.partial(SCHEDULES[config.schedule.name], **config.schedule.hyperparameters()),
         horizon=horizon,
-        objective=make_objective(config, dataset, data_plan, backend.device),
+        objective=objective,
         fingerprint=fingerprint(config, dataset.fingerprint),
+        peaks=peaks,
+        micro_batch_size=micro_batch_size(config, backend, objective.waits),
     )
 
 
 def refuse(config: RunConfig, backend: Backend) -> None:
     """ConfigError for what this backend cannot do, known without data and model."""
     config.train.rows_per_rank(backend.world)
+    if config.train.matmul == "tf32" and backend.device.type == "cpu":
+        raise ConfigError("train.matmul = tf32 is of GPUs, and this run is on a CPU; leave it out")
     if config.train.layerwise and not backend.can_layerwise:
         raise ConfigError(
             f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
@@ -119,11 +137,22 @@ def refuse(config: RunConfig, backend: Backend) -> None:
         )
 
 
+def warn_of_slow_attention(config: RunConfig, backend: Backend) -> None:
+    """Says what keeps attention on a GPU from torch's fastest kernel."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    why = why_no_flash(dtype, config.model.dim // config.model.heads)
+    if backend.device.type != "cpu" and backend.rank == 0 and why and not config.data.document_mask:
+        warnings.warn(f"attention does not take the flash kernel: {why}", RuntimeWarning, stacklevel=2)
+
+
 def set_torch(config: TrainConfig) -> None:
     """What is torch's own, of the whole process."""
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:  # else torch refuses products on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_float32_matmul_precision("high" if config.matmul == "tf32" else EXACT)
 
 
 def make_model(config: RunConfig, dataset: Dataset) -> tuple[GPT, Conversion]:
@@ -157,15 +186,31 @@ def replace_layers(config: RunConfig, model: nn.Module) -> Conversion:
     return done
 
 
-def fill(model: GPT, seed: int, backend: Backend) -> None:
-    """First weights, a function of the seed and equal on all ranks; they divide the layers that are more work."""
+def fill(model: GPT, seed: int, backend: Backend, checkpoints: Path) -> None:
+    """First weights, a function of the seed and equal on all ranks; they divide the layers that are more work. A run
+    that goes on has that work behind it."""
     model.to_empty(device=backend.device)
-    model.init_weights(seed, slice(backend.rank, None, backend.world))
-    for turn, layer in enumerate(model.replaced().values()):
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            backend.broadcast(tensor.detach(), turn % backend.world)
+    model.tie()
+    if not (model.replaced() and taken_up(model, backend, checkpoints)):
+        model.init_weights(seed, slice(backend.rank, None, backend.world))
+        for turn, layer in enumerate(model.replaced().values()):
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                backend.broadcast(tensor.detach(), turn % backend.world)
     if backend.world > 1:
         refuse_differences(model, backend.share)
+
+
+def taken_up(model: GPT, backend: Backend, checkpoints: Path) -> bool:
+    """Whether all ranks have the weights of the newest checkpoint now. Nobody has verified them: they stand in for
+    first weights, until the run restores all that it goes on with."""
+    path = backend.share(next((path for _, path in steps_in(checkpoints)), None))[0]
+    try:
+        found = path and opened(path)
+        if found:
+            take_up(model, found.reader("model"), found.reader("buffers"))
+    except (CheckpointError, OSError, ValueError, KeyError):
+        found = None
+    return all(backend.share(found is not None))
 
 
 def make_optimizer(config: RunConfig, model: GPT) -> Method:
@@ -250,6 +295,15 @@ def make_objective(config: RunConfig, dataset: Dataset, plan: Plan, device: torc
             reference=reference or None,
             device=device,
         )
+
+
+def micro_batch_size(config: RunConfig, backend: Backend, waits: bool) -> int | None:
+    """Windows of one forward, as set or as a CPU's cache holds them; None where the memory of a GPU has to be asked.
+    `waits`: whether a second micro-batch would mean a second forward of all."""
+    if config.train.micro_batch_size or backend.device.type != "cpu":
+        return config.train.micro_batch_size
+    all_rows = config.train.rows_per_rank(backend.world)
+    return all_rows if waits else micro_batch_rows(backend.device, config.data.sequence_length, config.model.dim)
 
 
 def refuse_unheld(signal: Signal, dataset: Dataset, names: list[str], sequence_length: int) -> None:

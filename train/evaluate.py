@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thriftlab.data.loader import read_ahead
 from thriftlab.data.mixture import REPEATED
 from thriftlab.data.shards import Dataset, Windows
 from thriftlab.train.backends.base import Backend
+from thriftlab.train.late import bring, pinned
 from thriftlab.train.windows import autocast, document_ids, split_windows
 
 
@@ -43,18 +45,21 @@ def evaluate(
         {"loss": nats per token, "bits_per_byte", "tokens", "bytes", "sources": {name: the same four}}.
     """
     backend.module.eval()
-    token_bytes = dataset.tokenizer.token_bytes
-    totals = {}
-    for source in dataset.sources if sources is None else sources:
-        windows = dataset.windows(source, "validation", sequence_length)
-        rows = count_rows(windows, max_tokens)
-        totals[source] = sum_losses(backend, windows, rows, token_bytes, batch_size, precision, mask_delimiter)
-    whole = means(np.sum(list(totals.values()), axis=0))
+    token_bytes = bring(torch.from_numpy(dataset.tokenizer.token_bytes), backend.device)
+    names = dataset.sources if sources is None else sources
+    parts = {name: dataset.windows(name, "validation", sequence_length) for name in names}
+    rows, held_out = [count_rows(windows, max_tokens) for windows in parts.values()], len(parts)
     if pool is not None:
-        settings = len(pool), token_bytes, batch_size, precision, mask_delimiter
-        totals[REPEATED] = sum_losses(backend, pool, *settings)
+        parts[REPEATED] = pool
+        rows.append(len(pool))
+    sums = [
+        sum_losses(backend, windows, count, token_bytes, batch_size, precision, mask_delimiter)
+        for windows, count in zip(parts.values(), rows, strict=True)
+    ]
+    totals = np.array(torch.stack(sums).cpu().tolist())  # the one time that the host waits
     backend.module.train()
-    return {**whole, "sources": {name: means(total) for name, total in totals.items() if total[1] > 0}}
+    by_source = {name: means(total) for name, total in zip(parts, totals, strict=True) if total[1] > 0}
+    return {**means(np.sum(totals[:held_out], axis=0)), "sources": by_source}
 
 
 @torch.no_grad()
@@ -62,29 +67,32 @@ def sum_losses(
     backend: Backend,
     windows: Windows,
     rows: int,
-    token_bytes: np.ndarray,
+    token_bytes: Tensor,
     batch_size: int,
     precision: str,
     mask_delimiter: int | None,
-) -> np.ndarray:
-    """[nats, tokens, bytes] over the first `rows` windows, summed over ranks in float64.
+) -> Tensor:
+    """[nats, tokens, bytes] over the first `rows` windows, summed over ranks in float64, on the device.
 
     Ranks take turns, and all make the same number of forwards: a rank without a turn left runs on nothing, since a
     sharded model cannot be called by some ranks only.
     """
-    length = torch.from_numpy(token_bytes).to(backend.device)
-    totals = torch.zeros(3, dtype=torch.float64, device=backend.device)
-    for first in range(0, rows, batch_size * backend.world):
+
+    def read(first: int) -> Tensor:
         start = first + backend.rank * batch_size
-        tokens = windows_padded(windows, start, min(start + batch_size, rows)).to(backend.device)
-        inputs, targets = split_windows(tokens)
+        tokens = windows_padded(windows, start, min(start + batch_size, rows))
+        return tokens if backend.device.type == "cpu" else pinned(tokens.int())
+
+    totals = torch.zeros(3, dtype=torch.float64, device=backend.device)
+    for tokens in read_ahead(read, range(0, rows, batch_size * backend.world), backend.device):
+        inputs, targets = split_windows(tokens.to(backend.device, non_blocking=True).long())
         inputs = inputs.clamp(min=0)
         with autocast(backend.device, precision):
             losses = backend.module(inputs, targets, document_ids(inputs, mask_delimiter))
         predicted = targets >= 0
-        counts = predicted.sum(), length[targets[predicted]].sum()
+        counts = predicted.sum(), torch.where(predicted, token_bytes[targets.clamp(min=0)], 0).sum()
         totals += torch.stack([losses.double().sum(), *(count.double() for count in counts)])
-    return backend.sum(totals).cpu().numpy()
+    return backend.sum(totals)
 
 
 def windows_padded(windows: Windows, start: int, stop: int) -> Tensor:

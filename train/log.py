@@ -16,6 +16,8 @@ from torch import Tensor
 from thriftlab.optim import state_bytes
 from thriftlab.train.build import Run
 from thriftlab.train.config.schema import method_name
+from thriftlab.train.late import Numbers
+from thriftlab.train.memory import REHEARSAL
 from thriftlab.train.records import record
 from thriftlab.train.records.progress import Progress
 from thriftlab.train.records.record import DataUsed, Memory, ModelUsed, Record, Results, Spent, Throughput, write_record
@@ -37,6 +39,7 @@ class Counters:
     skipped: int = 0
     skipped_in_a_row: int = 0
     loss: float = float("nan")
+    micro_batch_size: int | None = None  # windows of one forward, where the memory of a GPU has decided it
 
     def add(self, result: StepResult, seconds: float, timed: bool) -> None:
         self.step += 1
@@ -84,8 +87,8 @@ class Log:
         if result.weights:
             values["signal"] = tell(result.weights, [source.name for source in self.run.plan.sources])
             self.warn(values["signal"]["ess"])
-        if result.applied and (found := self.run.optimizer.diagnostics(fresh=True)):
-            values["refresh"] = over_tensors(found)
+        if result.applied and result.refresh:
+            values["refresh"] = tell_refresh(result.refresh)
         if values:
             self.write(values)
 
@@ -119,13 +122,23 @@ class Log:
             self.mirrors.finish()
 
 
-def over_tensors(diagnostics: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """How many tensors had something to tell, and mean and maximum of each of their scalars."""
-    summary: dict[str, Any] = {"tensors": len(diagnostics)}
+def over_tensors(diagnostics: dict[str, dict[str, Tensor]]) -> Numbers:
+    """How many tensors had something to tell, and of each of their scalars mean and maximum, [2]; on the device."""
+    if not diagnostics:
+        return {}
+    summary = {}
     for key in sorted({key for values in diagnostics.values() for key in values}):
         told = torch.stack([values[key].float() for values in diagnostics.values() if key in values])
-        summary[key] = {"mean": told.mean().item(), "max": told.max().item()}
-    return summary
+        summary[key] = torch.stack([told.mean(), told.max()])
+    return {"tensors": torch.full_like(told[0], len(diagnostics)), **summary}
+
+
+def tell_refresh(summary: Numbers) -> dict[str, Any]:
+    """The same for a file."""
+    of_each = {
+        key: dict(zip(("mean", "max"), tensor.tolist(), strict=True)) for key, tensor in summary.items() if tensor.ndim
+    }
+    return {"tensors": int(summary["tensors"]), **of_each}
 
 
 def finish(run: Run, counters: Counters, found: dict[str, Any], origin: dict[str, Any]) -> Record:
@@ -145,6 +158,8 @@ def data_used(run: Run, steps: int) -> DataUsed:
 def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dict[str, Any]) -> Record:
     results: dict[str, Any] = found["eval"]
     model, backend, speed = run.model, run.backend, counters.tokens_per_second()
+    phases = run.peaks.told()
+    trained = {phase: peak for phase, peak in (phases or {}).items() if phase != REHEARSAL}
     return Record(
         status="done",
         method=method_name(run.config),
@@ -167,9 +182,14 @@ def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dic
             buffer_bytes=sum(b.nbytes for b in model.buffers()),
             state_bytes=state_bytes(run.optimizer),
             predicted_state_bytes=backend.predicted_state_bytes(),
-            peak_bytes=peak_bytes(),
+            peak_bytes=max(trained.values()) if trained else peak_bytes(),
+            phases=phases,
         ),
-        speed=Throughput(speed, mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None),
+        speed=Throughput(
+            speed,
+            mfu(speed, run.flops_per_token, backend.device, backend.world) if speed else None,
+            run.micro_batch_size,
+        ),
         skipped_steps=counters.skipped,
         signal=tell(run.objective.report(), [source.name for source in run.plan.sources]),
         remarks=run.optimizer.remarks(),

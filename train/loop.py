@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from thriftlab.data.errors import CheckpointError, UserError
 from thriftlab.data.files import sha256, sync, writing
 from thriftlab.data.loader import Batch, batches
 from thriftlab.data.lock import claimed
-from thriftlab.optim.core.split import listing
+from thriftlab.optim.core.listing import listing
 from thriftlab.optim.layers.base import before_step, replaced
-from thriftlab.optim.state.keys import keyed_generator
+from thriftlab.optim.state.keys import keyed_generator, keyed_seed
 from thriftlab.train.backends import make_backend
-from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.channel import Channel
+from thriftlab.train.backends.device import generators
 from thriftlab.train.backends.pieces import whole
 from thriftlab.train.backends.rendezvous import named_losses, set_timeout
 from thriftlab.train.backends.replicas import buffers, take_up_buffers
@@ -35,16 +36,19 @@ from thriftlab.train.config.differences import differences, what_changed
 from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.dropout import row_keys
 from thriftlab.train.evaluate import evaluate
-from thriftlab.train.log import Counters, Log, finish
+from thriftlab.train.feed import Packed, pack
+from thriftlab.train.late import Numbers
+from thriftlab.train.log import Counters, Log, finish, over_tensors
+from thriftlab.train.memory import REHEARSAL
+from thriftlab.train.micro_batch import named_shortage, with_micro_batch
 from thriftlab.train.probes.base import PROBES, measured
 from thriftlab.train.probes.material import Material
 from thriftlab.train.probes.subject import Subject
 from thriftlab.train.records.record import Record, provenance, read_record
-from thriftlab.train.records.stop import Interrupted, correct_status, status, stop_file, stop_signals
-from thriftlab.train.step import StepResult, micro_batch_rows, train_step
+from thriftlab.train.records.stop import Interrupted, correct_status, status, stop_file_lately, stop_signals
+from thriftlab.train.step import REFRESH, take_step
+from thriftlab.train.unread import Unread, agree, asks
 from thriftlab.train.witness import witness
-
-WARM_STEPS = 2  # first steps of a process, left out of tokens/s: allocator, caches, compilation
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     with named_losses(config.out, config.backend.timeout):
         backend = make_backend(config.backend.name, config.backend.device, **config.backend.options())
     try:
-        with stop_signals() as received, named_losses(config.out, config.backend.timeout):
+        with stop_signals() as received, named_losses(config.out, config.backend.timeout), named_shortage(config):
             parts = build(config, backend)
             return (finished(parts) or train(parts, received)).to_json()
     finally:
@@ -69,6 +73,7 @@ def train(run: Run, received: list[int]) -> Record:
     with claim(run):
         examine(run)
         start = restore(run)
+        run = with_micro_batch(run, start[0])
         with status(run.out, run.chief):
             return steps(run, base_lr, *start, received)
 
@@ -92,39 +97,43 @@ def steps(run: Run, base_lr: list[float], counters: Counters, history: str | Non
     """The loop. `base_lr` is the learning rate of each group that the schedule multiplies."""
     config, backend, horizon = run.config, run.backend, run.horizon
     origin = {"started": time.time(), **provenance(run.out if run.chief else None)}
-    first = counters.step
-    batch = batches(run.plan, backend.rank, backend.world, backend.device)
-    saver, log = Saver(run), Log(run, counters, history)
+    first = step = counters.step  # of steps that were begun; `counters` are of those that were read, see unread.py
+    pack_batch = partial(pack, look_up=run.objective.reference)
+    batch = batches(run.plan, backend.rank, backend.world, backend.device, pack_batch)
+    saver, log, stop_asked = Saver(run), Log(run, counters, history), stop_file_lately(run.out)
+    unread = Unread(run, counters, log)
     announce(run, counters)
+    run.peaks.enter("step")
 
     while True:
-        halt, counters.seconds = agree(backend, bool(received) or run.chief and stop_file(run.out), counters.seconds)
-        if horizon.over(counters.step, counters.seconds):
+        asked = bool(received) or run.chief and stop_asked()
+        halt, seconds = agree(backend, asked, counters.seconds, unread.asked)
+        over, pauses = horizon.over(step, seconds), step > first
+        looks = pauses and (due(step, config.eval.every) or due(step, config.probes.every))
+        saves = halt or pauses and due(step, config.checkpoint.every)
+        if over or looks or saves:
+            unread.read_all()
+        if over:
             break
-        if counters.step > first and (found := evaluation(run, counters.step)):
-            log.evaluation(found)
-        if counters.step > first and due(counters.step, config.checkpoint.every):
+        if looks:
+            log.evaluation(evaluation(run, step))
+        if saves:
             saver.save(counters)
         if halt:
-            saver.save(counters)
             saver.wait()
             log.close()
-            raise Interrupted(run.out, counters.step, received[0] if received else None)
+            raise Interrupted(run.out, step, received[0] if received else None)
 
-        progress = horizon.progress(counters.step, counters.seconds)
+        progress = horizon.progress(step, seconds)
         factor = run.schedule(progress)
         for group, lr in zip(run.optimizer.param_groups, base_lr, strict=True):
             group["lr"] = lr * factor
-        seed_step(run, counters.step)
-        backend.forget(before_step(run.model, counters.step, config.seed))
+        seed_step(run, step)
+        backend.forget(before_step(run.model, step, config.seed))
         clock = time.perf_counter()
-        aim(run, counters.step, progress)
-        result = one_step(run, batch(counters.step))
-        seconds = time.perf_counter() - clock
-
-        counters.add(result, seconds, timed=counters.step - first >= WARM_STEPS)
-        log.step(result, base_lr[0] * factor, seconds)
-        refuse_divergence(run, counters)
+        aim(run, step, progress, asks(backend, asked, counters.seconds))
+        unread.add(one_step(run, batch(step)), base_lr[0] * factor, clock)
+        step += 1
 
     found = evaluation(run)
     log.evaluation(found)
@@ -141,7 +150,8 @@ def examine(run: Run) -> None:
         windows = (2, 1, c.data.sequence_length + 1)
         draw = keyed_generator(c.seed, "witness", 0)
         tokens = torch.randint(run.dataset.tokenizer.vocab_size, windows, generator=draw)
-        said = witness(run.backend, tokens, c.train.precision, c.train.clip)
+        with run.peaks.during(REHEARSAL):
+            said = witness(run.backend, tokens, c.train.precision, c.train.clip)
         if run.chief and c.log.progress:
             print(said, file=sys.stderr, flush=True)
 
@@ -150,7 +160,9 @@ def announce(run: Run, counters: Counters) -> None:
     """Says once which layers are replaced, what the method leaves to full AdamW, and which data are repeated."""
     target = run.config.data.proxy_of
     proxy = target and f"a proxy of a run of {target:,} tokens:\n{run.plan.table(run.horizon.steps)}"
-    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement(), proxy
+    fits = counters.micro_batch_size
+    rows = fits and f"micro-batches of {fits} windows, as many as the memory of the GPU holds"
+    said = replaced(run.config.layer.name, run.conversion), listing(run.optimizer), run.plan.announcement(), proxy, rows
     lines = [line for line in said if line]
     if lines and run.chief and counters.step == 0:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -160,40 +172,35 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def agree(backend: Backend, halt: bool, seconds: float) -> tuple[bool, float]:
-    """One answer for all ranks: whether any of them was asked to stop, and the first rank's clock."""
-    clock = seconds if backend.rank == 0 else 0.0
-    halts, clock = backend.sum(torch.tensor([halt, clock], dtype=torch.float64, device=backend.device)).tolist()
-    return halts > 0, clock
-
-
 def seed_step(run: Run, step: int) -> None:
-    """Torch's own generators as a function of (seed, rank, step), for a module that draws from them."""
-    torch.manual_seed(keyed_generator(run.config.seed, f"rank {run.backend.rank}", step).initial_seed())
+    """Torch's own generators as a function of (seed, rank, step), for a module that draws from them. Only those that it
+    may draw from: torch.manual_seed looks for devices of every kind each time."""
+    seed = keyed_seed(run.config.seed, f"rank {run.backend.rank}", step)
+    for generator in generators(run.backend.device):
+        generator.manual_seed(seed)
 
 
-def aim(run: Run, step: int, progress: float) -> None:
+def aim(run: Run, step: int, progress: float, asked: tuple[float, ...] = ()) -> None:
     """Tells the objective where the run is, and what is held out if it asks for that now."""
     objective, signal = run.objective, run.objective.signal
-    objective.at(step, progress, watched=due(step + 1, run.config.log.every))
+    objective.at(step, progress, due(step + 1, run.config.log.every), asked)
     if due(step, signal.validate_every):
         names = [source.name for source in run.plan.sources]
         found = measure(run, signal.validate_tokens, names)["sources"]
         objective.validated(torch.tensor([found[name]["loss"] for name in names], dtype=torch.float64))
 
 
-def one_step(run: Run, batch: Batch) -> StepResult:
-    """The step that the objective has been told of."""
+def one_step(run: Run, batch: Batch | Packed) -> Numbers:
+    """The step that the objective has been told of; its numbers, where the device has them."""
     c, backend = run.config, run.backend
-    rows = c.train.micro_batch_size
-    if rows is None and not run.objective.waits:  # which one micro-batch does without a second forward
-        rows = micro_batch_rows(backend.device, c.data.sequence_length, c.model.dim)
-    rows = rows or len(batch.tokens)
+    rows = run.micro_batch_size or c.train.batch_size // backend.world
     keys = None
     if c.train.dropout:
         first = run.objective.step * c.train.batch_size
         keys = row_keys(c.seed, first, c.train.batch_size, backend.rank, backend.world, backend.device)
-    return train_step(backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective, keys)
+    numbers = take_step(backend, batch, run.mask_delimiter, rows, c.train.precision, c.train.clip, run.objective, keys)
+    found = over_tensors(run.optimizer.diagnostics(fresh=True)) if run.chief else {}
+    return numbers | {f"{REFRESH}{key}": tensor for key, tensor in found.items()}
 
 
 def evaluation(run: Run, step: int | None = None) -> dict[str, Any]:
@@ -204,7 +211,8 @@ def evaluation(run: Run, step: int | None = None) -> dict[str, Any]:
     if c.probes.every and (step is None or due(step, c.probes.every)):
         subject = Subject(run.backend, run.model, c.train.precision, run.mask_delimiter, c.train.compile)
         material = Material(run.dataset, c.data.sequence_length, run.plan.pool)
-        found["probes"] = measured(subject, material, c.probes.names or list(PROBES))
+        with run.peaks.during("evaluation"):
+            found["probes"] = measured(subject, material, c.probes.names or list(PROBES))
     return found
 
 
@@ -213,24 +221,17 @@ def measure(run: Run, tokens: int | None = None, sources: list[str] | None = Non
     c, pool = run.config, run.plan.pool
     if sources is not None and pool is not None:
         sources = [name for name in sources if name in run.dataset.sources]
-    return evaluate(
-        run.backend,
-        run.dataset,
-        c.data.sequence_length,
-        c.eval.batch_size,
-        c.train.precision,
-        run.mask_delimiter,
-        tokens or c.eval.tokens,
-        sources,
-        pool,
-    )
-
-
-def refuse_divergence(run: Run, counters: Counters) -> None:
-    if counters.skipped_in_a_row >= run.config.train.max_skipped_steps:
-        raise UserError(
-            f"loss or gradient was not finite in the {counters.skipped_in_a_row} steps up to step {counters.step}, and "
-            f"nothing was updated in them; lower optim.lr, set train.clip=1.0, or use train.precision=fp32"
+    with run.peaks.during("evaluation"):
+        return evaluate(
+            run.backend,
+            run.dataset,
+            c.data.sequence_length,
+            c.eval.batch_size,
+            c.train.precision,
+            run.mask_delimiter,
+            tokens or c.eval.tokens,
+            sources,
+            pool,
         )
 
 
@@ -254,7 +255,8 @@ class Saver:
             "optim": backend.options(),
             "history": history(self.run.out / "metrics.jsonl") if self.run.chief else None,
         }
-        self.writer.save(counters.step, ours, meta)
+        with self.run.peaks.during("checkpoint"):
+            self.writer.save(counters.step, ours, meta)
 
 
 def history(metrics: Path) -> str:

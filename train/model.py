@@ -24,6 +24,7 @@ from thriftlab.kernels.swiglu import swiglu
 from thriftlab.optim.core.hyper import Count
 from thriftlab.optim.layers.base import Layer
 from thriftlab.optim.state.keys import keyed_generator
+from thriftlab.train.attention import Mask, as_dense, attend, continued, document_mask
 from thriftlab.train.dropout import dropout
 
 OFF = {"smeared_keys": False}  # written only where it is on: so fingerprints stay what they were before there was one
@@ -104,22 +105,32 @@ class RMSNorm(nn.Module):
 
 
 def rotary(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers exp(i * position * frequency), complex64 [length, 1, head_dim / 2]."""
+    """The rotations of all positions, made once for all layers: on a CPU the unit complex numbers
+    exp(i * position * frequency), complex64 [length, 1, head_dim / 2]; elsewhere their cosines and sines for every
+    channel, fp32 [length, 2, 1, head_dim], the sines with the sign with which a channel takes its neighbour."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device).double() / head_dim)
     angle = torch.outer(torch.arange(length, device=device).double(), frequency)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None]
+    if device.type == "cpu":
+        return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    both = torch.stack([torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)], 1)
+    return both.float()[:, :, None]
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """RoPE (2104.09864): rotate the pairs (x[2i], x[2i + 1]) of x, [batch, seq, head, head_dim].
 
     A pair is a complex number and a rotation one complex product, on a CPU several times faster than sines and cosines.
+    On a GPU compilers fuse no complex numbers, and real ones need no cast of x.
     """
-    pairs = torch.view_as_complex((x if x.dtype == torch.float64 else x.float()).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    if rope.is_complex():
+        pairs = torch.view_as_complex((x if x.dtype == torch.float64 else x.float()).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    neighbours = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * rope[:, 0], neighbours, rope[:, 1]).to(x.dtype)
 
 
-def smear(k: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
+def smear(k: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
     """Smeared keys (Olsson et al. 2022, 2209.11895): sigmoid(a) k_j + (1 - sigmoid(a)) k_{j-1} for each head.
 
     The first key stays, and under `mask` the first of each document. Keys are smeared as they are projected, before
@@ -131,8 +142,7 @@ def smear(k: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
     """
     back = k[:, :-1] - k[:, 1:]  # [batch, seq - 1, head, head_dim]
     if mask is not None:
-        joined = mask.diagonal(-1, -2, -1)  # [batch, 1, seq - 1]: token j may see token j - 1
-        back = back * joined.transpose(1, 2)[..., None]
+        back = back * continued(mask)[:, :, None, None]
     return k + F.pad(back * torch.sigmoid(-a).to(k.dtype)[:, None], (0, 0, 0, 0, 1, 0))
 
 
@@ -153,7 +163,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.smear = nn.Parameter(torch.empty(kv_heads)) if c.smeared_keys else None
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:  # [batch * seq, dim]
+    def forward(self, x: Tensor, rope: Tensor, mask: Mask | None) -> Tensor:  # [batch * seq, dim]
         q = self.q(x).view(-1, len(rope), self.heads, self.head_dim)
         k = self.k(x).view(-1, len(rope), self.kv_heads, self.head_dim)
         v = self.v(x).view(-1, len(rope), self.kv_heads, self.head_dim)
@@ -162,11 +172,8 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, seq, head_dim]
         if self.watch is not None:
-            self.watch(q, k, mask)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-        )
-        return self.o(rearrange(y, "b h s d -> (b s) (h d)"))
+            self.watch(q, k, as_dense(mask))
+        return self.o(rearrange(attend(q, k, v, mask), "b h s d -> (b s) (h d)"))
 
 
 class MLP(nn.Module):
@@ -194,7 +201,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, row_keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Mask | None, row_keys: Tensor | None) -> Tensor:
         after_attn, after_mlp = self.places
         x = x + dropout(self.attn(self.attn_norm(x), rope, mask), self.dropout, row_keys, after_attn)
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, row_keys, after_mlp)
@@ -238,7 +245,7 @@ class GPT(nn.Module):
         Args:
             tokens: [batch, seq] int64.
             targets: [batch, seq] int64, negative where nothing is predicted.
-            documents: [batch, seq] int64, constant within a document: tokens see their own document only.
+            documents: [batch, seq] int64, constant within a document and ascending: tokens see their own document only.
             row_keys: [batch] int64, keys of the dropout of each row, see dropout.py; None: nothing is dropped.
 
         Returns:
@@ -272,6 +279,7 @@ class GPT(nn.Module):
         for name, layer in list(layers.items())[share]:
             shape = torch.Size((layer.out_features, layer.in_features))
             weight = self.first_weight(f"{name}.weight", shape, seed)
+            weight = weight.to(next(layer.parameters()).device)  # drawn on the CPU, decomposed where the layer is
             layer.load_dense(weight, keyed_generator(seed, f"{name}.weight", 1))
         for name, p in self.named_parameters():
             if name.rpartition(".")[0] not in layers:
@@ -298,9 +306,3 @@ class GPT(nn.Module):
         linear = sum(6 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         replaced = sum(layer.flops_per_token() for layer in self.replaced().values())
         return linear + replaced + 12 * self.config.layers * self.config.dim * sequence_length
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """True where query may see key: same document and not later; [batch, 1, seq, seq]."""
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    return same.tril()

@@ -11,21 +11,22 @@ parts predict different numbers of tokens, and a softmax of losses is not even t
     MODES            what a signal knows of the losses of the batch, its statistics: one subclass of Weighted each
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from thriftlab.data.loader import Batch
 from thriftlab.optim.state.keys import keyed_generator
 from thriftlab.train.backends.base import Backend
+from thriftlab.train.feed import Arrived, LookUp
+from thriftlab.train.late import bring
 from thriftlab.train.signals.base import Signal, asks_for_statistics, by_document, by_domain
-from thriftlab.train.watch import watch
+from thriftlab.train.watch import EDGES, watch
 from thriftlab.train.windows import count_targets, document_ids, total_loss
 
 EVERY = slice(None)
-LOSS, TOKENS, WEIGHTED, WEIGHT = range(4)  # what is summed over the batch
+LOSS, TOKENS, WEIGHTED, WEIGHT, ASKED = range(5)  # what is summed over the batch
 LAST = "last/"  # before the names of lagged statistics in a checkpoint
 
 
@@ -51,18 +52,20 @@ class Objective:
         shuffle: bool = False,
         seed: int = 0,
         delimiter: int | None = None,
-        reference: Callable[[Batch], Tensor] | None = None,
+        reference: LookUp | None = None,
         device: torch.device | str = "cpu",
     ):
         self.signal, self.domains, self.shuffle = signal, domains, shuffle
         self.mode: type[Weighted] = MODES[statistics if asks_for_statistics(type(signal)) else "none"]
         self.seed, self.delimiter, self.reference, self.device = seed, delimiter, reference, device
         self.load(signal.state(domains))
-        self.step, self.progress, self.watched = 0, 0.0, False
+        self.edges = torch.tensor(EDGES, dtype=torch.float64, device=device)
+        self.at(0, 0.0)
 
-    def at(self, step: int, progress: float, watched: bool = False) -> None:
-        """What comes is step `step`; `watched`: its weights are to be recorded."""
-        self.step, self.progress, self.watched = step, progress, watched
+    def at(self, step: int, progress: float, watched: bool = False, asked: Sequence[float] = ()) -> None:
+        """What comes is step `step`; `watched`: its weights are to be recorded; `asked`: numbers of this rank that are
+        summed over ranks with those of the step."""
+        self.step, self.progress, self.watched, self.asked = step, progress, watched, asked
 
     @property
     def idle(self) -> bool:
@@ -75,11 +78,11 @@ class Objective:
         return not self.idle and (self.mode.waits or self.shuffle)
 
     def begin(
-        self, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor, ahead: Tensor | None = None
+        self, backend: Backend, batch: Arrived, inputs: Tensor, targets: Tensor, ahead: Tensor | None = None
     ) -> "StepObjective":
         """What is minimised in this step. `ahead`: the losses of all rows, if it `waits` for several micro-batches."""
         if self.idle:
-            return StepObjective(backend, targets)
+            return StepObjective(backend, targets, self.asked)
         step = self.mode(self, backend, batch, inputs, targets)
         if ahead is not None:
             step.settle(ahead)
@@ -116,9 +119,11 @@ class StepObjective:
     the last micro-batch is, and summed over ranks after `finish`.
     """
 
-    def __init__(self, backend: Backend, targets: Tensor):
+    def __init__(self, backend: Backend, targets: Tensor, asked: Sequence[float] = ()):
         self.backend = backend
-        self.totals = torch.zeros(4, dtype=torch.float64, device=backend.device)
+        self.totals = torch.zeros(ASKED + len(asked), dtype=torch.float64, device=backend.device)
+        for place, number in enumerate(asked, ASKED):
+            self.totals[place].fill_(number)
         self.totals[TOKENS] = count_targets(targets)
         self.denominator = self.totals[TOKENS]
 
@@ -129,12 +134,12 @@ class StepObjective:
         return total
 
     @torch.no_grad()
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
-        """Over all ranks: the sum of all losses, the predicted tokens, what the gradient is divided by, and what there
-        is to say about the weights, on the device; None where all tokens count alike."""
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
+        """Over all ranks and on the device: the sum of all losses, the predicted tokens, what the gradient is divided
+        by, what was `asked`, and what there is to say about the weights; None where all tokens count alike."""
         self.close()
         self.backend.sum(self.totals)
-        return self.totals[LOSS], self.totals[TOKENS], self.denominator, self.record()
+        return self.totals[LOSS], self.totals[TOKENS], self.denominator, self.totals[ASKED:], self.record()
 
     def close(self) -> None:
         """When all losses are known, and before anything is summed over ranks."""
@@ -158,15 +163,13 @@ class Weighted(StepObjective):
     waits = False  # whether no row has a weight before the losses of all rows are known
     of_micro_batch = False  # whether the weights, and so the objective, depend on how the batch is split
 
-    def __init__(self, objective: Objective, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor):
-        super().__init__(backend, targets)
+    def __init__(self, objective: Objective, backend: Backend, batch: Arrived, inputs: Tensor, targets: Tensor):
+        super().__init__(backend, targets, objective.asked)
         self.objective, self.signal, self.mask = objective, objective.signal, targets >= 0
         if self.signal.denominator == "weights" and not self.of_micro_batch:
             self.denominator = self.totals[WEIGHT]
-        device = backend.device
-        self.domain, self.sample = (t.long().to(device, non_blocking=True) for t in (batch.source, batch.sample))
+        self.domain, self.sample, self.reference = batch.source, batch.sample, batch.reference
         self.documents = document_ids(inputs, objective.delimiter) if self.signal.unit == "document" else None
-        self.reference = objective.reference and objective.reference(batch).to(device, non_blocking=True)
         self.known: dict[str, Any] = dict(step=objective.step, progress=objective.progress, state=objective.state)
         if self.signal.unit == "domain":
             self.known |= self.domain_counts()
@@ -237,7 +240,7 @@ class Weighted(StepObjective):
         """Each row of the global batch gets the weights of the one before it in a random cycle."""
         weights = self.backend.gather(weights)
         draw = keyed_generator(self.objective.seed, "shuffle", self.objective.step)
-        order = torch.randperm(len(weights), generator=draw).to(weights.device, non_blocking=True)
+        order = bring(torch.randperm(len(weights), generator=draw), weights.device)
         moved = torch.empty_like(weights)
         moved[order] = weights[order.roll(1)]
         return moved[self.backend.rank :: self.backend.world]
@@ -258,7 +261,7 @@ class Weighted(StepObjective):
             return None
         tokens, weight = self.totals[TOKENS], self.totals[WEIGHT]
         relative = torch.cat(self.used) * (tokens / weight)
-        said = watch(self.backend, relative, self.mask, self.domain, len(self.objective.domains))
+        said = watch(self.backend, relative, self.mask, self.domain, len(self.objective.domains), self.objective.edges)
         return {"loss": self.totals[WEIGHTED] / self.denominator, **said, **self.objective.report()}
 
 
@@ -279,7 +282,7 @@ class Exact(Weighted):
 class Lagged(Weighted):
     """Statistics of the batch before; in the first step all tokens count alike."""
 
-    def __init__(self, objective: Objective, backend: Backend, batch: Batch, inputs: Tensor, targets: Tensor):
+    def __init__(self, objective: Objective, backend: Backend, batch: Arrived, inputs: Tensor, targets: Tensor):
         super().__init__(objective, backend, batch, inputs, targets)
         self.seen: list[Scores] = []
 

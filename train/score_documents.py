@@ -21,7 +21,8 @@ from thriftlab.data.shards import open_dataset
 from thriftlab.data.tokens import Tokenizer, encode_document
 from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.model import GPT
-from thriftlab.train.records.record import Record, cpu_model, read_record
+from thriftlab.train.records.machine import cpu_model
+from thriftlab.train.records.record import Record, read_record
 from thriftlab.train.write_reference import finished_config, load_model, token_losses
 
 UNIT = 1 << 16  # of a nat, as of the scores of data/prepare/scores

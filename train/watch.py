@@ -16,20 +16,23 @@ from thriftlab.train.backends.base import Backend
 EDGES = [1e-30, *(2 ** (k / 2) for k in range(-12, 13))]
 
 
-def watch(backend: Backend, weights: Tensor, mask: Tensor, domain: Tensor, domains: int) -> dict[str, Tensor]:
+def watch(
+    backend: Backend, weights: Tensor, mask: Tensor, domain: Tensor, domains: int, edges: Tensor
+) -> dict[str, Tensor]:
     """Statistics of the weights of the global batch.
 
     Args:
         weights: of this rank's rows, [rows, seq], over the mean weight of the global batch.
         mask: bool [rows, seq], which tokens are predicted.
         domain: [rows], the number of each row's source.
+        edges: EDGES in float64, on the device.
 
     Returns:
         "ess": (sum w)^2 / (tokens * sum w^2), the effective part of the batch, 0 to 1. "largest": the largest weight.
         "share": [domains], of the sum of the weights. "histogram": [len(EDGES) + 1], parts of the predicted tokens.
     """
     weights = torch.where(mask, weights, 0).double()
-    bins = torch.bucketize(weights, torch.tensor(EDGES, dtype=weights.dtype, device=weights.device), right=True)
+    bins = torch.bucketize(weights, edges, right=True)
     histogram = weights.new_zeros(len(EDGES) + 1).index_add(0, bins.flatten(), mask.flatten().to(weights))
     share = weights.new_zeros(domains).index_add(0, domain, weights.sum(1))
     sums = backend.sum(torch.cat([weights.square().sum()[None], share, histogram]))

@@ -21,7 +21,7 @@ from thriftlab.data.paths import FilePath
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends.device import Device, choose_device
-from thriftlab.train.backends.replicas import take_up_buffers
+from thriftlab.train.backends.replicas import take_up
 from thriftlab.train.build import make_model
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.choice import Section
@@ -110,11 +110,7 @@ def load_model(config: RunConfig, dataset: Dataset, run: Path, device: str | tor
     model, _ = make_model(config, dataset)
     model.to_empty(device=device)
     model.tie()
-    weights = found.reader("model")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights[name])
-    take_up_buffers(model, found.reader("buffers"))
+    take_up(model, found.reader("model"), found.reader("buffers"))
     return model.eval()
 
 

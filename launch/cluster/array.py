@@ -94,7 +94,7 @@ def open_study(
 ) -> tuple[Setting, list[Draft]]:
     """The study of a request. `enough`: whether an arm chooses its learning rate once `all` of its trials are done, or
     `any`."""
-    setting = make_setting(request, gpus > 0)
+    setting = make_setting(request, gpus > 0, "bf16" if gpus else "fp32")
     drafts = make_drafts(setting, request.arms)
     return setting, [
         tune(setting, draft, {}) if enough(job.record for job in draft.trials) else draft for draft in drafts

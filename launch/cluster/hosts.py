@@ -28,7 +28,9 @@ from thriftlab.train.config.parse import Settings, read, split, validate
 from thriftlab.train.config.schema import RunConfig, Steps
 from thriftlab.train.records.stop import stop_file, stop_signals
 
-CARRIED = re.compile("NCCL_|GLOO_|OMP_|PYTHONPATH$")  # variables that count on every machine
+CARRIED = re.compile(  # variables that count on every machine; a key of an account is on no command line
+    "NCCL_|GLOO_|OMP_|MKL_|CUDA_|TORCH_|PYTORCH_|WANDB_(?!.*(KEY|TOKEN))|PYTHONPATH$|LD_LIBRARY_PATH$"
+)
 GRACE = 10.0  # seconds in which the other machines may end by themselves
 
 

@@ -3,9 +3,9 @@
     OUT/jobs/001/  code/  job.sbatch  id  slurm-123.out
 
 The script asks the trainer to stop before the time is up, and goes back to the queue when the trainer says that it was
-pre-empted; a job that crashed or was cancelled does not come back. A study is an array with one run to a task. The
-surprise: the signal goes to the script alone, which asks through a file OUT/STOP, because a USR1 ends torchrun and may
-be caught by NCCL.
+pre-empted, or was killed after a new checkpoint; a job that crashed or was cancelled does not come back. A study is an
+array with one run to a task. The surprise: the signal goes to the script alone, which asks through a file OUT/STOP,
+because a USR1 ends torchrun and may be caught by NCCL.
 """
 
 import itertools
@@ -33,10 +33,11 @@ from thriftlab.launch.studies.written import StudyOptions
 from thriftlab.train.config.choice import Plugins, Section
 from thriftlab.train.config.help import keys, nearest
 from thriftlab.train.config.parse import Settings, read, validate
-from thriftlab.train.config.schema import Count, RunConfig, Steps, fingerprint
+from thriftlab.train.config.schema import Count, RunConfig, Steps, fingerprint, settled
 from thriftlab.train.records import record
 
 HOME = Path(__file__).resolve().parents[2]
+CORES = 4  # of a process with a GPU: it queues work, a thread fetches batches, others write and talk
 FLOORS = ("kernels", "data", "optim", "train", "launch")
 
 
@@ -55,7 +56,9 @@ class SubmitConfig(Section):
     nodes: Count = Field(1, description="nodes of one run")
     gpus: Steps = Field(0, description="GPUs of one node, each with a process of its own; 0: on CPUs")
     processes: Count | None = Field(None, description="processes on one node; null: one a GPU, or one")
-    cpus: Count | None = Field(None, description="cores of one process; null: what SLURM gives")
+    cpus: Count | None = Field(
+        None, description=f"cores of one process; null: {CORES} with a GPU, else what SLURM gives"
+    )
     memory: Line | None = Field(None, description="of one node, as 64G; null: what SLURM gives")
     time: Line | None = Field(None, description="limit of one attempt, as 4:00:00; null: that of the partition")
     partition: Line | None = Field(None, description="null: SLURM's default")
@@ -74,12 +77,13 @@ class SubmitConfig(Section):
 def sbatch_lines(c: SubmitConfig, batch: "JobBatch", log: str) -> str:
     """The #SBATCH lines. ConfigError for a --sbatch that would undo one of them."""
     limit = f"%{batch.at_once}" if batch.at_once else ""
+    cores = (c.cpus or CORES) * processes(c) if c.cpus or c.gpus else None
     own = {
         "job-name": batch.name,
         "nodes": c.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": c.gpus or None,
-        "cpus-per-task": c.cpus and c.cpus * processes(c),
+        "cpus-per-task": cores,
         "mem": c.memory,
         "time": c.time,
         "partition": c.partition,
@@ -210,6 +214,7 @@ def normalized(argv: Sequence[str]) -> Iterator[str]:
 def submit(c: SubmitConfig, settings: Settings) -> None:
     """Submit the run that `settings` describe, or what is left of it. UserError for what can be seen to fail."""
     config = validate(RunConfig, settings)
+    config = settled(config, "bf16" if c.gpus and config.backend.device != "cpu" else "fp32")
     config.train.rows_per_rank(c.nodes * processes(c))
     dataset = open_dataset(config.data.path, verify=False)
     job = Job(Path(config.out).name, config, fingerprint(config, dataset.fingerprint), None)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from thriftlab.data.errors import BackendError
 from thriftlab.data.files import replace_atomically, seal
 from thriftlab.data.lock import claimed
@@ -24,10 +26,10 @@ from thriftlab.launch.report.results import STUDY, Trial, Tuning, read_study
 from thriftlab.launch.report.words import answers, table
 from thriftlab.launch.studies.arms import Arm, StudyRequest
 from thriftlab.launch.studies.jobs import Bar, Job, Unfinished, refuse_other_run, run_all, slots
-from thriftlab.train.backends.device import choose_device, warn_of_idle_gpu
+from thriftlab.train.backends.device import best_precision, choose_device, warn_of_idle_gpu
 from thriftlab.train.build import make_model, make_plan
 from thriftlab.train.config.parse import Settings, validate
-from thriftlab.train.config.schema import RunConfig, fingerprint
+from thriftlab.train.config.schema import RunConfig, fingerprint, settled
 
 TRIAL_SEED = 1_000_000  # and those after it
 TRIAL_STEPS = 50  # at least, where the budget of a run has as many
@@ -45,8 +47,9 @@ def run_study(request: StudyRequest) -> Path:
     runs failed, then with the report of the others).
     """
     config = shared_config(request.base)
-    on_gpu = device_of_studies(config) == "cuda"
-    setting = make_setting(request, on_gpu)
+    device = device_of_studies(config)
+    on_gpu = device == "cuda"
+    setting = make_setting(request, on_gpu, best_precision(torch.device(device)))
     with claimed(setting.out) as lock:
         try:
             failures = run_arms(setting, request, slots(request.jobs, setting.threads, on_gpu), lock)
@@ -102,6 +105,7 @@ class Setting:
     threads: int | None
     trial_fraction: float
     trial_seeds: int
+    precision: str  # what auto is where the runs will be
 
     def job(self, name: str, arm: Arm, seed: int, budget: dict[str, float], lr: float | None = None) -> Job:
         """One run, checked as far as that goes without training."""
@@ -116,6 +120,7 @@ class Setting:
         log = {"group": self.out.name, **drop_nones(settings.tree.get("log", {})), "progress": False}
         settings.put(("log",), log, "study")
         config = validate(RunConfig, settings)
+        config = settled(config, "fp32" if config.backend.device == "cpu" else self.precision)
         steps = self.steps(config)
         plan = make_plan(config, self.dataset, steps)
         tokens = steps and plan.fitting(steps) * tokens_per_step(config)
@@ -156,13 +161,13 @@ def device_of_studies(config: RunConfig) -> str:
     return choose_device(asked).type
 
 
-def make_setting(request: StudyRequest, on_gpu: bool) -> Setting:
+def make_setting(request: StudyRequest, on_gpu: bool, precision: str) -> Setting:
     base = request.base
     dataset = open_dataset(shared_config(base).data.path, verify=False)
     threads = base.get("train", {}).get("threads") or (None if on_gpu else 1)
     return Setting(
         base, drop_nones(request.budget), Path(request.out), dataset, threads, request.trial_fraction,
-        request.trial_seeds,
+        request.trial_seeds, precision,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.optim.core.fragments import Fragment
+from thriftlab.optim.core.products import exact_products
 from thriftlab.optim.state.keys import Spec, State, has_data
 from thriftlab.optim.state.storage import BLOCK, convert
 from thriftlab.optim.state.torch_adamw import MOMENTS, is_dense
@@ -33,7 +34,8 @@ def guarded(update: Callable[..., None]) -> Callable[..., None]:
     def call(method, *given, **named) -> None:
         parts, weights, grads, states, group = (*given, *(named[key] for key in order[len(given) :]))
         check(method, parts, weights, grads, states, group)
-        update(method, parts, weights, grads, states, with_numbers(group))
+        with exact_products():
+            update(method, parts, weights, grads, states, with_numbers(group))
 
     return call
 

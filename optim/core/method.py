@@ -46,6 +46,8 @@ class Method(torch.optim.Optimizer):
         defaults: the hyper-parameters, which live in `param_groups`.
     """
 
+    takes_applied = False  # whether `update` knows `group["applied"]`, so that the host need not read it
+
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if name in METHODS:
@@ -136,29 +138,52 @@ class Method(torch.optim.Optimizer):
         """Raises ValueError where the hyper-parameters of a new group do not go together."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Steps every parameter that has a gradient; returns what `closure`, called first, returned."""
+    def step(self, closure: Callable[[], Any] | None = None, applied: Tensor | None = None) -> Any:  # type: ignore[override]
+        """Steps every parameter that has a gradient; returns what `closure`, called first, returned.
+
+        Args:
+            applied: a 0-dim tensor, 1; or 0 to refuse the step: weights and state keep every bit, and counters their
+                number. It is read on the host in a first step and where a refresh may be due, and in no other.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if applied is not None and any(self.must_read(group["params"], group) for group in self.param_groups):
+            if not bool(applied):
+                return loss
+            applied = None
         for group in self.param_groups:
-            self.step_only(group["names"], group["params"], group)
+            self.step_only(group["names"], group["params"], group, applied)
         return loss
 
     @torch.no_grad()
-    def step_only(self, names: list[str], weights: list[Tensor], group: dict[str, Any]) -> None:
+    def step_only(
+        self, names: list[str], weights: list[Tensor], group: dict[str, Any], applied: Tensor | None = None
+    ) -> None:
         """Steps those of some parameters of a group that have a gradient, as `step` would: others do not matter."""
         due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
+        if applied is not None and self.must_read(weights, group):
+            if not bool(applied):
+                return
+            applied = None
         if sharded := [(name, p) for name, p in due if isinstance(p, DTensor)]:
             self.step_sharded(sharded, group)
             due = [(name, p) for name, p in due if not isinstance(p, DTensor)]
         names, weights = [name for name, _ in due], [p for _, p in due]
         grads = [downhill(p, p.grad, group["maximize"]) for p in weights if p.grad is not None]
-        self.update(names, weights, grads, [self.state[p] for p in weights], group)
+        here = group if applied is None else {**group, "applied": applied}
+        self.update(names, weights, grads, [self.state[p] for p in weights], here)
         for p in weights:
             if not self.state[p]:
                 del self.state[p]  # nothing is kept, and so there is no entry
+
+    def must_read(self, weights: list[Tensor], group: dict[str, Any]) -> bool:
+        """Whether the host has to know if a step is applied: state would begin, or the method cannot do without."""
+        due = [p for p in weights if p.grad is not None]
+        if not self.takes_applied or any(isinstance(p, DTensor) for p in due):
+            return bool(due)
+        return any(not self.state.get(p) and self.spec(tuple(p.shape), p.dtype, **group) for p in due)
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 

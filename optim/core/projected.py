@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from thriftlab.optim.core.split import SplitOptimizer, splits
+from thriftlab.optim.state.counters import Age, count_together, counts_on_host
 from thriftlab.optim.state.keys import Spec, State
+from thriftlab.optim.state.lists import each
 from thriftlab.optim.state.rules import Adam, decay
 from thriftlab.optim.state.storage import make_zero, wide
+from thriftlab.optim.state.torch_adamw import hyper_of, step_adamw
 
 ADAM = Adam()
 TINY = 1e-8  # keeps quotients of norms finite, as in the published code
@@ -25,7 +28,7 @@ TINY = 1e-8  # keeps quotients of norms finite, as in the published code
 class Projected(SplitOptimizer):
     """A split method with these conventions."""
 
-    decay_after = True
+    decay_after = takes_applied = True
 
     def limiter_spec(self, shape: tuple[int, ...], dtype: torch.dtype, overrides: dict[str, Any]) -> Spec:
         """The state of `growth_limit`, which split matrices have."""
@@ -37,17 +40,45 @@ class Projected(SplitOptimizer):
     ) -> None:
         for weight, grad, state in zip(weights, grads, states, strict=True):
             if "step" not in state:
-                state["step"] = torch.tensor(0.0, device="cpu")
+                state["step"] = torch.zeros((), device="cpu" if counts_on_host(weight, group) else weight.device)
                 make_zero(ADAM.buffers, weight, state, group)
-            state["step"] += 1
-            age = int(state["step"])
-            ADAM.descend(weight, grad, state, age, with_early_eps(group, age), group["lr"])
-            decay(weight, group)
+            if counts_on_host(weight, group):
+                state["step"] += 1
+                age = int(state["step"])
+                ADAM.descend([weight], [grad], [state], age, with_early_eps(group, age), group["lr"])
+                decay([weight], group)
+        if weights and not counts_on_host(weights[0], group):
+            step_plain(weights, grads, states, group)
 
 
-def direction(small: Tensor, state: State, age: int, group: dict[str, Any]) -> Tensor:
+def step_plain(weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """The same step on a device: what follows from its counters is in the learning rate of each tensor."""
+    applied = group.get("applied")
+    for weight, state in zip(weights, states, strict=True):
+        state["step"] = state["step"].to(weight.device)
+    steps = [state["step"] for state in states]
+    count_together(steps, applied)
+    lrs = group["lr"] * correction(torch.stack(steps).double(), group)  # [tensors]
+    old = torch.full((), torch.inf, device=weights[0].device)
+    for weight, grad, state, lr in zip(weights, grads, states, lrs.float().unbind(), strict=True):
+        hyper = hyper_of(lr, group["betas"], group["eps"], weight_decay=0.0)
+        step_adamw([weight], [grad], [state], [old], hyper, applied)
+    decay(weights, group)
+
+
+def directions(smalls: list[Tensor], states: list[State], age: Age, group: dict[str, Any]) -> list[Tensor]:
     """Adam's N of the gradient's coordinates, bias-corrected."""
-    return ADAM.direction(small, state, age, with_early_eps(group, age))
+    if not isinstance(age, Tensor):
+        return ADAM.directions(smalls, states, age, with_early_eps(group, age))
+    normalized = ADAM.directions(smalls, states, never_young(age), group)
+    for n, factor in zip(normalized, each(correction(age, group).to(wide(smalls[0].dtype)), len(smalls)), strict=True):
+        n.mul_(factor)
+    return normalized
+
+
+def never_young(age: Tensor) -> Tensor:
+    """An age at which nothing is left to correct; so eps, which torch adds after the correction, is as it is."""
+    return torch.full_like(age, torch.inf)
 
 
 def with_early_eps(group: dict[str, Any], age: int) -> dict[str, Any]:
@@ -55,7 +86,7 @@ def with_early_eps(group: dict[str, Any], age: int) -> dict[str, Any]:
     return {**group, "eps": group["eps"] / (1 - group["betas"][1] ** age) ** 0.5}
 
 
-def correction(age: int, group: dict[str, Any]) -> float:
+def correction(age: Age, group: dict[str, Any]) -> Any:
     """sqrt(1 - b2^k) / (1 - b1^k)"""
     b1, b2 = group["betas"]
     return (1 - b2**age) ** 0.5 / (1 - b1**age)
@@ -63,14 +94,32 @@ def correction(age: int, group: dict[str, Any]) -> float:
 
 def norms(matrix: Tensor, dim: int | None) -> Tensor:
     """Norms along `dim`, or the one of all, in fp32 at least  # [m, 1], [1, n] or []"""
-    if dim == 0:  # where torch's vector_norm is eight times as slow, a column at a time
+    if (
+        dim == 0 and matrix.device.type == "cpu"
+    ):  # where torch's vector_norm walks down each column, eight times as slow
         return matrix.to(wide(matrix.dtype)).square().sum(0, keepdim=True).sqrt_()
     return torch.linalg.vector_norm(matrix, dim=dim, keepdim=dim is not None, dtype=wide(matrix.dtype))
 
 
-def scaled_norms(phi: Tensor, norm: Tensor) -> Tensor:
-    """phi * norm, and 0 where phi is: a norm beyond the largest number is of a channel whose direction is 0."""
-    return torch.where(phi == 0, phi, phi * norm)
+def all_norms(matrices: list[Tensor], dims: list[int | None]) -> list[Tensor]:
+    return [norms(matrix, dim) for matrix, dim in zip(matrices, dims, strict=True)]
+
+
+def quotients(above: list[Tensor], below: list[Tensor]) -> list[Tensor]:
+    """Of norms."""
+    return list(torch._foreach_div(above, torch._foreach_add(below, TINY)))
+
+
+def without(factor: float | Tensor, sizes: Tensor) -> Tensor:
+    return sizes / (factor.to(sizes.dtype) if isinstance(factor, Tensor) else factor)
+
+
+def lengths(phis: list[Tensor], sizes: list[Tensor]) -> Tensor:
+    """Of each matrix the norm of phi * norm over its channels, and 0 for a channel where phi is: its norm may be beyond
+    the largest number  # [matrices]"""
+    phi, size = (torch.cat([channels.reshape(-1) for channels in several]) for several in (phis, sizes))
+    scaled = torch.where(phi == 0, phi, phi * size)
+    return torch.stack(torch._foreach_norm(scaled.split([channels.numel() for channels in phis])))
 
 
 def growth_limit(norm: Tensor, state: State, gamma: float) -> Tensor:
@@ -84,3 +133,16 @@ def growth_limit(norm: Tensor, state: State, gamma: float) -> Tensor:
     state["diagnostic.limiter"] = factor = ratio.clamp_(min=gamma) / gamma
     state["limiter"] = torch.where((norm > 0) & norm.isfinite(), norm / factor, last)
     return factor
+
+
+def growth_limits(sizes: Tensor, states: list[State], gamma: float) -> list[Tensor]:
+    """The same of several matrices  # sizes: [matrices]"""
+    for state in states:
+        for key in ("limiter", "diagnostic.limiter"):
+            if key not in state:
+                state[key] = torch.full_like(sizes[0], torch.inf)
+    together = {"limiter": torch.stack([state["limiter"].to(sizes.device) for state in states])}
+    factors = growth_limit(sizes, together, gamma)
+    for key, values in together.items():
+        torch._foreach_copy_([state[key] for state in states], list(values.unbind()))
+    return list(factors.unbind())

@@ -1,8 +1,8 @@
 """The core of the split methods: matrices are split into a state-full subspace and the rest, other tensors are not.
 
-A method writes `descend`, the step of one matrix within a subspace, and inherits the rest: the refresh of the subspace
-every `gap` steps from the gradient of that very step, what happens to the moments then, and AdamW for embeddings, heads
-and norms. A method without a subspace overrides `update_matrix` instead.
+A method writes `descend`, the step of one matrix within a subspace (or `descend_all`, of several), and inherits the
+rest: the refresh of the subspace every `gap` steps from the gradient of that very step, what happens to the moments
+then, and AdamW for embeddings, heads and norms. A method without a subspace overrides `update_matrices` instead.
 
 The surprise: the bias correction counts from the step at which the moments were last zero ("start"), the refreshes from
 the first step; they are two counters, because `on_refresh="keep"` moves one and not the other.
@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from thriftlab.optim.core.due import are_finite, ask, due_refresh, due_refreshes, kept_of, next_age
 from thriftlab.optim.core.fragments import Fragment, begin, on_fragment
-from thriftlab.optim.core.groups import by_reason
+from thriftlab.optim.core.listing import left_to_adamw
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.state.blocks import Blocks
 from thriftlab.optim.state.carry import carry, overlap, residual_energy
 from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable, other_density
-from thriftlab.optim.state.keys import Spec, State, keyed_generator, keyed_seed
+from thriftlab.optim.state.counters import Age, begin_counting, most
+from thriftlab.optim.state.keys import Spec, State, keyed_generator
+from thriftlab.optim.state.lists import batches, each, kept_unless
 from thriftlab.optim.state.rules import RULES, Rule, adamw, adamw_spec, decay
 from thriftlab.optim.state.storage import by_entry, kept_spec, key_rounding, make_zero, rounding_spec
 from thriftlab.optim.state.subspaces import (
@@ -40,10 +42,10 @@ DIAGNOSTICS: Spec = {"diagnostic.residual": ((), torch.float32), "diagnostic.ove
 
 
 class SplitOptimizer(Method):
-    """2-D tensors of the groups with `split` (the default) go to `update_matrix`, one by one; all others to AdamW.
+    """2-D tensors of the groups with `split` (the default) go to `update_matrices`; all others to AdamW.
 
-    A subclass writes its equation in `descend`. With `decay_after` weight decay follows that, W <- (1 - lr wd) W; else
-    it is part of the equation.
+    A subclass writes its equation in `descend`, of one matrix, or in `descend_all`, of several. With `decay_after`
+    weight decay follows that, W <- (1 - lr wd) W; else it is part of the equation.
     """
 
     decay_after = False
@@ -58,11 +60,26 @@ class SplitOptimizer(Method):
         for name, weight, state, yes in zip(names, weights, states, split, strict=True):
             refuse_other_kind(name, weight, state, group, yes)
         key_rounding(names, states, group)
-        plain = [i for i, yes in enumerate(split) if not yes]
-        self.update_plain([weights[i] for i in plain], [grads[i] for i in plain], [states[i] for i in plain], group)
-        for name, weight, grad, state, yes in zip(names, weights, grads, states, split, strict=True):
-            if yes:
-                self.update_matrix(name, weight, grad, state, group)
+        lists: tuple[list[Any], ...] = (names, weights, grads, states)
+        matrices, plain = (
+            [[value for value, yes in zip(values, split, strict=True) if yes == kind] for values in lists]
+            for kind in (True, False)
+        )
+        known = self.asked(matrices[0], matrices[1], matrices[3], group)
+        if known is not None:
+            self.update_plain(*plain[1:], known)
+            self.update_matrices(*matrices, known)
+
+    def asked(
+        self, names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The group, "asked" if the host had to read `applied`, as before a refresh; None if the step is refused. States
+        get their counters."""
+        if "gap" not in group:
+            return group
+        for weight, state in zip(weights, states, strict=True):
+            begin_counting(tuple(COUNTERS), weight, state, group)
+        return group if group.get("applied") is None else ask(names, weights, states, group)
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
@@ -70,28 +87,45 @@ class SplitOptimizer(Method):
         """Steps the tensors that are not split."""
         adamw(weights, grads, states, **group)
 
-    def update_matrix(self, name: str, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
-        """Steps one matrix: refreshes its subspace if that is due, then `descend`.
+    def update_matrices(
+        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        """Steps matrices: refreshes the subspaces of those for which that is due, then `descend_all`.
 
         A gradient that is not finite spans no subspace: the old one stays, and without one the matrix is left alone.
         """
-        for counter in COUNTERS:
-            if counter not in state:
-                state[counter] = torch.tensor(0, device="cpu")
-        step = int(state["step"])
-        count = due_refresh(name, step, group)
-        if count is not None:
-            if not uses_gradient(group) or is_finite(grad):
-                self.refresh(name, grad, state, group, count)
-            elif not basis_of(state):
-                return
-        state["step"] += 1
-        self.descend(weight, grad, state, group, age=step + 1 - int(state["start"]))
-        if self.decay_after:
-            decay(weight, group)
+        due = due_refreshes(names, weights, states, group)
+        asks = [i for i, count in enumerate(due) if count is not None and uses_gradient(group)]
+        lame = {i for i, yes in zip(asks, are_finite([grads[i] for i in asks]), strict=True) if not yes}
+        for i, count in enumerate(due):
+            if count is not None and i not in lame:
+                self.refresh(names[i], grads[i], states[i], group, count)
+        moves = [i for i in range(len(due)) if i not in lame or basis_of(states[i])]
+        weights, grads, states = ([values[i] for i in moves] for values in (weights, grads, states))  # type: ignore
+        for some in batches(weights):
+            self.step_batch(weights[some], grads[some], states[some], group)
 
-    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: int) -> None:
-        """The method's own step; `age` = 1, 2, ... counts the steps since the moments were zero."""
+    def step_batch(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        """Steps matrices within their subspaces; where the step is refused they and their state keep every bit."""
+        age = next_age(weights, states, group)
+        with kept_unless(group.get("applied"), [*weights, *kept_of(states)]):
+            group = {**group, "applied": None}
+            self.descend_all(weights, grads, states, group, age)
+            if self.decay_after:
+                decay(weights, group)
+
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        """`descend` of several matrices, which on a device takes fewer launches; `age` may be a tensor of one each."""
+        for weight, grad, state, one in zip(weights, grads, states, each(age, len(weights)), strict=True):
+            self.descend(weight, grad, state, group, one)
+
+    def descend(self, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], age: Age) -> None:
+        """The method's own step; `age` = 1, 2, ... counts the steps since the moments were zero; on a device it is a
+        0-dim tensor."""
         raise NotImplementedError
 
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
@@ -138,7 +172,9 @@ class SplitOptimizer(Method):
                 continue
             key_rounding([fragment.name], [states[i]], group)
             here = on_fragment(group, fragment, states[i])
-            self.update_matrix(fragment.name, weights[i], grads[i], states[i], here)
+            known = self.asked([fragment.name], [weights[i]], [states[i]], here)
+            if known is not None:
+                self.update_matrices([fragment.name], [weights[i]], [grads[i]], [states[i]], known)
             for key in [key for key in states[i] if key.startswith("diagnostic.")]:
                 del states[i][key]  # they are of the whole matrix
         super().update_fragments(
@@ -223,7 +259,7 @@ class SplitOptimizer(Method):
             for name, p in zip(group["names"], group["params"], strict=True):
                 state = self.state.get(p, {})
                 told = {key.split(".")[1]: value for key, value in state.items() if key.startswith("diagnostic.")}
-                if told and not (fresh and due_refresh(name, int(state["step"]) - 1, group) is None):
+                if told and not (fresh and due_refresh(name, most(state["step"]) - 1, group) is None):
                     found[name] = told
         return found
 
@@ -258,23 +294,6 @@ def rule_of(group: dict[str, Any]) -> Rule:
     return RULES[group.get("rule", "adam")]
 
 
-def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
-    """The number of the refresh that is due at this step, or None.
-
-    With `stagger` all matrices refresh at step 0, then each at an offset of its own within the gap.
-    """
-    if step == 0:
-        return 0
-    early = keyed_seed(group["seed"], name, 0) % group["gap"] if group.get("stagger") else 0
-    count, since = divmod(step + early, group["gap"])
-    return count if since == 0 else None
-
-
-def is_finite(grad: Tensor) -> bool:
-    """Reads the gradient on the host; one without data (meta, fake) is finite."""
-    return grad.is_meta or isinstance(grad, FakeTensor) or bool(grad.isfinite().all())
-
-
 def has_moments(state: State, group: dict[str, Any]) -> bool:
     return all(buffer in state for buffer in rule_of(group).buffers)
 
@@ -283,35 +302,3 @@ def zero_moments(small: Tensor, state: State, group: dict[str, Any]) -> None:
     """Moments like `small`, all zero, and the bias correction starts anew."""
     state["start"] = state["step"].clone()
     make_zero(rule_of(group).buffers, small, state, group)
-
-
-def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Name -> reason, for every parameter of a split method that full AdamW trains; empty for other optimizers."""
-    if not isinstance(optimizer, SplitOptimizer):
-        return {}
-    found = {}
-    for group in optimizer.param_groups:
-        for name, p in zip(group["names"], group["params"], strict=True):
-            if p.ndim != 2:
-                found[name] = f"{p.ndim}-D"
-            elif not group["split"]:
-                found[name] = "not chosen by name"
-            elif not is_split(p, group):
-                rank = group.get("rank") or subspace_of(group).size(p.shape)  # type: ignore[union-attr]
-                found[name] = f"rank {rank} >= smaller side {min(p.shape)}"
-    return found
-
-
-def listing(optimizer: Method) -> str:
-    """What is left to AdamW, by reason, in one line, and `remarks`, a line each; or nothing."""
-    return "\n".join(line for line in (left_line(optimizer), *optimizer.remarks()) if line)
-
-
-def left_line(optimizer: torch.optim.Optimizer) -> str:
-    left = left_to_adamw(optimizer)
-    if not left:
-        return ""
-    groups = optimizer.param_groups
-    sizes = {name: p.numel() for g in groups for name, p in zip(g["names"], g["params"], strict=True)}
-    share = sum(sizes[name] for name in left) / max(sum(sizes.values()), 1)
-    return f"full AdamW for {len(left)} of {len(sizes)} tensors ({share:.0%} of the parameters): {by_reason(left)}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from thriftlab.optim.core.groups import by_reason, near
 from thriftlab.optim.core.hyper import hyperparameters
+from thriftlab.optim.core.products import exact_products
 from thriftlab.optim.state.keys import keyed_generator
 
 LAYERS: dict[str, type["Layer"]] = {}
@@ -124,11 +125,12 @@ def convert(
 @torch.no_grad()
 def before_step(model: nn.Module, step: int, seed: int) -> dict[str, float]:
     """Lets every layer do what is due before a step; parameter -> how much of its optimizer state is then forgotten."""
-    return {
-        f"{name}.{own}": layer.prune
-        for name, layer in changing(model).items()
-        for own in layer.before_step(step, partial(keyed_generator, seed, f"{name}.before_step"))
-    }
+    with exact_products():
+        return {
+            f"{name}.{own}": layer.prune
+            for name, layer in changing(model).items()
+            for own in layer.before_step(step, partial(keyed_generator, seed, f"{name}.before_step"))
+        }
 
 
 def changing(model: nn.Module) -> dict[str, Layer]:

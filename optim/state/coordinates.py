@@ -10,7 +10,7 @@ equal strata of the flat matrix: exactly k, every entry equally likely, with nei
 import torch
 from torch import Tensor
 
-from thriftlab.optim.state.keys import Spec, State, has_data, hash63
+from thriftlab.optim.state.keys import Spec, State, has_data, hash63, mix64_
 
 
 class CoordinateSubspace:
@@ -65,6 +65,10 @@ class CoordinateSubspace:
 
     def down(self, matrix: Tensor, basis: State) -> Tensor:
         return self.take(matrix, self.where(matrix, basis))
+
+    def where_all(self, matrices: list[Tensor], bases: list[State]) -> list[Tensor]:
+        """`where` of several matrices."""
+        return [self.where(matrix, basis) for matrix, basis in zip(matrices, bases, strict=True)]
 
 
 class Slices(CoordinateSubspace):
@@ -144,6 +148,34 @@ class Coordinates(CoordinateSubspace):
         entries = torch.arange(int(basis["chosen"]), device=matrix.device)
         return self.positions(tuple(matrix.shape), basis, entries)
 
+    def where_all(self, matrices: list[Tensor], bases: list[State]) -> list[Tensor]:
+        """Matrices of one shape together: integers are the same in any company."""
+        kinds = [(matrix.shape, int(basis["chosen"])) for matrix, basis in zip(matrices, bases, strict=True)]
+        found: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(kinds):
+            alike = [i for i, other in enumerate(kinds) if other == kind]
+            if len(alike) == 1 or not kind[1]:
+                found.update((i, self.where(matrices[i], bases[i])) for i in alike)
+            else:
+                together = self.of_one_shape(matrices[alike[0]], [bases[i] for i in alike])
+                found.update(zip(alike, together, strict=True))
+        return [found[i] for i in range(len(kinds))]
+
+    def of_one_shape(self, matrix: Tensor, bases: list[State]) -> list[Tensor]:
+        """`where` of several matrices like `matrix`, whose bases choose as many."""
+        shape, chosen = tuple(matrix.shape), int(bases[0]["chosen"])
+        size, turns = shape[0] * shape[1], [self.circle(shape, basis)[1] for basis in bases]
+        ahead = [self.drawn_below(size - turn, size, basis) for turn, basis in zip(turns, bases, strict=True)]
+        strata = torch.arange(chosen, device=matrix.device).repeat(len(bases), 1)  # [matrices, chosen]
+        torch._foreach_add_(strata.unbind(), ahead)
+        strata.remainder_(chosen)
+        places = strata.clone()
+        torch._foreach_add_(places.unbind(), [int(basis["key"]) for basis in bases])
+        mix64_(places).bitwise_and_((1 << 63) - 1)
+        places = within_strata(places, strata, size, chosen)
+        torch._foreach_add_(places.unbind(), turns)
+        return list(places.remainder_(size).unbind())
+
     def positions(self, shape: tuple[int, ...], basis: State, entries: Tensor) -> Tensor:
         size, turn = self.circle(shape, basis)
         if turn == 0:
@@ -176,11 +208,7 @@ class Coordinates(CoordinateSubspace):
 
     def draw(self, stratum: Tensor, size: int, basis: State) -> Tensor:
         """The entry that is drawn from each stratum, before the turn."""
-        positions, chosen = hash63(stratum + basis["key"]), int(basis["chosen"])
-        if chosen == 0 or size % chosen == 0:
-            return positions.remainder_(size // max(chosen, 1)).add_(stratum, alpha=size // max(chosen, 1))
-        first, end = stratum * size // chosen, (stratum + 1) * size // chosen
-        return positions.remainder_(end - first).add_(first)
+        return within_strata(hash63(stratum + basis["key"]), stratum, size, int(basis["chosen"]))
 
     def drawn_below(self, edge: int, size: int, basis: State) -> int:
         """How many of the entries that are drawn lie below an edge, before the turn."""
@@ -194,10 +222,21 @@ class Coordinates(CoordinateSubspace):
         return matrix.take(where)
 
     def put(self, matrix: Tensor, where: Tensor, small: Tensor) -> None:
-        matrix.put_(where, small)
+        if torch.are_deterministic_algorithms_enabled():  # which torch refuses of `put_`, though no position is twice
+            matrix.index_put_((where // matrix.shape[1], where % matrix.shape[1]), small)
+        else:
+            matrix.put_(where, small)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[tuple[int, ...], Spec]:
         return (int(shape[0] * shape[1] * self.density),), {"key": ((), torch.int64), "chosen": ((), torch.int64)}
+
+
+def within_strata(hashes: Tensor, stratum: Tensor, size: int, chosen: int) -> Tensor:
+    """The entry of each stratum that its hash says, in place of the hash."""
+    if chosen == 0 or size % chosen == 0:
+        return hashes.remainder_(size // max(chosen, 1)).add_(stratum, alpha=size // max(chosen, 1))
+    first, end = stratum * size // chosen, (stratum + 1) * size // chosen
+    return hashes.remainder_(end - first).add_(first)
 
 
 COORDINATES: dict[str, type[CoordinateSubspace]] = {"columns": Columns, "rows": Rows, "coordinates": Coordinates}

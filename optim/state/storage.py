@@ -221,10 +221,10 @@ def _cells(positive: bool) -> np.ndarray:
 
 
 def tables(positive: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(levels, cells) where `like` is; made once, but not of fake tensors."""
-    return (_tables.__wrapped__ if isinstance(like, FakeTensor) else _tables)(positive, like.device)
+    """(levels, cells) where `like` is; made once."""
+    return _tables(positive, like.device, like.fake_mode if isinstance(like, FakeTensor) else None)
 
 
-@functools.cache
-def _tables(positive: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(8)
+def _tables(positive: bool, device: torch.device, fake_mode: Any) -> tuple[Tensor, Tensor]:
     return codebook(positive, device), torch.tensor(_cells(positive), device=device)

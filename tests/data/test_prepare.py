@@ -288,17 +288,14 @@ def finish(child) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(call: int, settings: PrepareConfig):
-    """Prepares, and dies by SIGKILL at the given call of a function of the data package, or of a change to the disk."""
-    calls = 0
+def killed_at(number: int, settings: PrepareConfig) -> list[str]:
+    """Prepares, and dies by SIGKILL at the call of this number among those that change the disk; all their names."""
+    calls: list[str] = []
 
     def watch(frame, event, argument):
-        nonlocal calls
-        module_call = event == "call" and "/data/" in frame.f_code.co_filename
-        disk_call = event == "c_call" and argument.__name__ in ("rename", "mkdir", "rmdir", "unlink", "open")
-        if module_call or disk_call:
-            calls += 1
-            if calls == call:
+        if event == "c_call" and argument.__name__ in ("rename", "mkdir", "rmdir", "unlink", "open", "write"):
+            calls.append(argument.__name__)
+            if len(calls) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(watch)
@@ -310,28 +307,32 @@ def killed_at(call: int, settings: PrepareConfig):
 @pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_any_moment_it_leaves_nothing_or_a_whole_folder(tmp_path, force):
+    """At all renamings of folders and after each, and here and there; every write by itself is in test_places.py."""
     settings = config(tmp_path / "out", "synthetic:documents=12,words=20")
     expected = prepare(settings).fingerprint
     shutil.rmtree(settings.out)
     old = prepare(config(settings.out, "synthetic:documents=12,words=20,seed=3")).fingerprint
     settings = settings.model_copy(update={"force": True})
-    shutil.copytree(settings.out, tmp_path / "copy")
-    total = killed_at(-1, settings)
-    outcomes = set()
-    # Call by call at the end, where folders change their names; here and there before.
-    for call in [*range(1, total, total // 5), *range(total - 240, total - 35, 25), *range(total - 35, total + 1)]:
+    settings.out.rename(tmp_path / "copy")
+
+    def reset():
         shutil.rmtree(settings.out, ignore_errors=True)
         if force:
             shutil.copytree(tmp_path / "copy", settings.out)
-        status = finish(in_child(lambda call=call: killed_at(call, settings)))
-        outcomes.add(status)
+
+    reset()
+    calls = killed_at(-1, settings)
+    renames = {number for number, name in enumerate(calls, 1) if name == "rename"}
+    assert len(renames) == (4 if force else 1)
+    for number in sorted(renames | {number + 1 for number in renames} | {*range(1, len(calls), 40)}):
+        reset()
+        assert finish(in_child(lambda number=number: killed_at(number, settings))) == -signal.SIGKILL
         if settings.out.exists():
             assert open_dataset(settings.out).fingerprint in ((expected, old) if force else (expected,))
         elif force:
             assert open_dataset(settings.out.with_name(".out.old")).fingerprint == old, "what was there is not lost"
         assert prepare(settings).fingerprint == open_dataset(settings.out).fingerprint == expected
         assert sorted(os.listdir(tmp_path)) == ["copy", "out"]
-    assert -signal.SIGKILL in outcomes
 
 
 def test_two_at_once_make_one_whole_folder(tmp_path):

@@ -26,6 +26,36 @@ def test_one_round_of_every_method_on_small_shapes(tmp_path, capsys):
     assert all(f"{name}: left out" in printed for name in peers.PEERS if name not in rows), "a peer may be missing"
 
 
+@pytest.mark.slow
+def test_a_step_of_two_methods_on_made_up_text(tmp_path, capsys):
+    words = [
+        "rounds=2",
+        "train.batch_size=2",
+        "data.sequence_length=16",
+        "model.layers=1",
+        "out=" + str(tmp_path / "s.json"),
+    ]
+    assert cli.main(["bench", "step", "adamw", "lost+signsgd", *words]) == 0
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    assert [row["method"] for row in result["rows"]] == ["adamw", "lost+signsgd"]
+    for row in result["rows"]:
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and row["transient_bytes"] > 0
+        assert (row["tokens"], row["mfu"]) == (32, None) and f"| {row['method']} |" in printed
+    first, second = (row["state_bytes"] for row in result["rows"])
+    assert first > second, "signSGD keeps nothing"
+    assert set(tmp_path.iterdir()) == {tmp_path / "s.json"}
+
+
+def test_the_methods_are_timed_on_the_device_of_their_tensors(monkeypatch):
+    """As on a GPU, with stand-ins for its clock and allocator."""
+    monkeypatch.setattr(bench, "timer", lambda device: lambda call: call() or 0.125)
+    monkeypatch.setattr(bench, "peak_allocation", lambda call, device: call() or 7)
+    groups = bench.tensors(bench.ModelConfig(preset="nano"))
+    timing = bench.Timing("adamw", METHODS["adamw"](groups, lr=1e-6))
+    timing.take_turn(refresh=False)
+    assert timing.numbers([0.25])["ratios"] == [0.5] and timing.transient_bytes == 7
+
+
 def test_the_transient_memory_of_a_call_is_its_peak():
     def call():
         first = torch.ones(1000)
@@ -52,6 +82,11 @@ def test_held_bytes_look_into_objects_and_count_a_storage_once():
 @pytest.mark.parametrize(("words", "message"), [
     (["bench"], "thriftlab bench optim"),
     (["bench", "data"], "thriftlab bench optim"),
+    (["bench", "step"], "name"),
+    (["bench", "step", "adamw", "rounds=0"], "integer >= 1"),
+    (["bench", "step", "adamw", "seeds=5"], "seeds: has no effect on the time of a step"),
+    (["bench", "step", "adamw", "backend.device=cuda"], "build without CUDA"),
+    (["bench", "optim", "device=cuda"], "build without CUDA"),
     (["bench", "optim", "--methods", "adamw,nadam"], "unknown nadam; there are adamw"),
     (["bench", "optim", "out=."], "out: . is a folder; name a file in it"),
     (["bench", "optim", "rounds=0"], "integer >= 1"),

@@ -35,6 +35,7 @@ def test_a_run_whose_reader_has_left(tiny_data, tmp_path, both):
     assert (tmp_path / "out" / "record.json").exists() != both
 
 
+@pytest.mark.slow
 def test_help_whose_reader_has_left():
     process = subprocess.Popen([*COMMAND, "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

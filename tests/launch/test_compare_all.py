@@ -2,13 +2,16 @@
 
 import pytest
 
+from tests.tools import gang
 from thriftlab.launch import cli
+from thriftlab.launch.studies import jobs
 from thriftlab.optim import METHODS
 
 pytestmark = pytest.mark.slow
 
 
-def test_every_method_in_one_study(tiny_data, tmp_path, capsys):
+def test_every_method_in_one_study(tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jobs.subprocess, "Popen", gang.Forked)
     methods = [name for name, cls in METHODS.items() if cls.__module__.startswith("thriftlab.optim.")]
     settings = {
         "model.preset": "null", "model.dim": 16, "model.layers": 2, "model.heads": 2, "model.hidden": 24,

@@ -52,6 +52,25 @@ def test_what_runs_on_each_machine(capsys, monkeypatch):
     assert "--nproc-per-node=1" in second[5] and "--local-addr=nodeB" in second[5] and "is_host=0" in second[5]
 
 
+CARRIED = (
+    "NCCL_IB_PKEY", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_DISTRIBUTED_DEBUG", "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS", "LD_LIBRARY_PATH", "WANDB_PROJECT", "WANDB_MODE",
+    "OMP_NUM_THREADS",
+)  # fmt: skip
+LEFT = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "HOME_OF_NCCL_", "TORCHELASTIC_RUN_ID", "LD_LIBRARY_PATH_OLD")
+
+
+def test_variables_that_count_are_taken_along_and_keys_are_not(capsys, monkeypatch):
+    for name in (*CARRIED, *LEFT):
+        monkeypatch.setenv(name, f"value of {name}")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # of a rank, which may not launch
+    assert cli.main(["launch", "--dry-run", "train.batch_size=6"]) == 0
+    said = capsys.readouterr().out
+    assert [name for name in CARRIED if f"{name}=value of {name}" not in said] == []
+    assert [name for name in LEFT if f"value of {name}" in said] == []
+    assert not hosts.CARRIED.match("TORCHELASTIC_RUN_ID")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -188,7 +207,6 @@ def fake_ssh(desk, monkeypatch):
     return install
 
 
-@pytest.mark.slow
 def launched(folder, *words):
     """Code and messages of a launch that has a process of its own."""
     os.chdir(folder)
@@ -196,6 +214,7 @@ def launched(folder, *words):
         return cli.main(["launch", *words]), said.getvalue()
 
 
+@pytest.mark.slow
 def test_ctrl_c_becomes_a_stop_file_that_is_taken_back(desk, fake_ssh, capsys):
     (desk / "out").mkdir()
     fake_ssh("touch on-$4; for i in {1..300}; do [ -e out/STOP ] && exit 0; sleep 0.1; done; exit 1")

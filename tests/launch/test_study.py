@@ -46,6 +46,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(jobs, "fingerprint", stand_in_fingerprint)
     monkeypatch.setattr(study, "fingerprint", stand_in_fingerprint)
+    monkeypatch.setattr(page, "pictures", lambda study: [])  # test_report.py and the real trainer below have them
 
 
 @pytest.fixture
@@ -363,7 +364,6 @@ def test_a_study_that_is_killed_at_any_write_or_out_of_room_goes_on(run, tmp_pat
     monkeypatch.setattr(jobs.subprocess, "Popen", InProcess)
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(page, "pictures", lambda study: [])
     asked = {"methods": ("adamw", "frugal"), "budget": 3 * STEP, "seeds": 1, "lr_grid": (1e-3, 3e-3), "jobs": 1}
     asked["frugal"] = {"lr": 1e-3}  # one arm with trials, one without
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -57,6 +58,21 @@ def test_dry_run_prints_the_script_and_writes_nothing(desk, capsys):
         assert f"#SBATCH --{line}\n" in script, line
     assert "--nnodes=2" in script and "--nproc-per-node=4" in script and "--rdzv-backend=c10d" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_auto_is_settled_for_the_machine_that_will_run(desk, capsys):
+    for argv, expected in (([], "fp32"), (["--gpus", "1"], "bf16"), (["--gpus", "1", "backend.device=cpu"], "fp32")):
+        assert submit(*argv) == 0
+        assert json.loads((desk / "out" / "config.json").read_text())["train"]["precision"] == expected
+        shutil.rmtree(desk / "out")
+    study = ["submit", "compare", "adamw", "--seeds", "1", "out=study", "--config", "study.json"]
+    run = json.loads((desk / "run.json").read_text())
+    (desk / "study.json").write_text(json.dumps({key: run[key] for key in ("data", "model", "train", "budget")}))
+    for argv, expected in (([], "fp32"), (["--gpus", "1"], "bf16")):
+        assert cli.main([*study, *argv]) == 0
+        written = json.loads((desk / "study/adamw/seed-0/config.json").read_text())
+        assert written["train"]["precision"] == expected
+        shutil.rmtree(desk / "study")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +157,17 @@ ENDS = {
     "failed": ("echo failed > out/status; exit 1", 1, False),
     "died without a word": ("exit 3", 1, False),
     "killed": ("echo running > out/status; exit 137", 1, False),
+    "killed, with an old checkpoint": ("mkdir -p out/checkpoints; echo running > out/status; exit 137", 1, False),
+    "killed after a new checkpoint": (
+        "mkdir -p out/checkpoints/step-00000003; echo running > out/status; exit 134",
+        -9,
+        True,
+    ),
+    "failed after a new checkpoint": (
+        "mkdir -p out/checkpoints/step-00000003; echo failed > out/status; exit 1",
+        1,
+        False,
+    ),
     "preempted by SLURM": ("echo preempted > out/status; exit 1", -9, True),
     "stopped by hand": ("touch out/STOP; echo preempted > out/status", 0, False),
 }
@@ -151,7 +178,18 @@ def test_only_what_the_trainer_calls_preempted_goes_back_to_the_queue(name, caps
     trainer, code, requeued = ENDS[name]
     script(capsys)
     Path("out/status").write_text("preempted\n")  # of an earlier attempt
+    if "checkpoint" in name:
+        Path("out/checkpoints/step-00000002").mkdir(parents=True)
     assert run(trainer) == (code, requeued)
+
+
+def test_a_step_of_the_job_gets_the_cores_that_the_job_has(capsys):
+    script(capsys, "--gpus", "2", "train.batch_size=8")
+    assert "#SBATCH --cpus-per-task=8\n" in Path("job.sh").read_text(), "four a process, and one task on a node"
+    trainer = "echo $SRUN_CPUS_PER_TASK > cores; echo done > out/status"
+    for cores, said in (("8", "8"), ("", "")):
+        assert run(trainer, SLURM_CPUS_PER_TASK=cores) == (0, False)
+        assert Path("cores").read_text().strip() == said
 
 
 def waits(seconds):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from thriftlab.optim import AdamW, Frugal, Subspace, left_to_adamw, split_groups
-from thriftlab.optim.core.split import listing
+from thriftlab.optim.core.listing import listing
 from thriftlab.optim.state.coordinates import COORDINATES
 from thriftlab.optim.state.keys import hash63, keyed_generator, keyed_seed
 

@@ -14,7 +14,7 @@ from thriftlab.optim import (
     predicted_state_bytes,
     state_bytes,
 )
-from thriftlab.optim.core.split import listing
+from thriftlab.optim.core.listing import listing
 from thriftlab.optim.state.dense import Orthogonal
 from thriftlab.optim.state.subspaces import basis_of
 

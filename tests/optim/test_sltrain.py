@@ -15,9 +15,11 @@ from tests.tools.layers import BLOCKS, RANKS, as_printed, on_meta, parameters, t
 from tests.tools.products import kept
 from tests.tools.runs import LONG, assert_same, ended, saved_buffers, stop_at, traces
 from tests.tools.tiny import tiny_config
+from thriftlab.kernels import sltrain_linear as kernel
 from thriftlab.kernels.lost_linear import product_dtype
 from thriftlab.kernels.sltrain_linear import BLOCKS as ROW_BLOCKS
 from thriftlab.kernels.sltrain_linear import backward, forward, reference, sltrain_linear
+from thriftlab.kernels.sltrain_linear import blocks as row_blocks
 from thriftlab.optim import SLTrain, convert
 from thriftlab.optim.layers.base import describe, export, rebuild
 from thriftlab.optim.state.keys import keyed_generator
@@ -89,6 +91,17 @@ def test_a_second_run_gives_the_same_bits():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_on_a_gpu_the_weight_is_one_block_and_the_positions_are_not_read(monkeypatch):
+    index = torch.empty(7, dtype=torch.int64, device="meta")  # whoever reads it fails
+    assert list(row_blocks(index, 40, 20)) == [(slice(0, 40), slice(0, 7))]
+    leaves, index, grad = tensors((6,), out=33)
+    monkeypatch.setattr(kernel, "BLOCKS", 1)
+    assert list(row_blocks(index, 33, 12)) == [(slice(0, 33), slice(0, len(index)))], "the same block on a CPU"
+    ours, theirs = (gradients(function, leaves, index, grad) for function in (sltrain_linear, reference))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def one_step(backend, parts, max_norm=None, micro_batches=1, precision="fp32"):
             with autocast(backend.device, precision):
                 loss = backend.module(inputs, targets).sum()
             backend.backward(loss)
-    return backend.step(1 / count, max_norm)
+    norm, applied = backend.step(1 / count, max_norm)
+    return norm.item(), bool(applied)
 
 
 def alone(maker, world, steps, dtype=torch.float32, layer=None, frozen=None, **how):

@@ -15,7 +15,7 @@ from thriftlab.optim import METHODS
 from thriftlab.train.budget import SCHEDULES
 from thriftlab.train.config import RunConfig, load
 from thriftlab.train.config.help import all_keys, keys
-from thriftlab.train.config.schema import SEAMS, fingerprint
+from thriftlab.train.config.schema import SEAMS, fingerprint, settled
 from thriftlab.train.signals import SIGNALS
 
 GOLDEN = Path(__file__).with_name("golden_surface.txt")
@@ -217,6 +217,15 @@ RICH = {
 def test_fingerprints_of_runs_that_exist_stay(tree, expected):
     """Runs are resumed and records compared by them; another default or a new key changes them, too."""
     assert fingerprint(RunConfig(**tree), "data") == expected
+
+
+def test_what_auto_is_counts_and_not_that_it_was_left_to_the_device():
+    auto, bf16, fp32 = (RunConfig(train={"precision": name}) for name in ("auto", "bf16", "fp32"))
+    assert settled(auto, "bf16") == bf16 and settled(auto, "fp32") == fp32
+    assert settled(bf16, "fp32") == bf16 and settled(fp32, "bf16") == fp32, "what is given stays"
+    assert fingerprint(auto, "data") == fingerprint(fp32, "data") != fingerprint(bf16, "data")
+    assert auto == RunConfig() and "matmul" not in RunConfig().model_dump()["train"]
+    assert fingerprint(RunConfig(train={"matmul": "tf32"}), "data") != fingerprint(auto, "data")
 
 
 def test_fingerprint_is_the_same_on_every_machine_and_after_a_round_trip():

@@ -247,8 +247,8 @@ def trained(data, out, /, **sections):
 
 
 def test_a_run_tells_the_model_its_rows(tiny_data, tmp_path, monkeypatch):
-    seen, step = [], loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: (seen.append(args[-1]), step(*args))[1])
+    seen, step = [], loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda *args: (seen.append(args[-1]), step(*args))[1])
     dropped = trained(tiny_data, tmp_path / "dropped")
     assert [keys.tolist() for keys in seen] == [[signed(key_of(0, 8 * t + j)) for j in range(8)] for t in range(8)]
     seen.clear()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,28 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
     assert message.startswith("LostRank: rank 0 of 2: no answer within backend.timeout = 3 s; rank 1 hangs")
     assert f"newest checkpoint in {tmp_path / 'out'}, start the same command again" in message
     assert (tmp_path / "out" / "status").read_text() == "failed\n"
+
+
+NCCL = "NCCL error in: ../csrc/ProcessGroupNCCL.cpp:3356, {}, NCCL version 2.27.3\n{}"
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        (NCCL.format("unhandled cuda error", "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda "
+                     "failure 2 'out of memory'"), "NCCL failed: Cuda failure 2 'out of memory' (NCCL_DEBUG=INFO says"),
+        (NCCL.format("remote process exited or there was a network error", "ncclRemoteError: A call failed"),
+         "another rank's connection closed"),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]", "another rank's connection closed"),
+    ],
+)  # fmt: skip
+def test_what_nccl_says_is_passed_on(said, message, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(rendezvous.LostRank, match=re.escape(message)) as caught:
+        with rendezvous.named_losses("runs/x", 600):
+            raise torch.distributed.DistBackendError(said) if "NCCL" in said else RuntimeError(said)
+    assert "\n" not in str(caught.value) and "start the same command again" in str(caught.value)
 
 
 def test_a_rank_that_never_comes_is_named(monkeypatch):

@@ -34,7 +34,7 @@ CASES = {  # world -> tolerance -> (method, or LAYER+METHOD, or frozen+METHOD; h
     },
     3: {1e-7: [("columns", FP64), ("galore", FP64), ("blocks", {**FP64, "micro_batches": 2})]},
 }
-STEPS = 6  # subspaces are refreshed in the first and the fifth
+STEPS = 5  # subspaces are refreshed in the first and the last
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_a_bad_number_on_one_rank_is_one_decision_and_weights_that_are_put_are_u
 
 
 def compiled():
-    """The largest difference to the same steps without torch.compile, and how many graphs there are."""
+    """The largest difference to the same steps without torch.compile, and the nodes of the largest graph."""
     backend, found = make_backend("fsdp2"), []
     graphs = []
 
@@ -201,7 +201,7 @@ def compiled():
         model, optimizer = make(AdamW, checkpointing=True)
         backend.prepare(model, optimizer, compiled=how)
         for t in range(2):
-            one_step(backend, [batch(t, backend.rank, 2)])
+            one_step(backend, [batch(t, 0, 1)])
         found.append(weights_of(model))
     backend.close()
     return distance(*found), max(len(graph.graph.nodes) for graph in graphs)
@@ -209,8 +209,8 @@ def compiled():
 
 @pytest.mark.slow
 def test_blocks_are_compiled_under_activation_checkpointing():
-    for apart, nodes in gang.ranks(2, compiled):
-        assert apart < 1e-6 and nodes > 30  # of a block
+    ((apart, nodes),) = gang.ranks(1, compiled)
+    assert apart < 1e-6 and nodes > 30  # of a block
 
 
 def test_one_process_is_told_to_use_torchrun():

@@ -1,11 +1,13 @@
 """Layer methods in a run: what they keep is saved and taken up, equal on all ranks, and said."""
 
+import contextlib
 import json
 import os
 
 import pytest
 import torch
 
+from tests.fake_cuda.counts import Counts, to_device
 from tests.tools import gang
 from tests.tools.runs import (
     LAYERWISE,
@@ -22,7 +24,8 @@ from tests.tools.runs import (
 )
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import CheckpointError, ConfigError
-from thriftlab.optim import LostLinear
+from thriftlab.optim import LAYERS, LostLinear, convert
+from thriftlab.optim.layers import lost
 from thriftlab.train import build, loop
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.config.schema import RunConfig, fingerprint
@@ -63,6 +66,45 @@ def test_stopped_and_resumed_is_unbroken_whatever_the_machine_would_choose(tiny_
         last = saved_buffers(tmp_path / out)
         assert last.keys() == kept.keys() and len(kept) == 14
         assert all(torch.equal(last[name], index) and index.dtype == torch.int64 for name, index in kept.items())
+
+
+@pytest.fixture
+def decompositions(monkeypatch):
+    """One entry for each SVD of a weight."""
+    seen, plain = [], lost.svd
+    monkeypatch.setattr(lost, "svd", lambda weight: seen.append(weight.shape) or plain(weight))
+    return seen
+
+
+@pytest.mark.parametrize("damage", [None, "model.safetensors"])
+def test_a_run_that_goes_on_decomposes_nothing(tiny_data, tmp_path, decompositions, damage):
+    """But where there is nothing to be taken up, it is as it was: the checkpoint before serves."""
+    config = tiny_config(tiny_data, tmp_path / "out", layer=LOST, **LONG)
+    stop_at(config, 8)
+    assert len(decompositions) == 14
+    decompositions.clear()
+    if damage:
+        (latest(tmp_path / "out" / "checkpoints").path / damage).write_bytes(b"no")
+    with pytest.warns(RuntimeWarning, match="is broken") if damage else contextlib.nullcontext():
+        entry = run(config)
+    assert entry["status"] == "done" and len(decompositions) == (14 if damage else 0)
+
+
+def filled_on_a_device(name, options):
+    with torch.device("meta"):
+        model = GPT(ModelConfig(preset=None, dim=16, layers=1, heads=2, hidden=24, vocab_size=17))
+        convert(model, LAYERS[name], [r"\.(attn|mlp)\."], **options)
+    to_device(model)
+    with Counts() as counts:
+        model.init_weights(0)
+    return counts.counted
+
+
+@pytest.mark.parametrize("name, options", [("lost", {"init_gain": "dense"}), ("cola", {"init": "svd"})])
+def test_first_weights_are_decomposed_where_the_layer_is(fake_cuda, name, options):
+    counted = fake_cuda(filled_on_a_device, name, {"rank": 4, **options})
+    assert counted.launches["_linalg_eigh"] == 7, "all layers, none on the CPU"
+    assert {place.partition(":")[0] for place in counted.reads if counted.reads[place]} <= {"optim/layers/factored.py"}
 
 
 @pytest.mark.slow

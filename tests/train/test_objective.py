@@ -14,6 +14,7 @@ from tests.tools.gradients import Gradients
 from thriftlab.data.loader import Batch
 from thriftlab.train import watch
 from thriftlab.train.backends import make_backend
+from thriftlab.train.feed import arrive
 from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.objective import Objective, StepObjective, Weighted
 from thriftlab.train.signals import SIGNALS
@@ -258,7 +259,7 @@ def test_the_shuffled_control_has_the_same_weights_in_other_rows():
     backend, objective, tokens = make_backend("single"), shuffled(), batch_of().tokens
     backend.prepare(model_of(), Gradients(model_of().parameters()))
     objective.at(0, PROGRESS)
-    of_step = objective.begin(backend, batch_of(), tokens[:, :-1], tokens[:, 1:])
+    of_step = objective.begin(backend, arrive(batch_of(), backend.device), tokens[:, :-1], tokens[:, 1:])
     orders = set()
     for step in range(3):
         objective.at(step, PROGRESS)
@@ -346,7 +347,7 @@ def test_uniform_is_bitwise_the_mean_loss():
 class Bare:
     """The mean loss and nothing else."""
 
-    waits = False
+    waits, idle = False, True
 
     def at(self, *_, **__):
         pass
@@ -361,7 +362,7 @@ class Bare:
         return token_loss.sum()
 
     def finish(self):
-        return self.loss, self.denominator, self.denominator, None
+        return self.loss, self.denominator, self.denominator, self.loss[None][:0], None
 
 
 # ------------------------------------------------------------------------------------------------------------- edges

@@ -161,8 +161,8 @@ USES = [("both", "both"), ("first", "first"), ("both", "first"), ("second", "fir
 
 
 def sometimes(backend, ranks):
-    """Weights after a step for each line of USES, by the gradients of some ranks; and what was sent before backward
-    had ended."""
+    """Weights after a step for each line of USES, by the gradients of some ranks; and the buckets that have left when
+    the backward of each micro-batch ends."""
     model = Sometimes()
     named = [{"params": [*model.parameters()], "names": [name for name, _ in model.named_parameters()]}]
     backend.prepare(model, AdamW(named, lr=0.1, weight_decay=0.5))
@@ -172,7 +172,7 @@ def sometimes(backend, ranks):
             model.uses = uses[rank]
             with backend.micro_batch(last=i == len(ranks) - 1):
                 backend.backward(backend.module(torch.arange(6.0).view(2, 3) - rank))
-                early.append(len(backend.sums.flying) if hasattr(backend, "sums") else None)
+                early.append(len(sums.flying) if (sums := getattr(backend, "sums", None)) else 0)
         backend.step(torch.tensor(0.5), 1.0)
     return {k: w.numpy() for k, w in weights_of(model).items()}, early
 
@@ -180,16 +180,17 @@ def sometimes(backend, ranks):
 def on_two_ranks():
     owned.BUCKET = 1  # each tensor travels alone
     backend = make_backend("owned")
-    result = sometimes(backend, [backend.rank])
+    weights, early = sometimes(backend, [backend.rank])
+    _, later = sometimes(backend, [backend.rank] * 2)
     backend.close()
-    return result
+    return weights, early[0], later[:2]
 
 
 def test_a_gradient_that_is_there_at_times_is_summed_or_none_as_with_one_process():
     expected, _ = sometimes(make_backend("single"), [0, 1])
-    for weights, early in gang.ranks(2, on_two_ranks):
+    for weights, early, later in gang.ranks(2, on_two_ranks):
         assert distance(weights, expected) == 0
-        assert early[0] == 4  # all of them
+        assert early == 4 and later == [0, 4]  # all of them during backward, of the last micro-batch
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong

@@ -364,7 +364,7 @@ def flat(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [{}, {"name": "deepspeed", "stage": 3}], ids=str)
+@pytest.mark.parametrize("backend", [{}, {"name": "fsdp2"}, {"name": "deepspeed", "stage": 3}], ids=str)
 def test_two_ranks_are_one(tiny_data, tmp_path, backend):
     sections = {**WATCHED, "budget": {"tokens": 4 * 8 * 32}, "checkpoint": {"every": 0}}
     run(tiny_config(tiny_data, tmp_path / "one", **sections))

@@ -13,7 +13,7 @@ import torch
 
 from thriftlab.data import files
 from thriftlab.train.loop import summary
-from thriftlab.train.records import record
+from thriftlab.train.records import machine, record
 from thriftlab.train.records.record import (
     MetricsWriter,
     Record,
@@ -265,6 +265,35 @@ def test_provenance_says_what_ran_and_not_whose_machine():
     assert found["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpus"}
 
 
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build  (dvs-builder)"
+CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC version: 12.3.0"
+
+
+def test_with_gpus_it_says_what_they_are_driven_by(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
+    for text, version in ((OPEN, "570.86.10"), (CLOSED, "535.129.03")):
+        machine.DRIVER.write_text(text)
+        found = provenance()["machine"]
+        said = {key: found[key] for key in ("gpus", "driver", "cuda", "nccl", "matmul")}
+        assert said == dict(gpus=["NVIDIA L4"], driver=version, cuda="12.6", nccl="2.27.3", matmul="fp32")
+    machine.DRIVER.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["machine"]["driver"] is None
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = provenance()["machine"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (found["driver"], found["matmul"]) == ("550.54.15", "tf32")
+
+
 # ------------------------------------------------------------------------------------------------- memory and speed
 
 
@@ -295,6 +324,21 @@ def test_the_peak_is_this_process_own():
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA RTX A1000", None),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA GH200 480GB", 989.5e12),
+        ("NVIDIA GH200 144G HBM3e", 989.5e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12),
+        ("NVIDIA GB300", 2500e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GeForce RTX 5090", 209.5e12),
+        ("NVIDIA GeForce RTX 5090 D", None),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
+        ("AMD Instinct MI355X", 2516.6e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("something new", None),
     ],

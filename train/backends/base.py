@@ -4,6 +4,9 @@ A backend is a rank (ranks.py) that holds weights, gradients and state (holdings
 that is called and the optimizer. The loop and the step do not know which one runs. Scaling and clipping are the
 project's own and the same everywhere: gradients arrive as sums over tokens, and `step` multiplies them once, by
 scale * min(1, max_norm / norm).
+
+Whether a step counts is decided on a GPU by the GPU: the host queues the update, and the optimizer leaves every bit as
+it was where `applied` is 0. A CPU, and an optimizer that is no `Method`, is asked before the update.
 """
 
 import warnings
@@ -54,7 +57,7 @@ class Backend(Holdings):
         loss.backward()
 
     @torch.no_grad()
-    def step(self, scale: Tensor, max_norm: float | None) -> tuple[float, bool]:
+    def step(self, scale: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
         """Scale the summed gradients, clip, update, clear.
 
         Args:
@@ -63,20 +66,26 @@ class Backend(Holdings):
 
         Returns:
             The norm before clipping, and whether the update was applied: a norm that is not finite leaves everything as
-            it was, on all ranks. `factor` is what gradients were multiplied by.
+            it was, on all ranks. Both are 0-dim tensors on the device. `factor` is what gradients were multiplied by.
         """
         if self.layerwise:
-            return self.layerwise.finish(scale), True
+            norm = self.layerwise.finish(scale)
+            return norm, norm.isfinite()
         grads = self.summed_gradients()
         norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
-        applied = bool(norm.isfinite())
-        if applied:
+        applied = norm.isfinite()
+        asked = self.asks_first()
+        if not asked or applied:
             if grads:
                 torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
-            self.update()
+            self.update(None if asked else applied.float())
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item(), applied
+        return norm, applied
+
+    def asks_first(self) -> bool:
+        """Whether the host waits to know if a step counts, before the update."""
+        return self.device.type == "cpu" or not isinstance(self.optimizer, Method)
 
     def summed_gradients(self) -> list[Tensor]:
         """What this rank has of the summed gradients, to be scaled in place."""
@@ -86,9 +95,14 @@ class Backend(Holdings):
         """The norm over all ranks; `grads` are what this rank has of the summed gradients."""
         return nn.utils.get_total_norm(grads)
 
-    def update(self) -> None:
-        """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses."""
-        self.optimizer.step()
+    def update(self, applied: Tensor | None = None) -> None:
+        """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses.
+        `applied`: 0-dim on the device, 1, or 0 where nothing is to change; None: 1."""
+        if applied is None:
+            self.optimizer.step()
+        else:
+            assert isinstance(self.optimizer, Method)
+            self.optimizer.step(applied=applied)
 
 
 def clip_factor(norm: Tensor, scale: Tensor, max_norm: float | None) -> Tensor:

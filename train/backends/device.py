@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +57,31 @@ def choose_own_device(asked: str, local_rank: int | None) -> torch.device:
             f"on it (torchrun --nproc_per_node {count}), or take backend.device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Those that a module draws from which computes on this device: the CPU's, and the device's own."""
+    if device.type == "cpu":
+        return [torch.default_generator]
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, *torch.cuda.default_generators[number : number + 1]]
+
+
+@contextmanager
+def same_draws_again(device: torch.device) -> Iterator[None]:
+    """What is drawn within will be drawn once more after it."""
+    held = [(generator, generator.get_state()) for generator in generators(device)]
+    try:
+        yield
+    finally:
+        for generator, state in held:
+            generator.set_state(state)
+
+
+def best_precision(device: torch.device) -> str:
+    """What `train.precision=auto` is on a device."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def why_no_gpu() -> str:

@@ -72,9 +72,9 @@ class FSDP2(Sharded):
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         return self.sharded.total_norm(grads)
 
-    def update(self) -> None:
+    def update(self, applied: Tensor | None = None) -> None:
         grads = self.flat_gradients()
-        self.sharded.update({name: flat(self.rows[name]) for name in grads}, grads)
+        self.sharded.update({name: flat(self.rows[name]) for name in grads}, grads, applied)
 
     def weights(self) -> Pieces:
         return self.placed({name: flat(self.rows[name]) for name in self.places})

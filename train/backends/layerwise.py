@@ -3,7 +3,7 @@
 So the gradients never exist together and their memory, as much as the weights take, is saved: all of it where a step is
 one micro-batch, for sums over several have to wait for the last.
 A step cannot be taken back: when the norm is known at last, most weights have moved already; so there is
-nothing to clip, and a norm that is not finite ends the run.
+nothing to clip, and a norm that is not finite ends the run, on a GPU one step later.
 """
 
 from collections.abc import Iterator
@@ -54,19 +54,21 @@ class Layerwise:
         self.optimizer.step_only([name], [p], self.optimizer.param_groups[index])
         p.grad = None
 
-    def finish(self, scale: Tensor) -> float:
-        """The norm of the scaled gradient. UserError if it is not finite, or `scale` is not."""
+    def finish(self, scale: Tensor) -> Tensor:
+        """The norm of the scaled gradient, a 0-dim tensor."""
         self.scale = scale
         with self.armed():
             for p, hook in self.hooks.items():
                 if p.grad is not None:  # the last micro-batch had no use for it
                     hook(p)
         norms = [self.norms.pop(p) for p in self.model.parameters() if p in self.norms]
-        norm = torch.linalg.vector_norm(torch.stack(norms)).to(scale) * scale
-        if not norm.isfinite():
+        return torch.linalg.vector_norm(torch.stack(norms)).to(scale) * scale
+
+    def check(self, finite: bool) -> None:
+        """UserError if the norm of a step was not finite."""
+        if not finite:
             raise UserError(
                 "loss or gradient was not finite, and train.layerwise=true has already moved weights by it; they are "
                 "not saved. Go on from the last checkpoint with train.layerwise=false train.max_skipped_steps=10, "
                 "which leaves such a step out, or start anew with a lower optim.lr"
             )
-        return norm.item()

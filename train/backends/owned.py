@@ -160,8 +160,8 @@ class Owned(Distributed, Backend):
         each = [norms.get(p, nothing).to(nothing) for p in self.parameters if p in self.has_gradient]
         return torch.linalg.vector_norm(self.sum(torch.stack(each)))
 
-    def update(self) -> None:
-        super().update()
+    def update(self, applied: Tensor | None = None) -> None:
+        super().update(applied)
         Travel(
             self.present(self.has_gradient),
             pack=lambda p: p.detach() if p in self.mine else torch.empty_like(p),

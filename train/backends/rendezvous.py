@@ -94,6 +94,8 @@ def is_collective(error: RuntimeError) -> bool:
 
 
 def why(said: str, timeout: float) -> str:
+    if "NCCL" in said and not re.search("time(d )?out|ncclRemoteError", said, re.IGNORECASE):
+        return f"NCCL failed: {said.strip().splitlines()[-1]} (NCCL_DEBUG=INFO says more)"
     if not re.search("time(d )?out", said, re.IGNORECASE):
         return "another rank's connection closed: it crashed or was killed; its own message, or torchrun's, says why"
     silent = roll_call(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

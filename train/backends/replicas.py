@@ -27,6 +27,19 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
 
 
+@torch.no_grad()
+def take_up(model: nn.Module, weights: TensorReader, saved: TensorReader) -> None:
+    """Parameters and buffers of a checkpoint, of a model that is whole on this rank. CheckpointError for another's."""
+    for name, p in model.named_parameters():
+        if weights.shapes.get(name) != tuple(p.shape):
+            raise CheckpointError(
+                f"parameter {name!r} is {tuple(p.shape)} in the model and {weights.shapes.get(name) or 'not there'} in "
+                "the checkpoint; use the configuration that wrote it"
+            )
+        p.copy_(weights[name])
+    take_up_buffers(model, saved)
+
+
 def take_up_buffers(model: nn.Module, saved: TensorReader) -> None:
     """Overwrites them with those of a checkpoint. CheckpointError unless it has just these."""
     own = {name: tuple(tensor.shape) for name, tensor in buffers(model).items()}

@@ -50,7 +50,7 @@ def latest(folder: Path, channel: Channel = ALONE) -> Checkpoint | None:
             for name, why in broken if channel.rank == 0 else []:
                 message = f"the checkpoint {name} is broken ({why}); going on from the one before it, {path}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
-            return _open(path)
+            return opened(path)
         broken.append((path, wrong))
     if broken:
         found = "; ".join(f"{path.name}: {why}" for path, why in broken)
@@ -65,7 +65,7 @@ def load(path: Path) -> Checkpoint:
     """The checkpoint at `path`, verified. Raises CheckpointError if anything in it has changed."""
     if wrong := fault(Path(path)):
         raise CheckpointError(f"the checkpoint {path} is broken ({wrong}); use another one, or restore it from a copy")
-    return _open(Path(path))
+    return opened(Path(path))
 
 
 def fault(path: Path, channel: Channel = ALONE) -> str | None:
@@ -108,7 +108,7 @@ def _state_fault(path: Path, files: Collection[str]) -> str | None:
     if type(step) is not int or path.name != f"step-{step:08d}":
         return f"it holds step {step}: was it renamed?"
     if format != FORMAT:
-        return None  # `_open` says what can be done
+        return None  # `opened` says what can be done
     if not isinstance(state.get("meta"), dict):
         return "state.json has no meta"
     return index_fault(state.get("index"), files)
@@ -131,7 +131,8 @@ def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
         return f"cannot be read: {error}"
 
 
-def _open(path: Path) -> Checkpoint:
+def opened(path: Path) -> Checkpoint:
+    """A checkpoint, not verified."""
     state = from_json((path / "state.json").read_bytes())
     if state.get("format") != FORMAT:
         raise CheckpointError(

@@ -11,6 +11,7 @@ leaves the one before it untouched. Nothing is ever pickled.
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -26,6 +27,7 @@ from thriftlab.train.backends.pieces import Piece, Pieces, whole
 from thriftlab.train.checkpoints.codec import to_json
 from thriftlab.train.checkpoints.index import FORMAT, Index, file_name, merge
 from thriftlab.train.checkpoints.reader import fault, steps_in
+from thriftlab.train.late import landing_place, mark
 
 Named = dict[str, Tensor] | Pieces
 
@@ -36,8 +38,8 @@ class Writer:
     Args:
         folder: Where the `step-*` folders go, seen by all ranks; made if missing. What dead writers left is removed.
         keep: How many checkpoints stay, at least 1.
-        background: Copy the tensors at once and write them in a thread. A failure surfaces at the next `save` or
-            `wait` as CheckpointError, on every rank; the checkpoint before it stays.
+        background: Copy the tensors at once and write them in a thread, which waits for what a GPU copies. A failure
+            surfaces at the next `save` or `wait` as CheckpointError, on every rank; the checkpoint before it stays.
         channel: How the ranks that write together talk, and nobody else in it.
     """
 
@@ -63,10 +65,11 @@ class Writer:
         """
         self.wait()
         copies = {group: _snapshot(named) for group, named in tensors.items()}
+        copied = mark()
         to_json(meta)  # what cannot be written is refused here and not in the thread
         if not self.background:
-            return self._write(step, copies, meta)
-        self.thread = Thread(target=self._write_noting_failure, args=(step, copies, meta), name="checkpoint")
+            return self._write(step, copies, meta, copied)
+        self.thread = Thread(target=self._write_noting_failure, args=(step, copies, meta, copied), name="checkpoint")
         self.thread.start()
 
     def wait(self) -> None:
@@ -83,8 +86,9 @@ class Writer:
         except BaseException as error:
             self.failure = error
 
-    def _write(self, step: int, groups: dict[str, Pieces], meta: dict[str, Any]) -> None:
-        """The first rank opens the folder, all fill it, the first one closes it."""
+    def _write(self, step: int, groups: dict[str, Pieces], meta: dict[str, Any], copied: Callable[[], None]) -> None:
+        """When all is copied the first rank opens the folder, all fill it, the first one closes it."""
+        copied()
         target, temporary = self.folder / f"step-{step:08d}", None
         try:
             temporary = self.channel.first(lambda: _begin(target))
@@ -104,14 +108,21 @@ class Writer:
 
 
 def _snapshot(named: Named) -> Pieces:
-    """Copies on the CPU, with no memory in common."""
+    """Copies on the CPU, with no memory in common; those from a GPU are under way, see `mark`."""
     first: dict[tuple, str] = {}
     pieces = {name: value if isinstance(value, Piece) else whole(value) for name, value in named.items()}
     for name, (_, _, tensor) in pieces.items():
         place = (tensor.device, tensor.data_ptr())
         if tensor.numel() and first.setdefault(place, name) != name:
             raise CheckpointError(f"{first[place]!r} and {name!r} share memory (tied weights?): save one of them, once")
-    return {name: piece._replace(tensor=piece.tensor.to("cpu", copy=True)) for name, piece in pieces.items()}
+    return {name: piece._replace(tensor=_copy(piece.tensor)) for name, piece in pieces.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """From a GPU to pinned memory, which it writes while it goes on; what changes the tensor later waits for that."""
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    return landing_place(tensor).copy_(tensor, non_blocking=True)
 
 
 def _begin(target: Path) -> Path | None:

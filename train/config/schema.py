@@ -118,10 +118,19 @@ class TrainConfig(Section):
 
     batch_size: Count = Field(32, description="windows of one optimizer step, over all ranks")
     micro_batch_size: Speed[Count | None] = Field(
-        None, description="windows of one forward on one rank; null: what suits the device"
+        None,
+        description="windows of one forward on one rank; null: what a CPU's cache or the memory of a GPU holds, there "
+        "chosen at the first start",
     )
     clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null: no clipping")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: autocast of the matrix products; auto: bf16 on a GPU that has it, fp32 on a CPU"
+    )
+    matmul: Literal["fp32", "tf32"] = Field(
+        "fp32",
+        description="products of fp32 matrices in the model, on a GPU; tf32 is faster and keeps 10 bits of a factor. "
+        "The optimizer's stay fp32",
+    )
     dropout: float = Field(
         0.0, ge=0, le=0.99, description="share of the outputs of embedding, attention and MLP that a step sets to zero"
     )
@@ -144,7 +153,7 @@ class TrainConfig(Section):
 
     @model_serializer(mode="wrap")
     def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_off(self, dump, "dropout")
+        return without_off(self, dump, "dropout", "matmul")
 
     @model_validator(mode="after")
     def layerwise_alone(self) -> "TrainConfig":
@@ -270,6 +279,15 @@ def method_name(config: RunConfig) -> str:
     return "+".join(names) or chosen["optim"]
 
 
+def settled(config: RunConfig, precision: str) -> RunConfig:
+    """With `precision`, that of the device, where it was left to the device. Only then is a fingerprint that of what is
+    computed; until then it is of a run on a CPU."""
+    if config.train.precision != "auto":
+        return config
+    train = config.train.model_copy(update={"precision": precision})
+    return config.model_copy(update={"train": train})
+
+
 def marked(model: type[BaseModel], mark: str, prefix: str = "") -> Iterator[str]:
     """The dotted keys of the fields and sections that are declared as `mark`."""
     for name, field in model.model_fields.items():
@@ -284,7 +302,8 @@ PLUMBING, SPEED = tuple(marked(RunConfig, "plumbing")), tuple(marked(RunConfig, 
 
 def counted(config: RunConfig) -> dict[str, Any]:
     """The values that determine the result of a run, or its speed where that counts."""
-    tree = config.model_dump(mode="json") | {"model": config.model.sizes()}  # the sizes, whatever the preset is called
+    tree = settled(config, "fp32").model_dump(mode="json")
+    tree["model"] = config.model.sizes()  # whatever the preset is called
     for key in PLUMBING if config.budget.seconds else PLUMBING + SPEED:
         *sections, leaf = key.split(".")
         del functools.reduce(dict.__getitem__, sections, tree)[leaf]

@@ -9,13 +9,10 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
-
-import torch
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import (
@@ -29,6 +26,7 @@ from thriftlab.data.files import (
     write_json,
     writing,
 )
+from thriftlab.train.records.machine import machine
 
 __all__ = [
     "MetricsWriter", "Record", "RecordError", "provenance", "read_metrics", "read_record", "write_json", "write_record",
@@ -164,13 +162,15 @@ class Memory:
     buffer_bytes: int
     state_bytes: int
     predicted_state_bytes: int
-    peak_bytes: int
+    peak_bytes: int  # of a CPU that of the process, of a GPU the highest phase's, the witness left out
+    phases: dict[str, int] | None = None  # on a GPU the peak of each phase, see memory.py
 
 
 @dataclass(frozen=True)
 class Throughput:
     tokens_per_second: float | None  # of all ranks; None where no step was timed
     mfu: float | None  # None where the device's peak is not known
+    micro_batch_size: int | None = None  # windows of one forward on one rank
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,10 @@ class Record:
                 del tree[key]
         if self.data.sources is None:  # in records that are older than it
             del tree["data"]["sources"]
+        if self.memory and self.memory.phases is None:  # likewise, and of a CPU
+            del tree["memory"]["phases"]
+        if self.speed and self.speed.micro_batch_size is None:  # likewise
+            del tree["speed"]["micro_batch_size"]
         return tree
 
     @classmethod
@@ -273,7 +277,7 @@ def provenance(out: Path | None = None) -> dict[str, Any]:
         "commit": commit,
         "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "machine": _machine(),
+        "machine": machine(),
     }
 
 
@@ -309,21 +313,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _machine() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "system": platform.platform(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": gpus,
-    }
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return model[1].strip() if model else platform.processor() or platform.machine()

@@ -18,23 +18,37 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# Dense bf16 matrix peaks in FLOP/s, from the makers' data sheets (where NVIDIA prints only the number with sparsity,
-# half of it). The first pattern that the device's name matches counts.
+# Dense bf16 matrix peaks in FLOP/s, of products that are summed in fp32, with where they are printed: "sparse" is twice
+# that. Names are torch's; the first pattern that one matches counts.
 PEAKS = (
     (r"MIG", None),  # a slice of a GPU
-    (r"\bB200\b", 2250e12),
-    (r"\bH200 NVL\b", 835.5e12),
-    (r"\bH200\b", 989.5e12),
-    (r"\bH100 PCIe\b", 756.5e12),
-    (r"\bH100 NVL\b", 835.5e12),
-    (r"\bH100\b", 989.5e12),
-    (r"\bA[18]00\b", 312e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bL4\b", 121e12),
-    (r"\bA10\b", 125e12),
-    (r"\bRTX A6000\b", 154.8e12),
-    (r"\bRTX 4090$", 165.2e12),
-    (r"\bRTX 3090$", 71e12),
+    (r"\bGB300\b", 2500e12),  # data sheet GB300 NVL72: 360 PFLOP/s sparse of 72
+    (r"\bGB200\b", 2500e12),  # data sheet GB200 NVL72: 360 PFLOP/s sparse of 72
+    (r"\bB300\b", 2250e12),  # data sheet HGX B300: 36 PFLOP/s sparse of 8
+    (r"\bB200\b", 2250e12),  # data sheet HGX B200: 36 PFLOP/s sparse of 8
+    (r"\bGH200\b", 989.5e12),  # data sheet GH200: 1,979 sparse
+    (r"\bH200 NVL\b", 835.5e12),  # data sheet H200: 1,671 sparse
+    (r"\bH200\b", 989.5e12),  # data sheet H200: 1,979 sparse
+    (r"\bH100 PCIe\b", 756.5e12),  # data sheet H100: 1,513 sparse
+    (r"\bH100 NVL\b", 835.5e12),  # data sheet H100: 1,671 sparse
+    (r"\bH100\b", 989.5e12),  # data sheet H100: 1,979 sparse
+    (r"\bH20\b", 148e12),  # data sheet H20: 148
+    (r"\bA[18]00\b", 312e12),  # data sheet A100: 312
+    (r"\bA30\b", 165e12),  # data sheet A30: 165
+    (r"\bL40S\b", 362e12),  # data sheet L40S: 362.05
+    (r"\bL40\b", 181e12),  # data sheet L40: 181.05
+    (r"\bL4\b", 121e12),  # data sheet L4: 242 sparse
+    (r"\bA40\b", 149.7e12),  # data sheet A40: 149.7
+    (r"\bA10G\b", 70e12),  # data sheet A10G: 70
+    (r"\bA10\b", 125e12),  # data sheet A10: 125
+    (r"\bRTX 6000 Ada\b", 364.2e12),  # white paper of the Ada GPUs for workstations: 728.5 sparse
+    (r"\bRTX A6000\b", 154.8e12),  # data sheet RTX A6000: 309.7 sparse
+    (r"\bRTX 5090$", 209.5e12),  # white paper RTX Blackwell: 419 sparse
+    (r"\bRTX 5080$", 112.6e12),  # white paper RTX Blackwell: 225.1 sparse
+    (r"\bRTX 4090$", 165.2e12),  # white paper Ada: 330.3 sparse
+    (r"\bRTX 3090$", 71e12),  # white paper GA102: 142 sparse
+    (r"\bMI355X\b", 2516.6e12),  # AMD's data sheets, as all that follow
+    (r"\bMI350X\b", 2306.9e12),
     (r"\bMI325X\b", 1307.4e12),
     (r"\bMI300X\b", 1307.4e12),
     (r"\bMI250X\b", 383e12),

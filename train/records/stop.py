@@ -1,13 +1,16 @@
 """How a run is asked to stop, and the word it leaves for those who wait for it.
 
-A signal, or a file OUT/STOP, asks; the loop answers at the end of a step. OUT/status is one word: running, preempted,
-done or failed. A process that was killed leaves "running"; only who watched it knows that it is gone.
+A signal, or a file OUT/STOP, asks; the loop answers at the end of a step, on several GPUs of a later one. OUT/status is
+one word: running, preempted, done or failed. A process that was killed leaves "running"; only who watched it knows that
+it is gone.
 """
 
+import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from typing import Any
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.train.backends.environment import read_environment
+
+POLL_SECONDS = 1.0
 
 
 class Interrupted(UserError):
@@ -33,6 +38,20 @@ class Interrupted(UserError):
 def stop_file(out: Path) -> bool:
     """A file OUT/STOP asks the run to stop, from anywhere, and keeps it from going on."""
     return Path(out, "STOP").exists()
+
+
+def stop_file_lately(out: Path) -> Callable[[], bool]:
+    """The same, looked for once in POLL_SECONDS: on a parallel file system a look may take longer than a step."""
+    next_look = -math.inf
+
+    def look() -> bool:
+        nonlocal next_look
+        if time.monotonic() < next_look:
+            return False
+        next_look = time.monotonic() + POLL_SECONDS
+        return stop_file(out)
+
+    return look
 
 
 @contextmanager

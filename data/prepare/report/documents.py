@@ -9,21 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as arrow
 import pyarrow.parquet as parquet
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.manifest import Manifest, file_sha256, read_manifest
 from thriftlab.data.shards import Dataset, open_dataset
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as arrow
 
 FUNNEL = "documents/funnel.json"
 SCORES = ("score", "trigram", "model", "pool")
@@ -66,7 +65,12 @@ class Documents:
         return [self.folder / name for name in sorted(self.manifest["made"]["documents"]) if name.endswith(".parquet")]
 
     @cached_property
-    def ledger(self) -> arrow.Dataset:
+    def ledger(self) -> "arrow.Dataset":
+        import pyarrow.dataset as arrow  # brings pandas, which no worker of a preparation needs
+        from fsspec.implementations.dirfs import DirFileSystem
+        from fsspec.implementations.local import LocalFileSystem
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
         # Not Arrow's own file system, which takes no names that are not UTF-8: those below the folder are.
         below = PyFileSystem(FSSpecHandler(DirFileSystem(str(self.folder), LocalFileSystem())))
         names = [file.relative_to(self.folder).as_posix() for file in self.files]

@@ -91,13 +91,13 @@ class DeepSpeed(Sharded):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, scale: Tensor, max_norm: float | None) -> tuple[float, bool]:
+    def step(self, scale: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
         sharded = self.sharded
         sharded.scale, sharded.max_norm = scale * self.averaged, max_norm
-        sharded.norm, sharded.applied = float("nan"), False  # what they stay if DeepSpeed skips a step by itself
+        sharded.norm = torch.full_like(scale, torch.nan)  # what it stays if DeepSpeed skips a step by itself
         self.engine.step()
         self.factor = sharded.factor / self.averaged  # as `gradients` shows them
-        return sharded.norm, sharded.applied
+        return sharded.norm, sharded.norm.isfinite()
 
     @property
     def averaged(self) -> int:

@@ -26,8 +26,8 @@ class ShardedMethod(Sharding, torch.optim.Optimizer):
     """A method for `deepspeed.initialize(model=model, optimizer=ShardedMethod(method, model), ...)`.
 
     Afterwards call `attach(engine)`, then train as usual. `scale` multiplies the gradients as they come from the
-    engine, `max_norm` bounds their norm after that; of the last step `norm` is the norm before clipping, and `applied`
-    whether it was finite and the step was taken.
+    engine, `max_norm` bounds their norm after that; of the last step `norm` is the norm before clipping, a tensor: only
+    if it is finite the step was taken.
     """
 
     def __init__(self, method: Method, model: nn.Module, chunk: int = CHUNK):
@@ -47,7 +47,7 @@ class ShardedMethod(Sharding, torch.optim.Optimizer):
         self.layout: Layout | None = None  # stage 0: every rank holds all
         self.scale: Tensor | float = 1.0
         self.max_norm: float | None = None
-        self.norm, self.applied, self.factor = float("nan"), False, torch.tensor(float("nan"))
+        self.norm = self.factor = torch.tensor(torch.nan)
 
     # ------------------------------------------------------------------------------------------------------ planning
 
@@ -83,11 +83,11 @@ class ShardedMethod(Sharding, torch.optim.Optimizer):
         total = self.total_norm(list(grads.values()))
         scale = torch.as_tensor(self.scale, dtype=torch.float64, device=total.device)
         norm = total.to(scale) * scale
-        self.norm, self.applied = norm.item(), bool(norm.isfinite())
-        self.factor = clip_factor(norm, scale, self.max_norm)
-        if self.applied:
+        self.norm, self.factor = norm, clip_factor(norm, scale, self.max_norm)
+        applied, asked = norm.isfinite(), not norm.is_cuda
+        if not asked or applied:
             torch._foreach_mul_(list(grads.values()), self.factor.float())
-            self.update(weights, grads)
+            self.update(weights, grads, None if asked else applied.float())
 
     def held(self) -> tuple[Flat, Flat]:
         """Weights and gradients."""

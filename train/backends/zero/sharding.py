@@ -32,6 +32,7 @@ class Sharding:
         self.method, self.stand_ins, self.chunk = method, stand_ins, chunk
         self.shapes = {name: tuple(tensor.shape) for name, tensor in stand_ins.items()}
         self.fragments: dict[str, Fragment] | None = None  # what this rank holds; None: all, as every rank does
+        self.begun = False  # whether there has been a step, and so is a state
 
     def assign_owners(self, held: list[list[Fragment]], like: Tensor) -> None:
         """Agree, without a word, on who owns what is cut.
@@ -94,16 +95,23 @@ class Sharding:
         dist.all_reduce(square)
         return square.sqrt()
 
-    def update(self, weights: Flat, grads: Flat) -> None:
-        """The method's own step of everything that this rank holds or owns."""
+    def update(self, weights: Flat, grads: Flat, applied: Tensor | None = None) -> None:
+        """The method's own step of everything that this rank holds or owns. `applied` as in `Method.step`: it is read
+        by all ranks or by none, in a first step and where the method cannot do without."""
+        if applied is not None and not (self.begun and self.method.takes_applied):
+            if not applied:
+                return
+            applied = None
+        self.begun = True
+        groups = [group if applied is None else {**group, "applied": applied} for group in self.method.param_groups]
         _, owner, chunks = ({}, {}, []) if self.fragments is None else self.exchange.ownership
-        for group in self.method.param_groups:
+        for group in groups:
             here = [name for name in group["names"] if name in weights and name not in owner]
             cut = [name for name in here if self.fragment(name)]
             self.update_cut(group, cut, weights, grads)
             self.update_whole(group, [name for name in here if name not in cut], weights, grads)
         for names in chunks:
-            self.update_chunk(names, weights, grads)
+            self.update_chunk(groups, names, weights, grads)
 
     def update_cut(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat) -> None:
         """Steps pieces where they lie."""
@@ -122,11 +130,11 @@ class Sharding:
             self.run(group, [name], {name: copy}, {name: grads[name].clone()})
             weights[name].copy_(copy)
 
-    def update_chunk(self, names: list[str], weights: Flat, grads: Flat) -> None:
+    def update_chunk(self, groups: list[ParamGroup], names: list[str], weights: Flat, grads: Flat) -> None:
         """Makes some cut tensors whole at their owners, steps them there and takes the pieces back."""
         pieces = {name: (grads[name], weights[name]) for name in names if name in weights}
         whole_grads, whole_weights = self.exchange.to_owners(names, pieces, self.like)
-        for group in self.method.param_groups:
+        for group in groups:
             self.run(group, [name for name in group["names"] if name in whole_weights], whole_weights, whole_grads)
         self.exchange.to_holders(names, whole_weights, {name: weights[name] for name in pieces}, self.like)
 

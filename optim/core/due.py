@@ -1,0 +1,93 @@
+"""When a refresh is due, and how often the host asks the device for it: not at all in a plain step, once in another."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from thriftlab.optim.state.counters import Age, bound, capturing, count_on, counts_on_host, know, read
+from thriftlab.optim.state.keys import State, keyed_seed
+
+
+def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
+    """The number of the refresh that is due at this step, or None.
+
+    With `stagger` all matrices refresh at step 0, then each at an offset of its own within the gap.
+    """
+    if step == 0:
+        return 0
+    early = keyed_seed(group["seed"], name, 0) % group["gap"] if group.get("stagger") else 0
+    count, since = divmod(step + early, group["gap"])
+    return count if since == 0 else None
+
+
+def may_be_due(name: str, state: State, group: dict[str, Any]) -> bool:
+    """Whether a refresh is due, as far as the host knows without waiting."""
+    known = bound(state["step"]) if "step" in state else None
+    return known is None or due_refresh(name, known.most, group) is not None
+
+
+def ask(names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]) -> dict[str, Any] | None:
+    """The group of a step with `applied`: as it is if no refresh can be due. Otherwise the device is read, and the
+    group says that it was "asked"; None if the step is refused."""
+    if capturing() or not any(map(may_be_due, names, states, [group] * len(names))):
+        return group
+    counters = [state["step"] for state in states]
+    told = read([*counters, group["applied"].to(weights[0].device)])
+    if told is not None:
+        for counter, count in zip(counters, told, strict=False):
+            know(counter, count)
+        if not told[-1]:
+            return None
+    return {**group, "asked": True}
+
+
+def due_refreshes(
+    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
+) -> list[int | None]:
+    """The numbers of the refreshes that are due, of each matrix; of a step that is applied, as `ask` has found out."""
+    counters = [state["step"] for state in states]
+    if not counters or (group.get("applied") is not None and "asked" not in group):  # nothing can be due
+        return [None] * len(names)
+    if counts_on_host(weights[0], group):
+        counts = [int(counter) for counter in counters]
+    else:
+        bounds = [bound(counter) for counter in counters]
+        if not capturing() and not all(known and known.exact for known in bounds):
+            for counter, count in zip(counters, read(counters) or [], strict=False):
+                know(counter, count)
+            bounds = [bound(counter) or known for counter, known in zip(counters, bounds, strict=True)]
+        counts = [known.most if known else -1 for known in bounds]
+    return [due_refresh(name, count, group) if count >= 0 else None for name, count in zip(names, counts, strict=True)]
+
+
+def kept_of(states: list[State]) -> list[Tensor]:
+    """What a plain step writes of some states, counters apart."""
+    return [
+        value
+        for state in states
+        for key, value in state.items()
+        if (value.ndim and not key.startswith(("basis.", "whole."))) or key in ("limiter", "diagnostic.limiter")
+    ]
+
+
+def are_finite(grads: list[Tensor]) -> list[bool]:
+    """Whether each gradient is, by one read of the device; one without data (meta, fake) is."""
+    if not grads or any(grad.is_meta for grad in grads):
+        return [True] * len(grads)
+    try:
+        return torch.stack([grad.isfinite().all() for grad in grads]).cpu().tolist()
+    except DataDependentOutputException:
+        return [True] * len(grads)
+
+
+def next_age(weights: list[Tensor], states: list[State], group: dict[str, Any]) -> Age:
+    """Counts the step of some matrices; how many it has been since their moments were zero."""
+    if counts_on_host(weights[0], group):
+        [state] = states
+        state["step"] += 1
+        return int(state["step"]) - int(state["start"])
+    steps, starts = ([state[key] for state in states] for key in ("step", "start"))
+    count_on(steps, group.get("applied"))
+    return (torch.stack(steps) - torch.stack(starts)).double()

@@ -1,0 +1,97 @@
+"""Counters of steps: read as numbers on a CPU; on a device added to, and read only where a refresh may be due.
+
+What follows from a counter is computed where it lies. The host keeps the most that a counter of a device can be: a step
+adds one, and one that is refused (`applied`, a 0-dim tensor on the device, is 0) adds nothing. So nothing is due before
+this bound is. A counter that a CUDA graph counts on is unknown to the host from then on.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from thriftlab.optim.state.keys import State
+
+Age = int | Tensor  # steps since the moments were zero: of one matrix, or of several, float64 [matrices]
+
+
+class Bound(NamedTuple):
+    """What the host knows of a counter on a device."""
+
+    version: int  # of the tensor, which says whether somebody else has written it
+    most: int
+    exact: bool
+
+
+BOUNDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by counter; None: a CUDA graph counts it on
+
+
+def counts_on_host(weight: Tensor, group: dict[str, Any]) -> bool:
+    return weight.device.type in ("cpu", "meta") and group.get("applied") is None
+
+
+def begin_counting(names: tuple[str, ...], weight: Tensor, state: State, group: dict[str, Any]) -> None:
+    """Gives a state the counters that it lacks, and takes those that it has to where they are counted."""
+    for name in names:
+        if counts_on_host(weight, group):
+            state.setdefault(name, torch.tensor(0, device="cpu"))
+        elif name not in state:
+            state[name] = torch.zeros((), dtype=torch.int64, device=weight.device)
+            know(state[name], 0)
+        elif state[name].device != weight.device:
+            count = int(state[name])
+            state[name] = state[name].to(weight.device)
+            know(state[name], count)
+
+
+def count_on(counters: list[Tensor], applied: Tensor | None) -> None:
+    """One step more, if it is applied; for counters on a device."""
+    bounds = [bound(counter) for counter in counters]
+    if counters:
+        count_together(counters, applied)
+    for counter, known in zip(counters, bounds, strict=True):
+        if capturing():
+            BOUNDS[counter] = None
+        elif known:
+            know(counter, known.most + 1, known.exact and applied is None)
+
+
+def count_together(counters: list[Tensor], applied: Tensor | None) -> None:
+    """The same of any counters of one dtype on a device."""
+    if applied is None:
+        torch._foreach_add_(counters, 1)
+    else:
+        torch._foreach_add_(counters, [applied.to(counters[0].dtype)] * len(counters))
+
+
+@torch.compiler.disable
+def bound(counter: Tensor) -> Bound | None:
+    known = BOUNDS.get(counter)
+    return known if known and known.version == counter._version else None
+
+
+@torch.compiler.disable
+def know(counter: Tensor, most: int, exact: bool = True) -> None:
+    if BOUNDS.get(counter, True):
+        BOUNDS[counter] = Bound(counter._version, most, exact)
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def most(counter: Tensor) -> int:
+    """The count, or the most that it can be; the device is read if nothing is known."""
+    known = None if counter.device.type == "cpu" and counter not in BOUNDS else bound(counter)
+    return known.most if known else int(counter)
+
+
+def read(tensors: list[Tensor]) -> list[int] | None:
+    """The integers in 0-dim tensors, by one read of the device; None of fake ones."""
+    try:
+        return torch.stack([tensor.long() for tensor in tensors]).cpu().tolist()
+    except DataDependentOutputException:
+        return None

@@ -1,0 +1,70 @@
+"""Lists of tensors: how many are stepped together, and writes that a refused step does not make.
+
+On a CPU tensors are stepped one by one, as caches are small. On a device a launch costs what a million entries do, so
+many are stepped together by torch's foreach operations, each of which is a function of its own tensor alone. Products
+are not batched: their bits would depend on the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOGETHER = 2**27  # entries that are stepped together on a device; a temporary of them in fp32 takes 512 MiB
+
+
+def batches(weights: Sequence[Tensor], most: int = TOGETHER) -> Iterator[slice]:
+    """Tensors that are stepped together: one on a CPU, elsewhere as many as have `most` entries."""
+    start, entries = 0, 0
+    for i, weight in enumerate(weights):
+        if i > start and (weight.device.type in ("cpu", "meta") or entries + weight.numel() > most):
+            yield slice(start, i)
+            start, entries = i, 0
+        entries += weight.numel()
+    if weights:
+        yield slice(start, len(weights))
+
+
+def each(value: Any, count: int) -> list[Any]:
+    """A number for each of `count` tensors, of one for all or a tensor [count]."""
+    return list(value.unbind()) if isinstance(value, Tensor) and value.ndim else [value] * count
+
+
+def pick(value: Any, places: list[int]) -> Any:
+    """Some of the numbers of a tensor; of one for all, that."""
+    return torch.stack([value[i] for i in places]) if isinstance(value, Tensor) and value.ndim else value
+
+
+@contextmanager
+def kept_unless(applied: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
+    """What is written to the tensors within it counts if `applied` is None or 1; if it is 0 they keep every bit."""
+    if applied is None or not tensors:
+        yield
+        return
+    scalars = [tensor for tensor in tensors if not tensor.ndim]
+    others = [tensor for tensor in tensors if tensor.ndim]
+    before = [torch.empty_like(tensor) for tensor in others]
+    for same in by_dtype(others, range(len(others))):
+        torch._foreach_copy_([before[i] for i in same], [others[i] for i in same])
+    numbers = torch.stack(scalars) if scalars else None  # [scalars]
+    yield
+    yes = applied.bool()
+    for tensor, old in zip(others, before, strict=True):
+        torch.where(yes, tensor, old, out=tensor)
+    if numbers is not None:
+        torch._foreach_copy_(scalars, list(torch.where(yes, torch.stack(scalars), numbers).unbind()))
+
+
+def by_dtype(tensors: list[Tensor], places: Sequence[int]) -> list[list[int]]:
+    """Places in a list, those of tensors of one dtype together."""
+    found: dict[torch.dtype, list[int]] = {}
+    for i in places:
+        found.setdefault(tensors[i].dtype, []).append(i)
+    return list(found.values())
+
+
+def refused(applied: Tensor) -> Tensor:
+    """The `found_inf` of torch's fused kernels: they write nothing where it is 1."""
+    return 1 - applied.float()

@@ -1,0 +1,67 @@
+"""What Python asks of CUDA and a CPU-only torch refuses: pinned memory, streams and events that have nothing to do."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+pinned: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors whose copy to the device need not wait
+waits: list[None] = []  # one for each time that the host waited for a stream or an event
+captures: list[None] = []  # not empty: what is launched would go into a CUDA graph
+
+
+class Stream:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    wait_event = wait_stream
+
+    def record_event(self, event=None):
+        return event or Event()
+
+    def synchronize(self) -> None:
+        waits.append(None)
+
+    def query(self) -> bool:
+        return True
+
+
+class Event(Stream):
+    def record(self, stream=None) -> None:
+        pass
+
+    wait = record
+
+    def elapsed_time(self, end) -> float:
+        return 0.0
+
+
+def pin(tensor: Tensor, device=None) -> Tensor:
+    copy = tensor.clone()
+    pinned[copy] = True
+    return copy
+
+
+def is_pinned(tensor: Tensor, device=None) -> bool:
+    return tensor in pinned
+
+
+def install() -> None:
+    """Only in a process that has nothing else to do."""
+    cuda, current = torch.cuda, Stream()
+    cuda.is_available = lambda: True
+    cuda.is_bf16_supported = lambda including_emulation=True: True
+    cuda.current_device = lambda: 0  # type: ignore[assignment]
+    cuda.device_count = lambda: 1
+    cuda.is_current_stream_capturing = lambda: bool(captures)
+    cuda.Stream, cuda.Event = Stream, Event  # type: ignore[assignment, misc]
+    cuda.current_stream = cuda.default_stream = lambda device=None: current  # type: ignore[assignment]
+    cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    cuda.synchronize = lambda device=None: current.synchronize()
+    Tensor.pin_memory, Tensor.is_pinned = pin, is_pinned  # type: ignore[method-assign, assignment]
+    Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU first

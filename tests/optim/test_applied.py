@@ -1,0 +1,169 @@
+"""`applied`, a number on the device that says whether a step counts: 0 leaves every bit, 1 is the step as it is."""
+
+import pytest
+import torch
+
+from tests.tools.methods import GAP, MAKERS, every_method, gradient, parameters, same, through_a_file
+from thriftlab.optim import Frugal, GaLore, Method
+from thriftlab.optim.core import method as core
+
+BAD = {2, GAP, GAP + 1, 2 * GAP - 1, 2 * GAP}  # steps with NaN gradients: plain ones, and those where a refresh is due
+STEPS = range(3 * GAP + 2)
+DTYPES = {"fp32": {}, "bf16": {"state_dtype": "bf16"}, "8bit": {"state_dtype": "8bit"}}
+
+
+def made(make, **hyper):
+    params = parameters()
+    with torch.no_grad():
+        params["a"][0, :3] = -0.0  # to which adding zero would show
+        params["bias"][0] = -0.0
+    return params, make(list(params.items()), weight_decay=0.1, **hyper)
+
+
+def feed(params, step, bad=False):
+    for name, p in params.items():
+        p.grad = torch.full_like(p, torch.nan) if bad else gradient(name, step)
+
+
+def everything(params, optimizer):
+    found = {name: p.detach().clone() for name, p in params.items()}
+    for name, p in params.items():
+        state = optimizer.state.get(p, {})
+        found.update({f"{name}/{key}": t.clone() for key, t in state.items() if isinstance(t, torch.Tensor)})
+    return {key: t.reshape(-1).view(torch.uint8) for key, t in found.items()}
+
+
+def refused_and_left_out(make, **hyper):
+    """Twice the same run: with NaN gradients that are refused, and without these steps."""
+    runs = []
+    for refuses in (True, False):
+        params, optimizer = made(make, **hyper)
+        for step in STEPS:
+            if step in BAD and not refuses:
+                continue
+            feed(params, step, bad=step in BAD)
+            before = everything(params, optimizer)
+            optimizer.step(applied=torch.tensor(float(step not in BAD)))
+            if step in BAD:
+                assert same(before, everything(params, optimizer)), f"step {step} was refused and left a trace"
+        runs.append(everything(params, optimizer))
+    return runs
+
+
+@every_method
+def test_a_refused_step_leaves_every_bit_and_does_not_count(make):
+    refused, left_out = refused_and_left_out(make)
+    assert same(refused, left_out)
+
+
+@pytest.mark.parametrize("kept", [hyper for hyper in DTYPES.values() if hyper], ids=["bf16", "8bit"])
+@pytest.mark.parametrize("name", ["adamw", "columns", "galore", "fira", "muon"])
+def test_so_does_state_in_few_bits(name, kept):
+    refused, left_out = refused_and_left_out(MAKERS[name], **kept)
+    assert same(refused, left_out)
+
+
+@every_method
+def test_an_applied_step_is_the_step_without_the_word(make):
+    """To rounding: constants that follow from counters are computed from tensors. Refreshes come at the same steps."""
+    ends = []
+    for told in (dict(applied=torch.tensor(1.0)), {}):
+        params, optimizer = made(make)
+        for step in STEPS:
+            feed(params, step)
+            optimizer.step(**told)
+        ends.append((params, optimizer))
+    (params, optimizer), (others, other) = ends
+    for name, p in params.items():
+        assert torch.allclose(p, others[name], rtol=0, atol=2e-5), name
+        mine, theirs = (o.state.get(q, {}) for o, q in ((optimizer, p), (other, others[name])))
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            if not mine[key].is_floating_point() or not mine[key].ndim:
+                assert torch.allclose(mine[key].double(), theirs[key].double(), atol=1e-4), (name, key)
+
+
+def test_a_first_step_that_is_refused_begins_no_state():
+    for make in MAKERS.values():
+        params, optimizer = made(make)
+        feed(params, 0, bad=True)
+        optimizer.step(applied=torch.tensor(0.0))
+        assert not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["adamw", "signsgd", "muon", "columns", "galore", "fira", "apollo", "blocks"])
+def test_a_plain_step_does_not_read_it(name, monkeypatch):
+    """On no path of Python; tests/optim/test_launches.py looks at all operations."""
+    params, optimizer = made(MAKERS[name])
+    feed(params, 0)
+    applied = torch.tensor(1.0)
+    optimizer.step(applied=applied)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("a read"))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a read"))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("a read"))
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: pytest.fail("a read"))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("a read"))
+    optimizer.step(applied=applied)
+
+
+def test_the_host_goes_on_where_a_file_was_written():
+    """Counters that the host does not know are asked for; then refreshes come at their steps."""
+    make = MAKERS["columns"]
+    whole, optimizer = made(make)
+    parts, first = made(make)
+    for step in STEPS:
+        bad = step in BAD
+        feed(whole, step, bad)
+        optimizer.step(applied=torch.tensor(float(not bad)))
+        if step == GAP - 1:
+            saved = through_a_file(first.state_dict())
+            first = make(list(parts.items()), weight_decay=0.1)
+            first.load_state_dict(saved)
+        feed(parts, step, bad)
+        first.step(applied=torch.tensor(float(not bad)))
+    assert same(everything(whole, optimizer), everything(parts, first))
+
+
+class Momentum(Method):
+    """One's own: it knows nothing of `applied`."""
+
+    def update(self, names, weights, grads, states, group):
+        for weight, grad, state in zip(weights, grads, states, strict=True):
+            momentum = state.setdefault("momentum", torch.zeros_like(weight))
+            momentum.lerp_(grad, 0.1)
+            weight.sub_(momentum.sign(), alpha=group["lr"])
+
+    def spec(self, shape, dtype, **overrides):
+        return {"momentum": (shape, dtype)}
+
+
+def test_a_method_that_does_not_know_it_is_not_called():
+    refused, left_out = refused_and_left_out(lambda params, weight_decay: Momentum(params, lr=0.1))
+    assert same(refused, left_out)
+
+
+def test_a_refresh_is_told_by_counters_not_by_calls():
+    """Refused steps do not bring a refresh nearer; one that comes late is not missed."""
+    p = torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = Frugal([("a", p)], subspace="columns", gap=3, density=0.5)
+    drawn = []
+    for step, applied in enumerate([1, 0, 1, 0, 1, 1, 0, 0, 1, 1, 1]):
+        p.grad = gradient("a", step)
+        optimizer.step(applied=torch.tensor(float(applied)))
+        drawn.append((int(optimizer.state[p]["step"]), int(optimizer.state[p]["start"])))
+    assert drawn == [(1, 0), (1, 0), (2, 0), (2, 0), (3, 0), (4, 3), (4, 3), (4, 3), (5, 3), (6, 3), (7, 6)]
+
+
+def test_layers_of_one_tensor_are_stepped_with_it_too():
+    params, optimizer = made(MAKERS["galore"])
+    assert isinstance(optimizer, GaLore) and core.METHODS["galore"] is GaLore
+    for step, applied in enumerate((1.0, 0.0, 1.0)):
+        feed(params, step, bad=not applied)
+        for group in optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                optimizer.step_only([name], [p], group, applied=torch.tensor(applied))
+    others, other = made(MAKERS["galore"])
+    for step in (0, 2):
+        feed(others, step)
+        other.step(applied=torch.tensor(1.0))
+    assert same(everything(params, optimizer), everything(others, other))
