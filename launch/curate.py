@@ -131,12 +131,18 @@ def point_of(path: Path, record: dict[str, Any], asked: CurateConfig, notes: lis
     if loss is None:
         notes.append(f"{path} ended with a loss that is not finite, and is not used")
         return None
-    drawn = {name: use["tokens"] for name, use in sources.items() if use["tokens"]}
-    unique = {name: sources[name]["unique"] for name in drawn}
+    drawn = {pool_name(record, name): use["tokens"] for name, use in sources.items() if use["tokens"]}
+    unique = {pool_name(record, name): use["unique"] for name, use in sources.items() if use["tokens"]}
     tokens = sum(drawn.values())
     if asked.mixtures == "own":
         return Point(tokens, loss, {label(drawn, unique): sum(unique.values())})
     return Point(tokens, loss, unique, None if uniform(drawn, unique) else drawn)
+
+
+def pool_name(record: dict[str, Any], source: str) -> str:
+    """The source, and with `where` the choice among its documents: another choice is another pool."""
+    where = value_at(record, "config", "data", "sources", source, "where")
+    return f"{source}[{where}]" if where else source
 
 
 def uniform(drawn: dict[str, int], unique: dict[str, int]) -> bool:

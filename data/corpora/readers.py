@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from thriftlab.data.corpora import embedded, recipes, streams, synthetic
+from thriftlab.data.corpora import embedded, periodic, recipes, streams, synthetic
 from thriftlab.data.corpora.folders import Format, PassOver, formats, name_below, say
 from thriftlab.data.corpora.packages import DOWNLOADS
 from thriftlab.data.errors import DataError
@@ -44,6 +44,7 @@ def read(
             A folder saved by `datasets`' `save_to_disk`.
             "hf:NAME[:CONFIG[:SPLIT]]": a Hugging Face dataset, of the hub or a local path.
             "embedded[:PART]" (embedded.py). "synthetic[:ARGUMENT=VALUE,...]" (synthetic.py).
+            "periodic[:ARGUMENT=VALUE,...]" (periodic.py).
             "recipe:NAME:DOMAIN" (recipes.py).
         source: the name that the documents carry; `path` where empty.
         text_key: where a line or row keeps its text.
@@ -83,7 +84,7 @@ def _marks() -> re.Pattern[str]:
 
 
 def locate(path: str, format: Format | None = None) -> tuple[str, str]:
-    """(reader, what it is given) of a path that `read` takes; reader: embedded, synthetic, recipe, hf or files."""
+    """(reader, what it is given) of a path that `read` takes; reader: hf, recipe, files, or a name of _GENERATORS."""
     reader, _, argument = path.partition(":")
     if reader not in ("hf", "recipe", *_GENERATORS):
         return "hf" if _saved_by_datasets(path) and not format else "files", path
@@ -256,7 +257,7 @@ def _huggingface(specification: str, text_key: str, streaming: bool) -> Iterator
         ) from error
 
 
-_GENERATORS = {"embedded": embedded.documents, "synthetic": synthetic.documents}
+_GENERATORS = {"embedded": embedded.documents, "synthetic": synthetic.documents, "periodic": periodic.documents}
 _FORMATS: dict[Format, Callable[[Path, str], Iterator[Row]]] = {
     "text": _text,
     "jsonl": _lines,

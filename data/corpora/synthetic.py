@@ -33,43 +33,49 @@ def generate(
     lexicon = _lexicon(vocabulary, domain)
     weights = list(accumulate(1 / rank for rank in range(1, vocabulary // 3 + 1)))
     for number in range(documents):
-        draw = Random(_key(seed, domain, number)).random
+        draw = Random(draw_key(seed, domain, number)).random
         yield _document(draw, lexicon, weights, words, repetition, noise)
 
 
 def documents(arguments: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yields (id, text, {}) for "documents=10,noise=0.1": the arguments of `generate`. ValueError names a wrong one."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
-    chosen = dict(defaults)
-    for argument in filter(None, arguments.split(",")):
-        name, _, value = argument.partition("=")
-        if name not in defaults:
-            raise ValueError(f"synthetic:{argument}: no argument {name!r}; there are {', '.join(defaults)}")
-        try:
-            chosen[name] = type(defaults[name])(value)
-        except ValueError:
-            raise ValueError(f"synthetic:{argument}: {name} takes a number like {defaults[name]}") from None
+    chosen = parsed("synthetic", generate, arguments)
     if chosen["vocabulary"] < 3:
         raise ValueError("synthetic: vocabulary takes at least 3 words, a noun, an adjective and a verb")
     for number, text in enumerate(generate(**chosen)):
         yield str(number), text, {}
 
 
-def _key(*parts: int) -> int:
+def parsed(prefix: str, generate: Callable[..., Any], arguments: str) -> dict[str, Any]:
+    """The arguments of `generate`, as "NAME=VALUE,..." sets them or by default. ValueError names a wrong one."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
+    chosen = dict(defaults)
+    for argument in filter(None, arguments.split(",")):
+        name, _, value = argument.partition("=")
+        if name not in defaults:
+            raise ValueError(f"{prefix}:{argument}: no argument {name!r}; there are {', '.join(defaults)}")
+        try:
+            chosen[name] = type(defaults[name])(value)
+        except ValueError:
+            raise ValueError(f"{prefix}:{argument}: {name} takes a number like {defaults[name]}") from None
+    return chosen
+
+
+def draw_key(*parts: int) -> int:
     """One integer for a tuple of integers below 2**64, injectively."""
     return sum(part % 2**64 << 64 * position for position, part in enumerate(parts))
 
 
-def _pick(draw: Callable[[], float], items: Any) -> Any:
+def pick(draw: Callable[[], float], items: Any) -> Any:
     return items[int(draw() * len(items))]
 
 
 def _lexicon(vocabulary: int, domain: int) -> dict[str, list[str]]:
-    draw = Random(_key(domain, 1)).random
+    draw = Random(draw_key(domain, 1)).random
     found: dict[str, None] = {}  # a dict, for its order
     size = vocabulary // 3
     while len(found) < 3 * size:
-        found["".join(_pick(draw, _SYLLABLES) for _ in range(2 + int(draw() * 3)))] = None
+        found["".join(pick(draw, _SYLLABLES) for _ in range(2 + int(draw() * 3)))] = None
     ordered = list(found)
     return {"n": ordered[:size], "a": ordered[size : 2 * size], "v": ordered[2 * size :]}
 
@@ -82,7 +88,7 @@ def _document(
     length = 0
     while length < words:
         again = sentences and draw() < repetition
-        sentence = _pick(draw, sentences) if again else _sentence(draw, lexicon, weights, noise)
+        sentence = pick(draw, sentences) if again else _sentence(draw, lexicon, weights, noise)
         sentences.append(sentence)
         length += sentence.count(" ") + 1
     return " ".join(sentences) + "\n"
@@ -90,12 +96,12 @@ def _document(
 
 def _sentence(draw: Callable[[], float], lexicon: dict[str, list[str]], weights: list[float], noise: float) -> str:
     words = []
-    for kind in _pick(draw, _SHAPES):
+    for kind in pick(draw, _SHAPES):
         if kind in _CLOSED:
-            word = _pick(draw, _CLOSED[kind])
+            word = pick(draw, _CLOSED[kind])
         else:
             word = lexicon[kind][bisect(weights, draw() * weights[-1], hi=len(weights) - 1)]
         if draw() < noise:
-            word = "".join(_pick(draw, "abcdefghijklmnopqrstuvwxyz") for _ in word)
+            word = "".join(pick(draw, "abcdefghijklmnopqrstuvwxyz") for _ in word)
         words.append(word)
     return " ".join(words).capitalize() + "."

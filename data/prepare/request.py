@@ -45,7 +45,7 @@ class Input(BaseModel):
 
     path: Annotated[str, BeforeValidator(_expand_place)] = Field(
         description="file, folder, hf:NAME[:CONFIG[:SPLIT]], embedded[:PART], synthetic[:KEY=VALUE,...], "
-        "recipe:NAME:DOMAIN"
+        "periodic[:KEY=VALUE,...], recipe:NAME:DOMAIN"
     )
     text_key: str = Field("text", description="key or column that holds the text, of jsonl, parquet and Hugging Face")
     streaming: bool = Field(True, description="read a Hugging Face dataset while it downloads")
@@ -305,7 +305,7 @@ def _stamp(source: Input, downloads: Path) -> str | None:
     if reader == "embedded":
         return f"Python {platform.python_version()}"
     path = Path(place.split(":")[0] if reader == "hf" else place)
-    if reader == "synthetic" or not path.exists():
+    if reader in ("synthetic", "periodic") or not path.exists():
         return None
     found = [file for file, _ in formats(path, source.format)] if reader == "files" else files(path)
     listing = [(file.relative_to(path).as_posix(), file.stat()) for file in found]

@@ -12,10 +12,11 @@ from string import Template
 from types import MappingProxyType
 
 from thriftlab.data.files import replace_atomically
-from thriftlab.launch.report.figures import Picture, colours, pictures
+from thriftlab.launch.report import figures, repetition, tables
+from thriftlab.launch.report.figures import Picture, colours
 from thriftlab.launch.report.probes import probe_pictures
 from thriftlab.launch.report.results import Study
-from thriftlab.launch.report.tables import Cell, Table, circumstances, sections
+from thriftlab.launch.report.tables import Cell, Table, circumstances
 from thriftlab.launch.report.words import answers, question, warnings
 
 
@@ -40,19 +41,30 @@ def title(study: Study) -> str:
 
 
 def body(study: Study) -> str:
-    tables, lead, colour = sections(study), 2 if study.contrasts else 1, colours(study)
+    found, lead, colour = sections(study), 2 if study.contrasts else 1, colours(study)
     parts = [
         f"<h1>{html.escape(title(study))}</h1>",
         f'<p class="question">{html.escape(question(study))}</p>',
         '<ul class="answers">', *(f"<li>{html.escape(line)}</li>" for line in answers(study)), "</ul>",
         warning_box(warnings(study)),
-        *(html_section(*section, colour) for section in tables[:lead]),
-        '<h2>Figures</h2><div class="figures">', *map(html_figure, [*pictures(study), *probe_pictures(study)]),
-        "</div>",
-        *(html_section(*section, colour) for section in tables[lead:]),
+        *(html_section(*section, colour) for section in found[:lead]),
+        '<h2>Figures</h2><div class="figures">', *map(html_figure, pictures(study)), "</div>",
+        *(html_section(*section, colour) for section in found[lead:]),
         "<h2>How it was run</h2><dl>", *(html_fact(*fact) for fact in circumstances(study)), "</dl>",
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def sections(study: Study) -> list[tuple[str, Table, str]]:
+    """Title, table and note of every table of the report."""
+    found, more = tables.sections(study), repetition.section(study)
+    return [*found[:2], more, *found[2:]] if more else found
+
+
+def pictures(study: Study) -> list[Picture]:
+    """Every figure of the report."""
+    more = repetition.picture(study)
+    return [*figures.pictures(study), *probe_pictures(study), *([more] if more else [])]
 
 
 def warning_box(lines: list[str]) -> str:

@@ -11,9 +11,8 @@ from typing import Any
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically
-from thriftlab.launch.report.figures import Picture, pictures
-from thriftlab.launch.report.page import markdown, template
-from thriftlab.launch.report.probes import probe_pictures
+from thriftlab.launch.report.figures import Picture
+from thriftlab.launch.report.page import markdown, pictures, template
 from thriftlab.launch.report.results import STUDY, Result, Study, value_at
 
 KEPT = {
@@ -38,7 +37,7 @@ def publish(study: Study, target: Path) -> Path:
     make_folder(target)
     for old in target.glob("*.svg"):
         old.unlink()
-    figures = {f"{slug(picture.title)}.svg": picture for picture in [*pictures(study), *probe_pictures(study)]}
+    figures = {f"{slug(picture.title)}.svg": picture for picture in pictures(study)}
     words = markdown(study, figures).replace(f"{study.folder}/", "")  # where a problem lay on the machine of the runs
     lines = [json.dumps(line(result)) for result in study.results if result.record]
     texts = {name: standalone(picture) for name, picture in figures.items()}
@@ -52,8 +51,12 @@ def publish(study: Study, target: Path) -> Path:
 def line(result: Result) -> dict[str, Any]:
     """A run in one line."""
     kept = {key: value_at(result.record, *path) for key, path in KEPT.items()}
-    probes = value_at(result.record, "probes")
-    return {"arm": result.arm, "seed": result.seed, **kept, **({"probes": probes} if probes else {})}
+    probes, sources = value_at(result.record, "probes"), value_at(result.record, "results", "sources") or {}
+    found: dict[str, Any] = {"probes": probes} if probes else {}
+    if len(sources) > 1:
+        found["losses"] = {name: measures["loss"] for name, measures in sources.items()}
+        found["used"] = value_at(result.record, "data", "sources")
+    return {"arm": result.arm, "seed": result.seed, **kept, **found}
 
 
 def slug(title: str) -> str:

@@ -11,7 +11,7 @@ from tests.tools.tiny import tiny_config
 from thriftlab.data.curation_law import Pool, UtilityLaw
 from thriftlab.launch.cli import main
 from thriftlab.train.loop import run
-from thriftlab.train.records.record import write_record
+from thriftlab.train.records.record import read_record, write_record
 
 M = 10**6
 TRUTH = UtilityLaw.language_model([Pool("good", M, -0.22, 5.0), Pool("plain", 4 * M, -0.16, 9.0)], 2.0, 3.0, M)
@@ -101,6 +101,21 @@ def test_a_mixture_as_a_pool_of_its_own(tmp_path, capsys):
     code, out, _ = curate(capsys, tmp_path, "--budget", "tokens=2e6", "mixtures=own", "draws=20")
     assert code == 0 and out.startswith("2,000,000 tokens: good, predicted loss")
     assert "| good + plain | 5,000,000 | 6 |" in (tmp_path / "curate.md").read_text()
+
+
+def test_parts_of_a_source_are_pools_of_their_own(tmp_path, capsys):
+    for name, where in (("good", "score>0.7"), ("plain", "score>0.2")):
+        for tokens in BUDGETS:
+            run = write(tmp_path / name, name, 0, tokens, {name: 1})
+            record = read_record(run / "record.json")
+            record["data"]["sources"] = {"web": record["data"]["sources"][name]}
+            record["config"]["data"] = {"sources": {"web": {"weight": 1, "where": where}}}
+            (run / "record.json").unlink()
+            write_record(run, {key: value for key, value in record.items() if key not in ("files", "sha256")})
+    code, out, _ = curate(capsys, tmp_path, "--budget", "tokens=2e6", "mixtures=own", "draws=20")
+    assert code == 0 and out.startswith("2,000,000 tokens: web[score>0.7], predicted loss 4.62")
+    table = (tmp_path / "curate.md").read_text()
+    assert "| web[score>0.7] | 1,000,000 | 6 |" in table and "| web[score>0.2] | 4,000,000 | 6 |" in table
 
 
 def test_pools_without_runs_of_their_own_are_fitted_with_mixtures(tmp_path, capsys):
