@@ -66,5 +66,6 @@ class BAdam(Frugal, name="badam"):
     ) -> None:
         active = [i for i, state in enumerate(states) if has_moments(state, group)]
         if active:
-            chosen = ([values[i] for i in active] for values in (weights, grads, states))
-            super().descend_all(*chosen, group, pick(age, active))  # type: ignore[arg-type]
+            lists: tuple[list[Any], ...] = (weights, grads, states)
+            w, g, kept = ([values[i] for i in active] for values in lists)
+            super().descend_all(w, g, kept, group, pick(age, active))

@@ -93,13 +93,14 @@ class Frugal(SplitOptimizer, name="frugal"):
     ) -> None:
         rule, lr = RULES[group["rule"]], group["lr"] * group["split_lr_scale"]
         subspace, bases = subspace_of(group), [basis_of(state) for state in states]
+        lists: tuple[list[Any], ...] = (weights, grads, states)
         decay(weights, group)
         if isinstance(subspace, Blocks):
             active = [i for i, state in enumerate(states) if has_moments(state, group)]
             idle = [i for i in range(len(states)) if i not in active]
             if active:
-                chosen = ([values[i] for i in active] for values in (weights, grads, states))
-                rule.descend(*chosen, pick(age, active), group, lr)  # type: ignore[misc]
+                w, g, kept = ([values[i] for i in active] for values in lists)
+                rule.descend(w, g, kept, pick(age, active), group, lr)
             free_step([weights[i] for i in idle], [grads[i] for i in idle], group, lr)
         elif isinstance(subspace, CoordinateSubspace):
             where = subspace.where_all(grads, bases)

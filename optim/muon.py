@@ -108,9 +108,14 @@ def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], gro
     momenta = [load(state, BUFFERS[0]) for state in states]
     grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
     torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-    ahead = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+    ahead = list(torch._foreach_lerp(grads, momenta, group["momentum"])) if group["nesterov"] else momenta
     ahead = in_dtype(ahead, torch.bfloat16 if group["iteration"] == "bf16" else wide(ahead[0].dtype))
-    updates = orthogonalise(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+    norms = list(torch._foreach_norm(ahead))
+    torch._foreach_clamp_min_(norms, group["eps"])
+    updates = [
+        orthogonalise(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"], norm)
+        for matrix, norm in zip(ahead, norms, strict=True)
+    ]
     decay(weights, group)
     lr = group["lr"] * group["split_lr_scale"]
     updates = in_dtype(updates, weights[0].dtype)
@@ -132,21 +137,17 @@ def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def orthogonalise(
-    matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float
-) -> list[Tensor]:
-    """Newton-Schulz: matrices [m, n] with their singular values sent near 1, in their own dtype."""
+    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, norm: Tensor | None = None
+) -> Tensor:
+    """Newton-Schulz: the matrix [m, n] with its singular values sent near 1, in its own dtype; `norm`, if it is
+    known, is its norm or `eps`."""
     a, b, c = coefficients
-    norms = list(torch._foreach_norm(matrices))
-    torch._foreach_clamp_min_(norms, eps)
-    found = []
-    for matrix, norm in zip(matrices, norms, strict=True):
-        tall = matrix.shape[0] > matrix.shape[1]
-        x = (matrix.T if tall else matrix) / norm  # the smaller Gram matrix; no singular value is above 1
-        for _ in range(steps):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        found.append(x.T if tall else x)
-    return found
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller Gram matrix
+    x = x / (x.norm().clamp(min=eps) if norm is None else norm)  # no singular value is above 1
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def ratio(adjust_lr_fn: AdjustLr | None, rows: int, columns: int) -> float:

@@ -68,8 +68,12 @@ def kept_of(states: list[State]) -> list[Tensor]:
         value
         for state in states
         for key, value in state.items()
-        if (value.ndim and not key.startswith(("basis.", "whole."))) or key in ("limiter", "diagnostic.limiter")
+        if isinstance(value, Tensor) and is_written(key, value)
     ]
+
+
+def is_written(key: str, value: Tensor) -> bool:
+    return (value.ndim > 0 and not key.startswith(("basis.", "whole."))) or key in ("limiter", "diagnostic.limiter")
 
 
 def are_finite(grads: list[Tensor]) -> list[bool]:

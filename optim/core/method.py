@@ -32,6 +32,7 @@ from thriftlab.optim.core.sharded import (
     rows_here,
     show,
 )
+from thriftlab.optim.state.counters import read
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 
 METHODS: dict[str, type["Method"]] = {}
@@ -150,7 +151,7 @@ class Method(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if applied is not None and any(self.must_read(group["params"], group) for group in self.param_groups):
-            if not bool(applied):
+            if read([applied]) == [0]:
                 return loss
             applied = None
         for group in self.param_groups:
@@ -164,7 +165,7 @@ class Method(torch.optim.Optimizer):
         """Steps those of some parameters of a group that have a gradient, as `step` would: others do not matter."""
         due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
         if applied is not None and self.must_read(weights, group):
-            if not bool(applied):
+            if read([applied]) == [0]:
                 return
             applied = None
         if sharded := [(name, p) for name, p in due if isinstance(p, DTensor)]:

@@ -8,6 +8,7 @@ tensors as for matrices:
 The surprise: that is torch's Adam with eps / sqrt(1 - b2^k) in place of eps, so torch's fused kernel takes the step.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def norms(matrix: Tensor, dim: int | None) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=dim, keepdim=dim is not None, dtype=wide(matrix.dtype))
 
 
-def all_norms(matrices: list[Tensor], dims: list[int | None]) -> list[Tensor]:
+def all_norms(matrices: list[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
     return [norms(matrix, dim) for matrix, dim in zip(matrices, dims, strict=True)]
 
 

@@ -67,14 +67,15 @@ class SplitOptimizer(Method):
         )
         known = self.asked(matrices[0], matrices[1], matrices[3], group)
         if known is not None:
-            self.update_plain(*plain[1:], known)
-            self.update_matrices(*matrices, known)
+            self.update_plain(plain[1], plain[2], plain[3], known)
+            self.update_matrices(matrices[0], matrices[1], matrices[2], matrices[3], known)
 
     def asked(
         self, names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The group, "asked" if the host had to read `applied`, as before a refresh; None if the step is refused. States
-        get their counters."""
+        """The group, "asked" if the host had to read `applied`, as before a refresh; None if the step is refused.
+
+        States get their counters."""
         if "gap" not in group:
             return group
         for weight, state in zip(weights, states, strict=True):

@@ -83,9 +83,9 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def most(counter: Tensor) -> int:
-    """The count, or the most that it can be; the device is read if nothing is known."""
-    known = None if counter.device.type == "cpu" and counter not in BOUNDS else bound(counter)
+def most(counter: Any) -> int:
+    """The count, or the most that it can be; a tensor is read if nothing is known of it."""
+    known = bound(counter) if isinstance(counter, Tensor) else None
     return known.most if known else int(counter)
 
 

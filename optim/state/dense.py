@@ -186,10 +186,13 @@ def missing_rounds(values: Tensor, residuals: Tensor, rank: int) -> int:
     The residuals |A x - value x| bound their angle where there is a gap below the last wanted value (Davis and Kahan),
     and what each may gain in energy. A round shrinks them by the ratio of the least value to the last wanted one.
     """
-    if values.is_meta or isinstance(values, FakeTensor):
+    if values.is_meta:
         return 0
-    rounding = 4 * torch.finfo(values.dtype).eps * max(float(values[0]), 0.0)
-    values, residuals = values.double().cpu(), residuals.double().cpu()
+    eps, looked_at = torch.finfo(values.dtype).eps, torch.stack([values, residuals]).double().cpu()  # one read
+    if isinstance(looked_at, FakeTensor):
+        return 0
+    values, residuals = looked_at
+    rounding = 4 * eps * max(float(values[0]), 0.0)
     wanted, last, below = values[:rank], values[rank - 1], values[rank]
     gain = torch.minimum(residuals[:rank], residuals[:rank] ** 2 / (wanted - below).clamp(min=1e-300))
     excess = gain.sum() / wanted.sum().clamp(min=1e-300) / ENERGY

@@ -56,7 +56,18 @@ def build(folder: Path) -> str:
     library = str(folder / "libfakecuda.so")
     headers = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    command = [str(compiler()), "-shared", "-fPIC", "-O0", "-std=c++20", str(SOURCE), "-o", library, *headers, *libraries]
+    command = [
+        str(compiler()),
+        "-shared",
+        "-fPIC",
+        "-O0",
+        "-std=c++20",
+        str(SOURCE),
+        "-o",
+        library,
+        *headers,
+        *libraries,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the guard does not compile: {done.stderr[-2000:]}")

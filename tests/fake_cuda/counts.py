@@ -1,6 +1,6 @@
 """What a GPU and its host would do: launches, host reads, copies, dtypes of products, devices of collectives.
 
-Only in the process of `fake_cuda`. Small tensors on the CPU have their true values, so that counters count.
+Only in the process of `fake_cuda`. Small tensors that are made of numbers have their true values, so counters count.
 """
 
 import functools
@@ -25,11 +25,12 @@ QUIET = {  # no kernel: memory alone, or the shape
 }  # fmt: skip
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_scaled_mm", "mv", "addmv"}
 SHAPED = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}  # by the values: the host waits
+CHECKED = {"_linalg_eigh", "_linalg_svd", "_linalg_check_errors"}  # the host looks whether they went well
 COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "gather", "scatter", "reduce_scatter",
     "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send", "recv",
 )  # fmt: skip
-SMALL = 2**16  # entries of a tensor on the CPU up to which its values are known
+SMALL = 2**16  # entries of a tensor up to which its values are known
 
 
 class Counted(NamedTuple):
@@ -42,12 +43,13 @@ class Counted(NamedTuple):
     to_host: Counter
     products: Counter  # by (dtype, place)
     collectives: Counter  # by (name, device, dtype)
+    scalars: Counter  # what the host hands to launches, by (operation, numbers, place)
 
 
 class Counts(TorchDispatchMode):
     """Counts what happens within it. One launch for each operation, a foreach, fused or attention one included."""
 
-    true: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # fake CPU tensor -> the real one
+    true: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # fake tensor -> the real one
 
     def __init__(self):
         super().__init__()
@@ -62,7 +64,7 @@ class Counts(TorchDispatchMode):
             return self.read(args[0])
         if on_device and (name in SHAPED or (name == "index" and has_mask(args[1]))):
             raise RuntimeError(f"{place()} waits for the device: {name}, whose shape depends on values")
-        if on_device and name == "_linalg_check_errors":  # the host looks whether a decomposition went well
+        if on_device and name in CHECKED:
             self.counted.reads[place()] += 1
         if on_device and name == "equal":
             self.counted.reads[place()] += 1
@@ -72,12 +74,12 @@ class Counts(TorchDispatchMode):
             return None
         pins = kwargs.get("pin_memory")
         kwargs = {**kwargs, "pin_memory": False} if pins else kwargs
-        known = self.known(func, args, kwargs) if not on_device else None
         result = func(*args, **kwargs)
         made = tensors(result)
-        if known is not None:
+        small = all(t.numel() <= SMALL for t in made)
+        if small and (known := self.known(func, args, kwargs)) is not None:
             for fake, real in zip(made, tensors(known), strict=True):
-                if isinstance(fake, FakeTensor) and real.numel() <= SMALL:
+                if isinstance(fake, FakeTensor):
                     self.true[fake] = real
         for fake in made:
             if isinstance(fake, FakeTensor):
@@ -89,21 +91,20 @@ class Counts(TorchDispatchMode):
         return result
 
     def read(self, tensor: Tensor) -> bool | int | float:
-        """What `.item()` gives: of the CPU the truth if it is known, of the device 1."""
+        """What `.item()` gives: the truth if it is known, else 1."""
         if tensor.is_cuda:
             self.counted.reads[place()] += 1
-        elif (real := true_of(tensor)) is not None:
+        if (real := true_of(tensor)) is not None:
             with unset_fake_temporarily():
                 return real.item()
         return one(tensor.dtype)
 
     def known(self, func, args, kwargs) -> Any:
-        """The result for real, of an operation on tensors of the CPU alone whose values are all known."""
-        if any(true_of(t) is None for t in tensors((args, kwargs))) or is_cuda(kwargs.get("device")):
+        """The result for real, on the CPU, of an operation on tensors whose values are all known."""
+        given = tensors((args, kwargs))
+        if any(true_of(t) is None for t in given) or (not given and func._schema.name.startswith("aten::empty")):
             return None
-        if not tensors((args, kwargs)) and func._schema.name.startswith("aten::empty"):
-            return None
-        args, kwargs = tree_map(lambda x: true_of(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        args, kwargs = tree_map(for_real, (args, kwargs))
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
@@ -117,6 +118,7 @@ class Counts(TorchDispatchMode):
         if name in PRODUCTS:
             self.counted.products[str(given[-1].dtype).removeprefix("torch."), place()] += 1
         if func.namespace != "prim" and name not in QUIET and not func.is_view:
+            self.counted.scalars[name, numbers((args, kwargs)), place()] += 1
             times = 1 if is_fast(name, args) else len(args[0])
             self.counted.launches[name] += times
             self.counted.where[place()] += times
@@ -164,6 +166,15 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def numbers(tree: Any) -> tuple:
+    """The numbers in it, and those in tensors of the CPU."""
+    return tuple(
+        str(true_of(leaf)) if isinstance(leaf, Tensor) else leaf
+        for leaf in tree_leaves(tree)
+        if isinstance(leaf, int | float) or (isinstance(leaf, Tensor) and not leaf.is_cuda)
+    )
+
+
 def true_of(tensor: Tensor) -> Tensor | None:
     """The real tensor that a fake one stands for, if it is known; a real one is itself."""
     return Counts.true.get(tensor) if isinstance(tensor, FakeTensor) else tensor
@@ -173,8 +184,9 @@ def one(dtype: torch.dtype) -> bool | int | float:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def is_cuda(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
+def for_real(x: Any) -> Any:
+    """An argument of an operation for the CPU."""
+    return true_of(x) if isinstance(x, Tensor) else torch.device("cpu") if isinstance(x, torch.device) else x
 
 
 def has_mask(index: Any) -> bool:
@@ -193,7 +205,7 @@ def place() -> str:
 
 @functools.cache
 def part_of_product(file: str) -> str | None:
-    found = re.search(r"/((?:kernels|data|optim|train|launch)/[^/].*\.py)$", file)
+    found = re.search(r".*/((?:kernels|data|optim|train|launch)/.+\.py)$", file)
     return found[1] if found and "site-packages" not in file and "/tests/" not in file else None
 
 

@@ -61,6 +61,9 @@ def truth():
         table = torch.zeros(4, dtype=torch.int64)
         table[2] += 5
         drawn = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+        there = torch.zeros((), dtype=torch.int64, device="cuda")
+        there += 2
+        assert there.is_cuda and int(there) == 2 and int(torch.empty((), device="cuda")) == 1
         return int(step), table.tolist(), drawn.tolist(), bool(step > 2), float(torch.full((), 0.5) * step)
 
 

@@ -1,19 +1,19 @@
-"""Launches of an optimizer's step on a GPU, by method: `python -m tests.measure.launches [--preset llama-1b] [NAME ...]`.
+"""Launches of an optimizer's step on a GPU, by method: `python -m tests.measure.launches [--preset P] [NAME ...]`.
 
 Counted on fake CUDA tensors (tests/fake_cuda), so at any size and without a GPU. A foreach or fused operation is one
-launch. The table of docs/gpu.md is this program's; tests/optim/test_launches.py holds the product to it.
+launch where torch makes it one. The table of docs/measurements.md is this program's; tests/optim/test_launches.py holds
+the product to it.
 """
 
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.fake_cuda import process
 
-RANK = 512
+RANK, LAYERS = 512, 2
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
     "signsgd": ("signsgd", {}),
@@ -36,86 +36,92 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore, 8bit": ("galore", dict(rank=RANK, state_dtype="8bit")),
     "frugal, columns, bf16": ("frugal", dict(subspace="columns", state_dtype="bf16")),
 }
+KEPT_WIDE = [name for name, (_, hyper) in METHODS.items() if "state_dtype" not in hyper]  # those of the table
 
 
 class Row(NamedTuple):
-    """What one step is on a device."""
+    """What steps are on a device: a first one, with a refresh, and a plain one."""
 
-    launches: int
     matrices: int
-    reads: int
-    copies: int
-    refresh_launches: int
-    refresh_reads: int
-    refresh_copies: int
-    by_operation: dict[str, int]
-    by_place: dict[str, int]
-    places: dict[str, int]  # reads and copies of the plain step, by line
-    refresh_places: dict[str, int]
+    plain: Any  # Counted
+    first: Any
+
+    def launches(self) -> int:
+        return sum(self.plain.launches.values())
 
 
-def count(name: str, preset: str, deferred: bool) -> Row:
-    """Two steps of a method, the first with a refresh; in the process that believes in a device."""
+def count(name: str, preset: str, layers: int | None, deferred: bool) -> Row:
+    """Steps of a method; in the process that believes in a device."""
     import torch
 
-    from tests.fake_cuda.counts import Counts, to_device
-    from thriftlab.optim import METHODS as KINDS
-    from thriftlab.optim import split_groups
-    from thriftlab.train.model import GPT, ModelConfig
+    from tests.fake_cuda.counts import Counts
 
-    kind, hyper = METHODS[name]
-    with torch.device("meta"):
-        model = GPT(ModelConfig(preset=preset, vocab_size=32000))
-    to_device(model)
-    groups = split_groups(model, include=[r"\.(attn|mlp)\."])
-    optimizer = KINDS[kind](groups, lr=1e-3, weight_decay=0.1, **hyper)  # type: ignore[call-arg]
-    for p in model.parameters():
-        p.grad = torch.empty_like(p)
+    model, optimizer = made(name, preset, layers)
     applied = dict(applied=torch.ones((), device="cuda")) if deferred else {}
     steps = []
     for _ in range(2):
         with Counts() as counts:
             optimizer.step(**applied)
         steps.append(counts.counted)
-    first, plain = steps
-    copies = [sum((c.to_device + c.to_host).values()) for c in steps]
-    matrices = sum(len(group["params"]) for group in groups if group["split"])
-    where = [{str(k): n for k, n in (c.reads + c.to_device + c.to_host).items()} for c in steps]
-    return Row(
-        sum(plain.launches.values()), matrices, sum(plain.reads.values()), copies[1],
-        sum(first.launches.values()), sum(first.reads.values()), copies[0],
-        dict(plain.launches.most_common()), dict(plain.where.most_common()), where[1], where[0],
-    )  # fmt: skip
+    matrices = sum(len(group["params"]) for group in optimizer.param_groups if group["split"])
+    return Row(matrices, steps[1], steps[0])
 
 
-def table(rows: dict[str, Row]) -> str:
-    """Markdown."""
+def made(name: str, preset: str, layers: int | None, **more: Any) -> tuple[Any, Any]:
+    """A model on the device and an optimizer, with gradients."""
+    import torch
+
+    from tests.fake_cuda.counts import to_device
+    from thriftlab.optim import METHODS as KINDS
+    from thriftlab.optim import split_groups
+    from thriftlab.train.model import GPT, PRESETS, ModelConfig
+
+    kind, hyper = METHODS[name]
+    layers = layers or PRESETS[preset]["layers"]
+    with torch.device("meta"):
+        model = GPT(ModelConfig(preset=preset, layers=layers, vocab_size=32000))
+    to_device(model)
+    groups = split_groups(model, include=[r"\.(attn|mlp)\."])
+    optimizer = KINDS[kind](groups, **{"lr": 1e-3, "weight_decay": 0.1, **hyper, **more})  # type: ignore[call-arg]
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    return model, optimizer
+
+
+def waits(counted: Any) -> int:
+    """How often the host waits for the device."""
+    return sum(counted.reads.values()) + sum(n for (_, waits), n in counted.to_host.items() if waits)
+
+
+def table(rows: dict[str, tuple[Row, Row]]) -> str:
+    """Markdown: of each method the whole model and two layers of it."""
     lines = [
-        "| method | launches of a plain step | a matrix | host reads | launches of a refresh | its host reads |",
+        "| method | launches of a plain step | a matrix | with two layers | host reads | host reads of a refresh |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
-        each = row.launches / row.matrices
+    for name, (row, small) in rows.items():
         lines.append(
-            f"| {name} | {row.launches:,} | {each:.1f} | {row.reads} | {row.refresh_launches:,} | {row.refresh_reads} |"
+            f"| {name} | {row.launches():,} | {row.launches() / row.matrices:.1f} | {small.launches():,} | "
+            f"{waits(row.plain)} | {waits(row.first)} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(METHODS), metavar="NAME")
+    parser.add_argument("names", nargs="*", default=KEPT_WIDE, metavar="NAME")
     parser.add_argument("--preset", default="llama-1b")
     parser.add_argument("--plain", action="store_true", help="without `applied`, as in a loop of one's own")
     parser.add_argument("--why", action="store_true", help="also operations and lines")
     options = parser.parse_args()
-    rows, began = {}, time.perf_counter()
+    rows = {}
     with tempfile.TemporaryDirectory() as folder, process(Path(folder)) as call:
         for name in options.names:
-            rows[name] = row = call(count, name, options.preset, not options.plain)
-            print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+            sizes = [call(count, name, options.preset, layers, not options.plain) for layers in (None, LAYERS)]
+            rows[name] = sizes[0], sizes[1]
+            print(name, sizes[0].launches(), file=sys.stderr)
             if options.why:
-                print(name, row.by_operation, dict(list(row.by_place.items())[:12]), row.places, row.refresh_places)
+                print(name, *sizes[0].plain[:2], sizes[0].plain.reads, sizes[0].first.reads)
     print(table(rows))
 
 
