@@ -265,9 +265,10 @@ for line in sys.stdin:  # torch is imported once; every line starts a process to
 @pytest.mark.parametrize("background", [False, True])
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, background):
     command = [sys.executable, "-c", NURSERY, str(tmp_path), str(background)]
-    draw, last = random.Random(0), 0
+    draw, last, kills = random.Random(0), 0, 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as nursery:
-        for _ in range(12):
+        while kills < 12 or last <= 5 and kills < 200:  # a loaded machine saves less between two kills
+            kills += 1
             nursery.stdin.write("\n")
             child = int(nursery.stdout.readline())
             time.sleep(draw.uniform(0.02, 0.2))
