@@ -218,7 +218,7 @@ def make_optimizer(config: RunConfig, model: GPT) -> Method:
     method = METHODS[config.optim.name]
     seed = {"seed": config.seed} if "seed" in inspect.signature(method).parameters else {}
     with options_of("optim"):
-        groups = split_groups(model, include=list(config.optim.include), exclude=list(config.optim.exclude))
+        groups = split_groups(model, list(config.optim.include), list(config.optim.exclude), method.roles)
     with options_of("optim"):
         optimizer = method(groups, **config.optim.hyperparameters(), **seed)
     refuse_unprunable(model, optimizer)

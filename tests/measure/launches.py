@@ -18,6 +18,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
     "signsgd": ("signsgd", {}),
     "muon": ("muon", {}),
+    "scale": ("scale", {}),
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),
     "fira, exact": ("fira", dict(rank=RANK, residual="exact")),
@@ -67,7 +68,7 @@ def count(name: str, preset: str, deferred: bool) -> Row:
     with torch.device("meta"):
         model = GPT(ModelConfig(preset=preset, vocab_size=32000))
     to_device(model)
-    groups = split_groups(model, include=[r"\.(attn|mlp)\."])
+    groups = split_groups(model, include=[r"\.(attn|mlp)\."], roles=KINDS[kind].roles)
     optimizer = KINDS[kind](groups, lr=1e-3, weight_decay=0.1, **hyper)  # type: ignore[call-arg]
     for p in model.parameters():
         p.grad = torch.empty_like(p)

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD
+from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -33,6 +33,12 @@ def frugal(params, **hyper):
     return Frugal(params, **{"lr": 0.01, "gap": GAP, **hyper})
 
 
+def with_roles(make):
+    """A maker that wants groups with roles where there is a model."""
+    make.roles = True
+    return make
+
+
 MAKERS = {
     "adamw": lambda params, **k: AdamW(params, **{"lr": 0.01, **k}),
     "signsgd": lambda params, **k: SignSGD(params, **{"lr": 0.01, **k}),
@@ -46,6 +52,7 @@ MAKERS = {
         params, **{"lr": 0.01, "gap": GAP, "order": "random", "unit": "tensor", "density": 0.6, **k}
     ),
     "muon": lambda params, **k: Muon(params, **{"lr": 0.01, **k}),
+    "scale": with_roles(lambda params, **k: Scale(params, **{"lr": 0.01, **k})),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
     "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),
