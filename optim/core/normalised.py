@@ -98,7 +98,7 @@ class Normalised(SplitOptimizer):
             tables.get(group.get("role", "" if not group["split"] else "matrix"), []).extend(matrices)
         if tables["output"] and not tables["input"]:
             said.append(f"{', '.join(tables['output'])}: output; a tied embedding is the same tensor")
-        if tables[""]:
+        if tables[""] and any("output" in self.own_roles(group) for group in self.param_groups):
             said.append(
                 f"{', '.join(tables[''][:3])}: full AdamW, for no group says whether it is input or output; "
                 "make groups with split_groups(..., roles=True)"
@@ -128,8 +128,7 @@ def descend_rows(weights: list[Tensor], directions: list[Tensor], lrs: list[Any]
     """W <- W - lr D / max(|d|, eps), |d| of each row: its norm, or its root mean square. One lr for each matrix."""
     if len(weights) == 1 and weights[0].device.type == "cpu":  # rows that are still in the cache when they are moved
         for weight, direction in row_chunks(weights[0], directions[0]):
-            [factors] = factors_of([norms(direction, 1)], [direction.shape[1]], lrs, eps, rms)
-            weight.addcmul_(direction, factors)
+            weight.addcmul_(direction, *factors_of([norms(direction, 1)], [direction.shape[1]], lrs, eps, rms))
         return
     lengths = [norms(direction, 1) for direction in directions]
     factors = factors_of(lengths, [direction.shape[1] for direction in directions], lrs, eps, rms)

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD
+from thriftlab.optim import RMNP, AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -53,6 +53,13 @@ MAKERS = {
     ),
     "muon": lambda params, **k: Muon(params, **{"lr": 0.01, **k}),
     "scale": with_roles(lambda params, **k: Scale(params, **{"lr": 0.01, **k})),
+    "rmnp": with_roles(lambda params, **k: RMNP(params, **{"lr": 0.01, **k})),
+    "rmnp, all": with_roles(
+        lambda params, **k: RMNP(
+            params,
+            **{"lr": 0.01, "tables": "own", "nesterov": True, "adjust_lr": True, "plain_decay": "reference", **k},
+        )
+    ),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
     "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),

@@ -7,7 +7,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from thriftlab.data.loader import Batch
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD, split_groups, state_bytes
+from thriftlab.optim import (
+    RMNP,
+    AdamW,
+    Apollo,
+    BAdam,
+    Fira,
+    Frugal,
+    GaLore,
+    Muon,
+    Scale,
+    SignSGD,
+    split_groups,
+    state_bytes,
+)
 from thriftlab.optim.layers.base import LAYERS, convert
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.channel import ALONE, Channel
@@ -36,6 +49,7 @@ METHODS = {
     "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
     "scale": functools.partial(Scale, lr=3e-3, length="rms"),
+    "rmnp": functools.partial(RMNP, lr=3e-3, nesterov=True, tables="own"),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]
