@@ -31,13 +31,14 @@ from thriftlab.optim.muon import Muon
 from thriftlab.optim.rmnp import RMNP
 from thriftlab.optim.scale import Scale
 from thriftlab.optim.signsgd import SignSGD
+from thriftlab.optim.sinkgd import SinkGD
 from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.subspaces import Subspace
 
 __all__ = [
     "LAYERS", "METHODS", "RMNP", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion", "Dense", "Fira",
     "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "ReLoRA", "SLTrain", "Scale",
-    "Search", "SignSGD", "Spec", "SplitOptimizer", "State", "Subspace", "convert", "convert_lost", "keyed_generator",
+    "Search", "SignSGD", "SinkGD", "Spec", "SplitOptimizer", "State", "Subspace", "convert", "convert_lost", "keyed_generator",
     "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes",
 ]  # fmt: skip
 

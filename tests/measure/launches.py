@@ -20,6 +20,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("muon", {}),
     "scale": ("scale", {}),
     "rmnp": ("rmnp", {}),
+    "sinkgd": ("sinkgd", {}),
+    "swan": ("sinkgd", dict(whiten=True)),
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),
     "fira, exact": ("fira", dict(rank=RANK, residual="exact")),

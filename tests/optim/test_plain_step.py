@@ -5,7 +5,7 @@ import torch
 
 from tests.tools.methods import MAKERS, gradient, parameters
 from thriftlab.launch.bench import peak_allocation
-from thriftlab.optim import RMNP, Apollo, Fira, Frugal, GaLore, Muon, Scale, SignSGD
+from thriftlab.optim import RMNP, Apollo, Fira, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
 from thriftlab.optim.core.projected import norms
 from thriftlab.optim.state.rules import PIECE, add_sign, row_chunks
 
@@ -27,6 +27,8 @@ TRANSIENT = {
     "scale": (lambda p: Scale(p), 0),
     "rmnp": (lambda p: RMNP(p), 0),
     "rmnp, nesterov": (lambda p: RMNP(p, nesterov=True), WHOLE),
+    "sinkgd": (lambda p: SinkGD(p), WHOLE + 10 * 4 * (2048 + 512)),
+    "swan": (lambda p: SinkGD(p, whiten=True), 4 * WHOLE),
     "scale, rms": (lambda p: Scale(p, length="rms"), 0),
     "scale's embedding": (lambda p: Scale([{"params": p, "split": False, "role": "input"}]), SIGNS + 4 * 512),
     "scale's head": (lambda p: Scale([{"params": p, "split": False, "role": "output"}]), 0),

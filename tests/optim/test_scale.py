@@ -77,9 +77,8 @@ def test_a_step_in_float64_is_the_papers(length):
         for name, p in params.items():
             assert np.allclose(p.detach().numpy(), oracles[name].w, rtol=1e-12, atol=1e-12), (step, name)
     kept = {name: [key for key, t in optimizer.state[p].items() if t.ndim] for name, p in params.items()}
-    assert kept == {
-        **dict.fromkeys(("embed", "q", "up", "down"), []), "head": ["momentum_buffer"], "norm": ["exp_avg", "exp_avg_sq"],
-    }  # fmt: skip
+    assert kept.pop("head") == ["momentum_buffer"] and kept.pop("norm") == ["exp_avg", "exp_avg_sq"]
+    assert not any(kept.values())
 
 
 def test_the_trajectory_of_the_published_code():

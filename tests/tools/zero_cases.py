@@ -18,6 +18,7 @@ from thriftlab.optim import (
     Muon,
     Scale,
     SignSGD,
+    SinkGD,
     split_groups,
     state_bytes,
 )
@@ -50,6 +51,8 @@ METHODS = {
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
     "scale": functools.partial(Scale, lr=3e-3, length="rms"),
     "rmnp": functools.partial(RMNP, lr=3e-3, nesterov=True, tables="own"),
+    "sinkgd": functools.partial(SinkGD, lr=3e-3),
+    "swan": functools.partial(SinkGD, lr=3e-3, whiten=True),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]
