@@ -10,6 +10,7 @@ import sys
 from typing import NoReturn
 
 from thriftlab.optim import layers
+from thriftlab.optim.adam_mini import AdamMini
 from thriftlab.optim.adamw import AdamW
 from thriftlab.optim.apollo import Apollo
 from thriftlab.optim.badam import BAdam
@@ -36,7 +37,7 @@ from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.subspaces import Subspace
 
 __all__ = [
-    "LAYERS", "METHODS", "RMNP", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion", "Dense", "Fira",
+    "LAYERS", "METHODS", "RMNP", "AdamMini", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion", "Dense", "Fira",
     "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "ReLoRA", "SLTrain", "Scale",
     "Search", "SignSGD", "SinkGD", "Spec", "SplitOptimizer", "State", "Subspace", "convert", "convert_lost", "keyed_generator",
     "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes",

@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rmnp": ("rmnp", {}),
     "sinkgd": ("sinkgd", {}),
     "swan": ("sinkgd", dict(whiten=True)),
+    "adam-mini": ("adam_mini", {}),
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),
     "fira, exact": ("fira", dict(rank=RANK, residual="exact")),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thriftlab.optim import RMNP, AdamW, BAdam, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
+from thriftlab.optim import RMNP, AdamMini, AdamW, BAdam, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.optim.state.coordinates import Columns, Coordinates, Rows
 
@@ -113,6 +113,7 @@ def test_what_depends_on_other_entries_is_no_business_of_pieces():
         GaLore(groups, rank=2),
         Muon(groups),
         Scale(groups),
+        AdamMini(groups),
         SinkGD(groups),
         RMNP(groups),
     ):

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import RMNP, AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
+from thriftlab.optim import RMNP, AdamMini, AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -62,6 +62,10 @@ MAKERS = {
     ),
     "sinkgd": lambda params, **k: SinkGD(params, **{"lr": 0.01, **k}),
     "swan": lambda params, **k: SinkGD(params, **{"lr": 0.01, "whiten": True, **k}),
+    "adam mini": lambda params, **k: AdamMini(params, **{"lr": 0.01, "head_dim": 2, **k}),
+    "adam mini, heads": lambda params, **k: AdamMini(
+        params, **{"lr": 0.01, "heads": (r"^[ac]$", r"\.[qk]\."), "whole": ("^d$",), "head_dim": 2, **k}
+    ),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
     "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),

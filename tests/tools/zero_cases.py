@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from thriftlab.data.loader import Batch
 from thriftlab.optim import (
     RMNP,
+    AdamMini,
     AdamW,
     Apollo,
     BAdam,
@@ -53,6 +54,7 @@ METHODS = {
     "rmnp": functools.partial(RMNP, lr=3e-3, nesterov=True, tables="own"),
     "sinkgd": functools.partial(SinkGD, lr=3e-3),
     "swan": functools.partial(SinkGD, lr=3e-3, whiten=True),
+    "adam mini": functools.partial(AdamMini, lr=3e-3, weight_decay=0.1, heads=("up",), head_dim=41),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]
