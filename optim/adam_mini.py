@@ -95,9 +95,7 @@ class AdamMini(Method, name="adam_mini"):
             )
 
     def remarks(self) -> list[str]:
-        if any(
-            group["head_dim"] and found(name, group["heads"]) for group in self.param_groups for name in group["names"]
-        ):
+        if any(group["head_dim"] and found(n, group["heads"]) for group in self.param_groups for n in group["names"]):
             return []
         return ["heads or head_dim do not fit the model: each row is a block, in queries and keys too"]
 
@@ -108,12 +106,14 @@ def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], gro
     firsts, seconds = [load(state, FIRST[0]) for state in states], [state[BLOCKS] for state in states]
     grads = [grad.to(first.dtype) for grad, first in zip(grads, firsts, strict=True)]
     torch._foreach_lerp_(firsts, grads, 1 - b1)
-    means = [mean_squares(grad, len(second)).to(second.dtype) for grad, second in zip(grads, seconds, strict=True)]
+    sizes = [len(second) for second in seconds]
+    means = [mean.to(second.dtype) for mean, second in zip(mean_squares(grads, sizes), seconds, strict=True)]
     torch._foreach_lerp_(seconds, means, 1 - b2)
     decay(weights, group)
-    ages = torch.stack([state["step"] for state in states]).double()
-    for weight, first, second, age in zip(weights, firsts, seconds, ages.to(weights[0].device).unbind(), strict=True):
-        factor = (second / (1 - b2**age)).sqrt_().add_(group["eps"]).reciprocal_() * (-group["lr"] / (1 - b1**age))
-        weight.addcmul_(first, spread(factor.to(first.dtype), weight))
+    ages = torch.stack([state["step"] for state in states]).double().to(weights[0].device)
+    one, two = (torch.cat([c.expand(n) for c, n in zip(1 - b**ages, sizes, strict=True)]) for b in (b1, b2))
+    factors = -group["lr"] / one / ((torch.cat(seconds) / two).sqrt() + group["eps"])  # [blocks of all]
+    for weight, first, factor in zip(weights, firsts, factors.to(firsts[0].dtype).split(sizes), strict=True):
+        weight.addcmul_(first, spread(factor, weight))
     for state, first in zip(states, firsts, strict=True):
         store(state, FIRST[0], first)

@@ -111,7 +111,7 @@ def sinkhorn(grads: list[Tensor], iterations: int) -> list[tuple[Tensor, Tensor,
         columns = quotients(heights, [torch.mv(s.T, a) for s, a in zip(squares, rows, strict=True)])
     for factors in (rows, columns):
         torch._foreach_sqrt_(factors)
-    rows = torch._foreach_div([row[:, None] for row in rows], lengths)
+    rows = list(torch._foreach_div([row[:, None] for row in rows], lengths))
     return [(row, column[None], square) for row, column, square in zip(rows, columns, squares, strict=True)]
 
 

@@ -29,10 +29,14 @@ def found(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def mean_squares(grad: Tensor, blocks: int) -> Tensor:
-    """Of blocks of as many entries each, one after the other, [blocks]; of an empty tensor zeros."""
-    rows = grad.reshape(blocks, -1) if grad.numel() else grad.new_zeros(blocks, 1)
-    return torch.linalg.vector_norm(rows, dim=1).square_().div_(rows.shape[1])
+def mean_squares(grads: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """Of as many blocks of each tensor, [blocks] each; of an empty one zeros."""
+    pairs = zip(grads, counts, strict=True)
+    blocks = [grad.reshape(count, -1) if grad.numel() else grad.new_zeros(count, 1) for grad, count in pairs]
+    found = [torch.linalg.vector_norm(block, dim=1) for block in blocks]
+    torch._foreach_mul_(found, found)
+    torch._foreach_div_(found, [float(block.shape[1]) for block in blocks])
+    return found
 
 
 def spread(factor: Tensor, weight: Tensor) -> Tensor:

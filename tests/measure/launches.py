@@ -21,7 +21,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale": ("scale", {}),
     "rmnp": ("rmnp", {}),
     "sinkgd": ("sinkgd", {}),
-    "swan": ("sinkgd", dict(whiten=True)),
     "adam-mini": ("adam_mini", {}),
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),

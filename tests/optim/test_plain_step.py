@@ -29,7 +29,7 @@ TRANSIENT = {
     "rmnp, nesterov": (lambda p: RMNP(p, nesterov=True), WHOLE),
     "sinkgd": (lambda p: SinkGD(p), WHOLE + 10 * 4 * (2048 + 512)),
     "swan": (lambda p: SinkGD(p, whiten=True), 4 * WHOLE),
-    "adam mini": (lambda p: AdamMini(p), 10 * 4 * 2048),
+    "adam mini": (lambda p: AdamMini(p), 10 * 8 * 2048),
     "scale, rms": (lambda p: Scale(p, length="rms"), 0),
     "scale's embedding": (lambda p: Scale([{"params": p, "split": False, "role": "input"}]), SIGNS + 4 * 512),
     "scale's head": (lambda p: Scale([{"params": p, "split": False, "role": "output"}]), 0),
