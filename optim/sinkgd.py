@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.normalised import Normalised
+from thriftlab.optim.core.normalised import TINY, Normalised, sinkhorn
 from thriftlab.optim.core.projected import norms
 from thriftlab.optim.muon import orthogonalise
 from thriftlab.optim.state.counters import Age
@@ -25,7 +25,6 @@ from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.rules import adamw, decay
 from thriftlab.optim.state.storage import StateDtype, wide
 
-TINY = 1e-30  # least norm: what is zero stays zero
 POLAR = (15 / 8, -10 / 8, 3 / 8)  # Newton-Schulz coefficients that converge, to 1, from any singular value up to 1
 
 
@@ -94,33 +93,6 @@ class SinkGD(Normalised, name="sinkgd"):
             weights, grads, sinkhorn(grads, group["iterations"]), strict=True
         ):
             weight.addcmul_(torch.mul(grad, rows, out=scratch), columns * -lr)
-
-
-def sinkhorn(grads: list[Tensor], iterations: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Factors [m, 1] and [1, n] by which rows and columns of each matrix come to their norms, and scratch [m, n]."""
-    lengths = [norms(grad, 1) for grad in grads]
-    for length in lengths:
-        length.masked_fill_(length == 0, 1.0)
-    squares = [(grad / length).square_() for grad, length in zip(grads, lengths, strict=True)]
-    heights, widths = [float(len(grad)) for grad in grads], [float(grad.shape[1]) for grad in grads]
-    rows = [length.new_full((len(length),), width) for length, width in zip(lengths, widths, strict=True)]
-    columns: list[Tensor] = []
-    for number in range(iterations):
-        if number:
-            rows = quotients(widths, [torch.mv(s, b) for s, b in zip(squares, columns, strict=True)])
-        columns = quotients(heights, [torch.mv(s.T, a) for s, a in zip(squares, rows, strict=True)])
-    for factors in (rows, columns):
-        torch._foreach_sqrt_(factors)
-    rows = list(torch._foreach_div([row[:, None] for row in rows], lengths))
-    return [(row, column[None], square) for row, column, square in zip(rows, columns, squares, strict=True)]
-
-
-def quotients(above: list[float], below: list[Tensor]) -> list[Tensor]:
-    """above / below, in its place."""
-    torch._foreach_clamp_min_(below, TINY)
-    torch._foreach_reciprocal_(below)
-    torch._foreach_mul_(below, above)
-    return below
 
 
 def whitened(grads: list[Tensor], center: bool, steps: int) -> list[Tensor]:

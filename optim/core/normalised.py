@@ -1,7 +1,7 @@
-"""Steps along a matrix whose rows, or columns, are brought to one length: what SCALE and RMNP are made of.
+"""Steps along a matrix whose rows, or columns, are brought to one length: what SCALE, RMNP and SinkGD are made of.
 
-A torch weight is outputs x inputs, so a row is what one output takes from all inputs. Neither a normalised copy nor a
-square of a matrix is made: its lengths are measured, and the weight is moved with one factor for each row.
+A torch weight is outputs x inputs, so a row is what one output takes from all inputs. SCALE and RMNP make no copy or
+square of a matrix: its lengths are measured, and the weight is moved with one factor for each row.
 
 The surprise: these methods step embedding and head by themselves, each in its way. A group says by its `role` which of
 them it has; `split_groups(model, include, roles=True)` makes such groups. What has no momentum has a counter all the
@@ -25,6 +25,7 @@ from thriftlab.optim.state.rules import adamw_spec, decay, row_chunks
 from thriftlab.optim.state.storage import kept_spec, load, make_zero, store, wide
 
 MOMENTUM = ("momentum_buffer",)
+TINY = 1e-30  # least norm: what is zero stays zero
 
 
 class Normalised(SplitOptimizer):
@@ -168,3 +169,30 @@ def factors_of(norms_: list[Tensor], counts: list[int], lrs: list[Any], eps: flo
     else:
         torch._foreach_mul_(norms_, [-lr for lr in lrs])
     return norms_
+
+
+def sinkhorn(grads: list[Tensor], iterations: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Factors [m, 1] and [1, n] by which rows and columns of each matrix come to their norms, and scratch [m, n]."""
+    lengths = [norms(grad, 1) for grad in grads]
+    for length in lengths:
+        length.masked_fill_(length == 0, 1.0)
+    squares = [(grad / length).square_() for grad, length in zip(grads, lengths, strict=True)]
+    heights, widths = [float(len(grad)) for grad in grads], [float(grad.shape[1]) for grad in grads]
+    rows = [length.new_full((len(length),), width) for length, width in zip(lengths, widths, strict=True)]
+    columns: list[Tensor] = []
+    for number in range(iterations):
+        if number:
+            rows = quotients(widths, [torch.mv(s, b) for s, b in zip(squares, columns, strict=True)])
+        columns = quotients(heights, [torch.mv(s.T, a) for s, a in zip(squares, rows, strict=True)])
+    for factors in (rows, columns):
+        torch._foreach_sqrt_(factors)
+    rows = list(torch._foreach_div([row[:, None] for row in rows], lengths))
+    return [(row, column[None], square) for row, column, square in zip(rows, columns, squares, strict=True)]
+
+
+def quotients(above: list[float], below: list[Tensor]) -> list[Tensor]:
+    """above / below, in its place."""
+    torch._foreach_clamp_min_(below, TINY)
+    torch._foreach_reciprocal_(below)
+    torch._foreach_mul_(below, above)
+    return below

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.tools.peers import farthest, groups_of
 from thriftlab.optim import SinkGD
-from thriftlab.optim.sinkgd import sinkhorn
+from thriftlab.optim.core.normalised import sinkhorn
 
 HYPER = dict(lr=0.02, weight_decay=0.1)
 SHAPES = [(6, 6), (9, 6), (6, 9), (1, 5), (5, 1), (40, 24)]
