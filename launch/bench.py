@@ -142,7 +142,7 @@ def tensors(sizes: ModelConfig, device: torch.device | str = "cpu") -> list[dict
     with torch.device("meta"):
         model = GPT(sizes.model_copy(update={"vocab_size": sizes.vocab_size or 32000}))
     draw = torch.Generator(device).manual_seed(0)
-    groups = split_groups(model, include=MATRICES)
+    groups = split_groups(model, include=MATRICES, roles=True)
     for group in groups:
         group["params"] = [torch.nn.Parameter(noise(p.shape, draw)) for p in group["params"]]
         for p in group["params"]:

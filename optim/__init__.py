@@ -10,6 +10,7 @@ import sys
 from typing import NoReturn
 
 from thriftlab.optim import layers
+from thriftlab.optim.adam_mini import AdamMini
 from thriftlab.optim.adamw import AdamW
 from thriftlab.optim.apollo import Apollo
 from thriftlab.optim.badam import BAdam
@@ -28,14 +29,17 @@ from thriftlab.optim.layers.lowrank import LowRank
 from thriftlab.optim.layers.relora import LoRA, ReLoRA
 from thriftlab.optim.layers.sltrain import SLTrain
 from thriftlab.optim.muon import Muon
+from thriftlab.optim.rmnp import RMNP
+from thriftlab.optim.scale import Scale
 from thriftlab.optim.signsgd import SignSGD
+from thriftlab.optim.sinkgd import SinkGD
 from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.subspaces import Subspace
 
 __all__ = [
-    "LAYERS", "METHODS", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion", "Dense", "Fira",
-    "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "ReLoRA", "SLTrain", "Search",
-    "SignSGD", "Spec", "SplitOptimizer", "State", "Subspace", "convert", "convert_lost", "keyed_generator",
+    "LAYERS", "METHODS", "RMNP", "AdamMini", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion", "Dense", "Fira",
+    "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "ReLoRA", "SLTrain", "Scale",
+    "Search", "SignSGD", "SinkGD", "Spec", "SplitOptimizer", "State", "Subspace", "convert", "convert_lost", "keyed_generator",
     "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes",
 ]  # fmt: skip
 

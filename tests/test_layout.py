@@ -129,7 +129,10 @@ def test_no_method_is_named_outside_its_own_file():
         "launch/commands.py": {"frugal"},
     }  # the default; an example in the help
     allowed["launch/peers.py"] = {*METHODS, *(m.__name__ for m in METHODS.values())}  # a preset: rows of a table
-    named = {path: set(names_in(path)) for path in SOURCES if path.relative_to(ROOT).parts[0] != "optim"}
+    above = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "optim"]
+    named = {path: set(names_in(path)) for path in above}
+    for path in above:  # a method with the name of a word that is used for other things: said as a string of its own
+        named[path] -= {"scale"} - set(string_constants(ast.parse(path.read_text())))
     for name, method in METHODS.items():
         own = Path(sys.modules[method.__module__].__file__).resolve()
         for path, names in named.items():

@@ -216,11 +216,12 @@ def taken_up(model: GPT, backend: Backend, checkpoints: Path) -> bool:
 def make_optimizer(config: RunConfig, model: GPT) -> Method:
     """The method that the configuration names, over groups chosen by parameter names."""
     method = METHODS[config.optim.name]
-    seed = {"seed": config.seed} if "seed" in inspect.signature(method).parameters else {}
+    known = {"seed": config.seed, "head_dim": model.config.dim // model.config.heads}
+    given = {key: value for key, value in known.items() if key in inspect.signature(method).parameters}
     with options_of("optim"):
-        groups = split_groups(model, include=list(config.optim.include), exclude=list(config.optim.exclude))
+        groups = split_groups(model, list(config.optim.include), list(config.optim.exclude), method.roles)
     with options_of("optim"):
-        optimizer = method(groups, **config.optim.hyperparameters(), **seed)
+        optimizer = method(groups, **config.optim.hyperparameters(), **given)
     refuse_unprunable(model, optimizer)
     return optimizer
 

@@ -1,4 +1,4 @@
-"""Parameter groups: chosen by name, completed with names, matched with those of a file; and names in words."""
+"""Parameter groups: chosen by name or role, completed with names, matched with those of a file; and names in words."""
 
 import difflib
 import functools
@@ -7,15 +7,23 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+ROLES = ("matrix", "input", "output", "vector")  # the last: all that is none of the others
 
 
-def split_groups(model: Any, include: Sequence[str], exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
+def split_groups(
+    model: Any, include: Sequence[str], exclude: Sequence[str] = (), roles: bool = False
+) -> list[dict[str, Any]]:
     """Parameter groups by name: `[{"params", "names", "split"}, ...]`, every parameter that takes gradients in one.
 
     The matrices with a name that a pattern of `include` is found in, and none of `exclude`, are split. A tied parameter
     appears once, under its first name; a pattern may match any of its names. A pattern that matches none of the model's
     parameters is a ValueError.
+
+    Args:
+        roles: make a group for each role, and write it down as `role`: the methods with `roles` take embedding and head
+            by themselves.
     """
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
@@ -31,11 +39,43 @@ def split_groups(model: Any, include: Sequence[str], exclude: Sequence[str] = ()
         found = [any(re.search(p, name) for p in patterns for name in names[key]) for patterns in (include, exclude)]
         return tensors[key].ndim == 2 and found == [True, False]
 
-    return [
-        {"params": [tensors[key] for key in keys], "names": [names[key][0] for key in keys], "split": split}
-        for split in (True, False)
-        if (keys := [key for key in names if tensors[key].requires_grad and wanted(key) == split])
-    ]
+    found: dict[tuple[bool, str], list[int]] = {}  # in this order
+    if roles:
+        ends = embedding_and_head(model)
+        role = {key: ends.get(key, "matrix" if wanted(key) else "vector") for key in names}
+        found = {(kind == "matrix", kind): [key for key in names if role[key] == kind] for kind in ROLES}
+    else:
+        found = {(split, ""): [key for key in names if wanted(key) == split] for split in (True, False)}
+    groups = []
+    for (split, kind), keys in found.items():
+        if keys := [key for key in keys if tensors[key].requires_grad]:
+            group = {"params": [tensors[key] for key in keys], "names": [names[key][0] for key in keys], "split": split}
+            groups.append({**group, "role": kind} if roles else group)
+    return groups
+
+
+def embedding_and_head(model: nn.Module) -> dict[int, str]:
+    """Roles of the weights of embeddings and of the Linear that makes the logits, by their ids.
+
+    The weight of every `nn.Embedding` is input. That of the last Linear with an output for each row of one of them is
+    output, and so is a tied weight, which is both.
+    """
+    modules = list(model.modules())
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+    sizes = {module.num_embeddings for module in embeddings}
+    heads = [module for module in modules if isinstance(module, nn.Linear) and module.out_features in sizes]
+    found = {id(module.weight): "input" for module in embeddings}
+    return found | {id(module.weight): "output" for module in heads[-1:]}
+
+
+def role_of(group: dict[str, Any]) -> str:
+    """The role of a group's matrices; without one, those that are split are matrices."""
+    return group.get("role") or ("matrix" if group["split"] else "vector")
+
+
+def check_role(group: dict[str, Any]) -> None:
+    if role_of(group) not in ROLES:
+        raise ValueError(f"role={group['role']!r}: a group of parameters is one of {', '.join(ROLES)}")
 
 
 def near(pattern: str, names: Sequence[str]) -> list[str]:

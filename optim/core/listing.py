@@ -4,7 +4,7 @@ import torch
 
 from thriftlab.optim.core.groups import by_reason
 from thriftlab.optim.core.method import Method
-from thriftlab.optim.state.subspaces import is_split, subspace_of
+from thriftlab.optim.state.subspaces import subspace_of
 
 
 def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -14,11 +14,13 @@ def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     found = {}
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
+            if optimizer.takes(tuple(p.shape), group):  # type: ignore[attr-defined]
+                continue
             if p.ndim != 2:
                 found[name] = f"{p.ndim}-D"
             elif not group["split"]:
                 found[name] = "not chosen by name"
-            elif not is_split(p, group):
+            else:
                 rank = group.get("rank") or subspace_of(group).size(p.shape)  # type: ignore[union-attr]
                 found[name] = f"rank {rank} >= smaller side {min(p.shape)}"
     return found

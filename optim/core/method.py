@@ -47,6 +47,7 @@ class Method(torch.optim.Optimizer):
         defaults: the hyper-parameters, which live in `param_groups`.
     """
 
+    roles = False  # whether it asks groups for the `role` of their matrices
     takes_applied = False  # whether `update` knows `group["applied"]`, so that the host need not read it
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):

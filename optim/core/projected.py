@@ -39,17 +39,22 @@ class Projected(SplitOptimizer):
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
-        for weight, grad, state in zip(weights, grads, states, strict=True):
-            if "step" not in state:
-                state["step"] = torch.zeros((), device="cpu" if counts_on_host(weight, group) else weight.device)
-                make_zero(ADAM.buffers, weight, state, group)
-            if counts_on_host(weight, group):
-                state["step"] += 1
-                age = int(state["step"])
-                ADAM.descend([weight], [grad], [state], age, with_early_eps(group, age), group["lr"])
-                decay([weight], group)
-        if weights and not counts_on_host(weights[0], group):
-            step_plain(weights, grads, states, group)
+        adam_with_early_eps(weights, grads, states, group)
+
+
+def adam_with_early_eps(weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """The step of plain tensors; creates the state of new ones."""
+    for weight, grad, state in zip(weights, grads, states, strict=True):
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0, device="cpu" if counts_on_host(weight, group) else weight.device)
+            make_zero(ADAM.buffers, weight, state, group)
+        if counts_on_host(weight, group):
+            state["step"] += 1
+            age = int(state["step"])
+            ADAM.descend([weight], [grad], [state], age, with_early_eps(group, age), group["lr"])
+            decay([weight], group)
+    if weights and not counts_on_host(weights[0], group):
+        step_plain(weights, grads, states, group)
 
 
 def step_plain(weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]) -> None:

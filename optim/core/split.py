@@ -49,14 +49,19 @@ class SplitOptimizer(Method):
     """
 
     decay_after = False
+    walks = False  # whether the step of a matrix is a walk over its entries, without a product
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         super().__init__(params, split=True, **defaults)
 
+    def takes(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        """Whether the method's own step, and not AdamW, is that of a tensor of this shape."""
+        return splits(shape, group)
+
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
-        split = [is_split(weight, group) for weight in weights]
+        split = [self.takes(tuple(weight.shape), group) for weight in weights]
         for name, weight, state, yes in zip(names, weights, states, split, strict=True):
             refuse_other_kind(name, weight, state, group, yes)
         key_rounding(names, states, group)
@@ -155,7 +160,7 @@ class SplitOptimizer(Method):
             carry(subspace, old, new, grad, state, rule_of(group).buffers, group)
 
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-        return by_entry(group) and not splits(shape, group)
+        return by_entry(group) and not self.takes(shape, group)
 
     def update_fragments(
         self,
@@ -168,7 +173,7 @@ class SplitOptimizer(Method):
         begin(fragments, states)
         plain: list[int] = []
         for i, fragment in enumerate(fragments):
-            if not splits(fragment.shape, group):
+            if not self.takes(fragment.shape, group):
                 plain.append(i)
                 continue
             key_rounding([fragment.name], [states[i]], group)
@@ -188,7 +193,7 @@ class SplitOptimizer(Method):
 
     def work(self, weight: Tensor, group: dict[str, Any]) -> int:
         """A product with a matrix, unless its subspace picks entries."""
-        products = is_split(weight, group) and not picks_entries(group)
+        products = is_split(weight, group) and not self.walks and not picks_entries(group)
         return weight.numel() * (min(weight.shape) if products else 1)
 
     def remarks(self) -> list[str]:

@@ -18,6 +18,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
     "signsgd": ("signsgd", {}),
     "muon": ("muon", {}),
+    "scale": ("scale", {}),
+    "rmnp": ("rmnp", {}),
+    "sinkgd": ("sinkgd", {}),
+    "adam-mini": ("adam_mini", {}),
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),
     "fira, exact": ("fira", dict(rank=RANK, residual="exact")),
@@ -81,7 +85,7 @@ def made(name: str, preset: str, layers: int | None, **more: Any) -> tuple[Any, 
     with torch.device("meta"):
         model = GPT(ModelConfig(preset=preset, layers=layers, vocab_size=32000))
     to_device(model)
-    groups = split_groups(model, include=[r"\.(attn|mlp)\."])
+    groups = split_groups(model, include=[r"\.(attn|mlp)\."], roles=KINDS[kind].roles)
     optimizer = KINDS[kind](groups, **{"lr": 1e-3, "weight_decay": 0.1, **hyper, **more})  # type: ignore[call-arg]
     for p in model.parameters():
         p.grad = torch.empty_like(p)

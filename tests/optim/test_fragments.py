@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thriftlab.optim import AdamW, BAdam, Frugal, GaLore, Muon, SignSGD
+from thriftlab.optim import RMNP, AdamMini, AdamW, BAdam, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.optim.state.coordinates import Columns, Coordinates, Rows
 
@@ -112,5 +112,9 @@ def test_what_depends_on_other_entries_is_no_business_of_pieces():
         Frugal(groups, subspace="svd", density=0.5),
         GaLore(groups, rank=2),
         Muon(groups),
+        Scale(groups),
+        AdamMini(groups),
+        SinkGD(groups),
+        RMNP(groups),
     ):
         assert not method.elementwise((4, 4), method.param_groups[0])

@@ -9,7 +9,7 @@ from tests.tools.methods import MAKERS, through_a_file
 from tests.tools.scale import ROWS, batch, distance, make
 
 CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "apollo", "lost+adamw",
-         "lost+columns", "lost+fira", "muon"]  # fmt: skip
+         "lost+columns", "lost+fira", "scale", "rmnp, all", "sinkgd", "adam mini", "muon"]  # fmt: skip
 
 
 def loss_of(model, step, rank, world):
@@ -46,7 +46,7 @@ def sharded(cases, steps, dtype):
 def regroup(model, maker):
     from thriftlab.optim import split_groups
 
-    return maker(split_groups(model, include=[r"\.(attn|mlp)\."]))
+    return maker(split_groups(model, include=[r"\.(attn|mlp)\."], roles=getattr(maker, "roles", False)))
 
 
 def alone(name, world, steps, dtype):

@@ -5,7 +5,7 @@ import torch
 
 from tests.tools.methods import MAKERS, gradient, parameters
 from thriftlab.launch.bench import peak_allocation
-from thriftlab.optim import Apollo, Fira, Frugal, GaLore, Muon, SignSGD
+from thriftlab.optim import RMNP, AdamMini, Apollo, Fira, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
 from thriftlab.optim.core.projected import norms
 from thriftlab.optim.state.rules import PIECE, add_sign, row_chunks
 
@@ -24,6 +24,15 @@ TRANSIENT = {
     "fira": (lambda p: Fira(p, rank=RANK, subspace="orthogonal"), 2 * SMALL + 10 * 4 * 2048),  # and norms of channels
     "apollo": (lambda p: Apollo(p, rank=RANK), 2 * SMALL + 10 * 4 * 2048),
     "mini": (lambda p: Apollo(p, rank=1, granularity="tensor"), 10 * 4 * 2048),
+    "scale": (lambda p: Scale(p), 0),
+    "rmnp": (lambda p: RMNP(p), 0),
+    "rmnp, nesterov": (lambda p: RMNP(p, nesterov=True), WHOLE),
+    "sinkgd": (lambda p: SinkGD(p), WHOLE + 10 * 4 * (2048 + 512)),
+    "swan": (lambda p: SinkGD(p, whiten=True), 4 * WHOLE),
+    "adam mini": (lambda p: AdamMini(p), 10 * 8 * 2048),
+    "scale, rms": (lambda p: Scale(p, length="rms"), 0),
+    "scale's embedding": (lambda p: Scale([{"params": p, "split": False, "role": "input"}]), SIGNS + 4 * 512),
+    "scale's head": (lambda p: Scale([{"params": p, "split": False, "role": "output"}]), 0),
     "muon": (lambda p: Muon(p), 2 * WHOLE),  # four matrices in bf16, or one beside its update in fp32
 }
 

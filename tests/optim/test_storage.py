@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from tests.tools.methods import GAP, SHAPES, gradient, parameters, same, through_a_file, train
 from thriftlab.optim import (
+    RMNP,
     AdamW,
     Apollo,
     BAdam,
@@ -268,6 +269,7 @@ def test_no_state_is_larger_than_the_published_codes(shape, kept):
     cases = [
         (AdamW(p, state_dtype=kept), 2 * m * n * b, 0),
         (Muon(p, state_dtype=kept), m * n * b, 0),
+        (RMNP(p, state_dtype=kept), m * n * b, 0),
         (BAdam(p, state_dtype=kept), 2 * m * n * b, 0),
         (Apollo(p, rank=1, granularity="tensor", state_dtype=kept), 2 * long * b, 4 * short),
     ]

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD
+from thriftlab.optim import RMNP, AdamMini, AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -33,6 +33,12 @@ def frugal(params, **hyper):
     return Frugal(params, **{"lr": 0.01, "gap": GAP, **hyper})
 
 
+def with_roles(make):
+    """A maker that wants groups with roles where there is a model."""
+    make.roles = True
+    return make
+
+
 MAKERS = {
     "adamw": lambda params, **k: AdamW(params, **{"lr": 0.01, **k}),
     "signsgd": lambda params, **k: SignSGD(params, **{"lr": 0.01, **k}),
@@ -46,6 +52,20 @@ MAKERS = {
         params, **{"lr": 0.01, "gap": GAP, "order": "random", "unit": "tensor", "density": 0.6, **k}
     ),
     "muon": lambda params, **k: Muon(params, **{"lr": 0.01, **k}),
+    "scale": with_roles(lambda params, **k: Scale(params, **{"lr": 0.01, **k})),
+    "rmnp": with_roles(lambda params, **k: RMNP(params, **{"lr": 0.01, **k})),
+    "rmnp, all": with_roles(
+        lambda params, **k: RMNP(
+            params,
+            **{"lr": 0.01, "tables": "own", "nesterov": True, "adjust_lr": True, "plain_decay": "reference", **k},
+        )
+    ),
+    "sinkgd": lambda params, **k: SinkGD(params, **{"lr": 0.01, **k}),
+    "swan": lambda params, **k: SinkGD(params, **{"lr": 0.01, "whiten": True, **k}),
+    "adam mini": lambda params, **k: AdamMini(params, **{"lr": 0.01, "head_dim": 2, **k}),
+    "adam mini, heads": lambda params, **k: AdamMini(
+        params, **{"lr": 0.01, "heads": (r"^[ac]$", r"\.[qk]\."), "whole": ("^d$",), "head_dim": 2, **k}
+    ),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
     "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),

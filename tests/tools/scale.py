@@ -22,7 +22,7 @@ def make(maker, dtype=torch.float32, checkpointing=False, layer=None, frozen=Non
     model.init_weights(0)
     for name, p in model.named_parameters():
         p.requires_grad_(frozen is None or frozen not in name)
-    return model, maker(split_groups(model, MATRICES), **hyper)
+    return model, maker(split_groups(model, MATRICES, roles=getattr(maker, "roles", False)), **hyper)
 
 
 def batch(step, rank, world):

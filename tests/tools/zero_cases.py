@@ -7,7 +7,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from thriftlab.data.loader import Batch
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD, split_groups, state_bytes
+from thriftlab.optim import (
+    RMNP,
+    AdamMini,
+    AdamW,
+    Apollo,
+    BAdam,
+    Fira,
+    Frugal,
+    GaLore,
+    Muon,
+    Scale,
+    SignSGD,
+    SinkGD,
+    split_groups,
+    state_bytes,
+)
 from thriftlab.optim.layers.base import LAYERS, convert
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.channel import ALONE, Channel
@@ -35,6 +50,11 @@ METHODS = {
     "apollo": functools.partial(Apollo, lr=3e-3, gap=7, rank=4),
     "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
+    "scale": functools.partial(Scale, lr=3e-3, length="rms"),
+    "rmnp": functools.partial(RMNP, lr=3e-3, nesterov=True, tables="own"),
+    "sinkgd": functools.partial(SinkGD, lr=3e-3),
+    "swan": functools.partial(SinkGD, lr=3e-3, whiten=True),
+    "adam mini": functools.partial(AdamMini, lr=3e-3, weight_decay=0.1, heads=("up",), head_dim=41),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]
@@ -74,7 +94,7 @@ def build(method, **model):
     net = Net(**model)
     if layer:
         convert(net, LAYERS[layer], MATRICES, rank=0.5)
-    return net, METHODS[rule](split_groups(net, MATRICES))
+    return net, METHODS[rule](split_groups(net, MATRICES, roles=METHODS[rule].func.roles))
 
 
 def batch(step, rank, world):

@@ -22,7 +22,22 @@ FP64 = {"dtype": torch.float64}
 CASES = {  # world -> tolerance -> (method, or LAYER+METHOD, or frozen+METHOD; how)
     2: {
         0: [
-            *((name, {}) for name in ("adamw", "8bit", "columns", "coordinates, project", "badam", "galore", "muon")),
+            *(
+                (name, {})
+                for name in (
+                    "adamw",
+                    "8bit",
+                    "columns",
+                    "coordinates, project",
+                    "badam",
+                    "galore",
+                    "muon",
+                    "scale",
+                    "rmnp, all",
+                    "sinkgd",
+                    "adam mini",
+                )
+            ),
             *((name, {}) for name in ("lost+fira", "sltrain+adamw", "frozen+columns")),
             ("adamw", {"precision": "bf16"}),
             ("lost+columns", {"precision": "bf16", "checkpointing": True}),
@@ -101,7 +116,9 @@ def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, i, tolerance, name,
     seen = [rank[i][2] for rank in gangs[world]]
     ran = Counter(name for rank in seen for name in rank["ran"])
     assert all(ran[name] == STEPS for name in seen[0]["owned"])
-    assert bool(seen[0]["owned"]) == (name.rpartition("+")[2] in ("8bit", "galore", "muon", "fira"))
+    assert bool(seen[0]["owned"]) == (
+        name.rpartition("+")[2] in ("8bit", "galore", "muon", "fira", "scale", "rmnp, all", "sinkgd", "adam mini")
+    )
     for rank in seen:
         assert rank["sent"] == STEPS * rank["planned"]
         assert rank["held"] <= 1 / world + 0.1  # rows do not divide evenly here

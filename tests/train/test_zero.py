@@ -27,6 +27,7 @@ CASES = {
             *((method, stage, {}) for method in ("galore", "frugal blocks") for stage in (0, 2)),
             ("galore", 3, {"settings": SMALL, "checkpointing": True}),
             ("muon", 3, {"chunk": 700}),
+            ("scale", 2, {}),
             ("fira", 2, {"settings": OVERLAP, "checkpointing": True}),
             ("adamw", 1, {"settings": OVERLAP}),
             *(("galore", stage, {"precision": "bf16"}) for stage in (1, 2, 3)),
