@@ -5,7 +5,7 @@ import torch
 
 from tests.tools.methods import MAKERS, gradient, parameters
 from thriftlab.launch.bench import peak_allocation
-from thriftlab.optim import Apollo, Fira, Frugal, GaLore, Muon, SignSGD
+from thriftlab.optim import Apollo, Fira, Frugal, GaLore, Muon, NorMuon, SignSGD
 from thriftlab.optim.core.projected import norms
 from thriftlab.optim.state.rules import PIECE, add_sign, row_chunks
 
@@ -25,6 +25,7 @@ TRANSIENT = {
     "apollo": (lambda p: Apollo(p, rank=RANK), 2 * SMALL + 10 * 4 * 2048),
     "mini": (lambda p: Apollo(p, rank=1, granularity="tensor"), 10 * 4 * 2048),
     "muon": (lambda p: Muon(p), 2 * WHOLE),  # four matrices in bf16, or one beside its update in fp32
+    "normuon": (lambda p: NorMuon(p), 2 * WHOLE + 10 * 4 * 2048),  # and numbers of rows
 }
 
 

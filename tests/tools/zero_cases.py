@@ -7,7 +7,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from thriftlab.data.loader import Batch
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, SignSGD, split_groups, state_bytes
+from thriftlab.optim import (
+    AdamW,
+    Apollo,
+    BAdam,
+    Fira,
+    Frugal,
+    GaLore,
+    Muon,
+    NorMuon,
+    SignSGD,
+    split_groups,
+    state_bytes,
+)
 from thriftlab.optim.layers.base import LAYERS, convert
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.channel import ALONE, Channel
@@ -35,6 +47,7 @@ METHODS = {
     "apollo": functools.partial(Apollo, lr=3e-3, gap=7, rank=4),
     "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
+    "normuon": functools.partial(NorMuon, lr=3e-3, iteration="fp32"),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]

@@ -33,6 +33,7 @@ KINDS = [
     ("fira", {"gap": 3, "rank": 4}),
     ("apollo", {"gap": 3, "rank": 4}),
     ("muon", {}),
+    ("normuon", {}),
 ]
 
 
