@@ -19,6 +19,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "signsgd": ("signsgd", {}),
     "muon": ("muon", {}),
     "normuon": ("normuon", {}),
+    "stable_spam": ("stable_spam", {}),
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),
     "fira, exact": ("fira", dict(rank=RANK, residual="exact")),

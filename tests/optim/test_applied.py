@@ -57,7 +57,7 @@ def test_a_refused_step_leaves_every_bit_and_does_not_count(make):
 
 
 @pytest.mark.parametrize("kept", [hyper for hyper in DTYPES.values() if hyper], ids=["bf16", "8bit"])
-@pytest.mark.parametrize("name", ["adamw", "columns", "galore", "fira", "muon", "normuon"])
+@pytest.mark.parametrize("name", ["adamw", "columns", "galore", "fira", "muon", "normuon", "stable_spam"])
 def test_so_does_state_in_few_bits(name, kept):
     refused, left_out = refused_and_left_out(MAKERS[name], **kept)
     assert same(refused, left_out)

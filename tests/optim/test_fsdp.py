@@ -9,7 +9,7 @@ from tests.tools.methods import MAKERS, through_a_file
 from tests.tools.scale import ROWS, batch, distance, make
 
 CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "apollo", "lost+adamw",
-         "lost+columns", "lost+fira", "normuon", "muon"]  # fmt: skip
+         "lost+columns", "lost+fira", "stable_spam", "normuon", "muon"]  # fmt: skip
 
 
 def loss_of(model, step, rank, world):

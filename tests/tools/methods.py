@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, NorMuon, SignSGD
+from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, NorMuon, SignSGD, StableSPAM
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -48,6 +48,10 @@ MAKERS = {
     "muon": lambda params, **k: Muon(params, **{"lr": 0.01, **k}),
     "normuon": lambda params, **k: NorMuon(params, **{"lr": 0.01, **k}),
     "normuon, reference": lambda params, **k: NorMuon(params, **{"lr": 0.01, "form": "reference", **k}),
+    "stable_spam": lambda params, **k: StableSPAM(params, **{"lr": 0.01, "gap": GAP, "total": 30, **k}),
+    "stable_spam, reference": lambda params, **k: StableSPAM(
+        params, **{"lr": 0.01, "gap": GAP, "reset": "reference", **k}
+    ),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
     "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),

@@ -17,6 +17,7 @@ from thriftlab.optim import (
     Muon,
     NorMuon,
     SignSGD,
+    StableSPAM,
     split_groups,
     state_bytes,
 )
@@ -48,6 +49,7 @@ METHODS = {
     "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
     "normuon": functools.partial(NorMuon, lr=3e-3, iteration="fp32"),
+    "stable_spam": functools.partial(StableSPAM, lr=3e-3, gap=5),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]

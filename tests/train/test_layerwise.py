@@ -34,6 +34,7 @@ KINDS = [
     ("apollo", {"gap": 3, "rank": 4}),
     ("muon", {}),
     ("normuon", {}),
+    ("stable_spam", {"gap": 3}),
 ]
 
 
