@@ -33,12 +33,13 @@ from thriftlab.optim.signsgd import SignSGD
 from thriftlab.optim.stable_spam import StableSPAM
 from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.subspaces import Subspace
+from thriftlab.optim.subtrack import SubTrack
 
 __all__ = [
     "LAYERS", "METHODS", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion", "Dense", "Fira",
     "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "NorMuon", "ReLoRA", "SLTrain",
-    "Search", "SignSGD", "Spec", "SplitOptimizer", "StableSPAM", "State", "Subspace", "convert", "convert_lost",
-    "keyed_generator", "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes",
+    "Search", "SignSGD", "Spec", "SplitOptimizer", "StableSPAM", "State", "SubTrack", "Subspace", "convert",
+    "convert_lost", "keyed_generator", "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes",
 ]  # fmt: skip
 
 for _package in (sys.modules[__name__], layers):

@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),
     "fira, exact": ("fira", dict(rank=RANK, residual="exact")),
+    "subtrack": ("subtrack", dict(rank=RANK)),
     "apollo": ("apollo", dict(rank=RANK)),
     "apollo-mini": ("apollo", dict(rank=1, granularity="tensor", scale=128.0)),
     "badam": ("badam", {}),

@@ -57,7 +57,7 @@ def test_a_refused_step_leaves_every_bit_and_does_not_count(make):
 
 
 @pytest.mark.parametrize("kept", [hyper for hyper in DTYPES.values() if hyper], ids=["bf16", "8bit"])
-@pytest.mark.parametrize("name", ["adamw", "columns", "galore", "fira", "muon", "normuon", "stable_spam"])
+@pytest.mark.parametrize("name", ["adamw", "columns", "galore", "fira", "muon", "normuon", "stable_spam", "subtrack"])
 def test_so_does_state_in_few_bits(name, kept):
     refused, left_out = refused_and_left_out(MAKERS[name], **kept)
     assert same(refused, left_out)
@@ -92,7 +92,7 @@ def test_a_first_step_that_is_refused_begins_no_state():
 
 
 @pytest.mark.parametrize(
-    "name", ["adamw", "signsgd", "muon", "normuon", "columns", "galore", "fira", "apollo", "blocks"]
+    "name", ["adamw", "signsgd", "muon", "normuon", "columns", "galore", "fira", "subtrack", "apollo", "blocks"]
 )
 def test_a_plain_step_does_not_read_it(name, monkeypatch):
     """On no path of Python; tests/optim/test_launches.py looks at all operations."""

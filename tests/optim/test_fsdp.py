@@ -8,8 +8,8 @@ from tests.tools import gang
 from tests.tools.methods import MAKERS, through_a_file
 from tests.tools.scale import ROWS, batch, distance, make
 
-CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "apollo", "lost+adamw",
-         "lost+columns", "lost+fira", "stable_spam", "normuon", "muon"]  # fmt: skip
+CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "subtrack", "apollo",
+         "lost+adamw", "lost+columns", "lost+fira", "stable_spam", "normuon", "muon"]  # fmt: skip
 
 
 def loss_of(model, step, rank, world):

@@ -5,7 +5,7 @@ import torch
 
 from tests.tools.methods import MAKERS, gradient, parameters
 from thriftlab.launch.bench import peak_allocation
-from thriftlab.optim import Apollo, Fira, Frugal, GaLore, Muon, NorMuon, SignSGD
+from thriftlab.optim import Apollo, Fira, Frugal, GaLore, Muon, NorMuon, SignSGD, SubTrack
 from thriftlab.optim.core.projected import norms
 from thriftlab.optim.state.rules import PIECE, add_sign, row_chunks
 
@@ -22,6 +22,7 @@ TRANSIENT = {
     "coordinates": (lambda p: Frugal(p, subspace="coordinates", density=0.125), 4 * 2 * WHOLE / 8),  # int64 positions
     "galore": (lambda p: GaLore(p, rank=RANK, subspace="orthogonal"), 2 * SMALL),  # R and N
     "fira": (lambda p: Fira(p, rank=RANK, subspace="orthogonal"), 2 * SMALL + 10 * 4 * 2048),  # and norms of channels
+    "subtrack": (lambda p: SubTrack(p, rank=RANK), 2 * SMALL + 10 * 4 * 2048),
     "apollo": (lambda p: Apollo(p, rank=RANK), 2 * SMALL + 10 * 4 * 2048),
     "mini": (lambda p: Apollo(p, rank=1, granularity="tensor"), 10 * 4 * 2048),
     "muon": (lambda p: Muon(p), 2 * WHOLE),  # four matrices in bf16, or one beside its update in fp32

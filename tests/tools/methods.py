@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, NorMuon, SignSGD, StableSPAM
+from thriftlab.optim import AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, NorMuon, SignSGD, StableSPAM, SubTrack
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -60,6 +60,7 @@ MAKERS = {
     "galore, project": lambda params, **k: GaLore(params, **{"rank": 2, "gap": GAP, "on_refresh": "project", **k}),
     "fira": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, **k}),
     "fira, exact": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, "residual": "exact", **k}),
+    "subtrack": lambda params, **k: SubTrack(params, **{"lr": 0.01, "rank": 2, "gap": GAP, "step_size": 0.01, **k}),
     "apollo": lambda params, **k: Apollo(params, **{"rank": 2, "gap": GAP, "stagger": True, **k}),
     "mini": lambda params, **k: Apollo(
         params, **{"rank": 1, "gap": GAP, "granularity": "tensor", "scale": 128.0, "subspace": "orthogonal", **k}

@@ -18,6 +18,7 @@ from thriftlab.optim import (
     NorMuon,
     SignSGD,
     StableSPAM,
+    SubTrack,
     split_groups,
     state_bytes,
 )
@@ -45,6 +46,7 @@ METHODS = {
     "frugal svd": functools.partial(Frugal, lr=3e-3, gap=7, subspace="svd", density=0.4),
     "galore": functools.partial(GaLore, lr=3e-3, gap=7, rank=4),
     "fira": functools.partial(Fira, lr=3e-3, gap=7, rank=4),
+    "subtrack": functools.partial(SubTrack, lr=3e-3, gap=7, rank=4, step_size=1.0),
     "apollo": functools.partial(Apollo, lr=3e-3, gap=7, rank=4),
     "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),

@@ -31,6 +31,7 @@ KINDS = [
     ("badam", {"gap": 2, "density": 0.5}),
     ("galore", {"gap": 3, "rank": 4}),
     ("fira", {"gap": 3, "rank": 4}),
+    ("subtrack", {"gap": 3, "rank": 4}),
     ("apollo", {"gap": 3, "rank": 4}),
     ("muon", {}),
     ("normuon", {}),
