@@ -8,14 +8,16 @@ At first S are the `rank` leading singular vectors of the gradient's shorter sid
     M <- T M;   V <- (1 - b2^t) |T^2 (V^ - M^^2) + (T M^)^2|,  T = S_new^T S_old       as LDAdam estimates them
     step as Fira's, residual="exact"
 
-One surprise: the released code does not follow. Of a matrix with m >= n it projects F by I - B B^T, for a B with
-orthonormal rows, which is 0, and keeps the first basis for ever. This is the paper's rule, for all matrices.
+That is the paper, form="exact". The released code, and what was published with it, is form="reference", and it hardly
+tracks: of a matrix with m >= n it projects F by I - B B^T, for a B with orthonormal rows, which is 0, and so keeps the
+first basis; T leads from the first basis to the last one, V <- (1 - b2) |T^2 (V - M^2) + (T M)^2| leaves little of it;
+the step is Fira's, residual="reference".
 
-Another one: sigma grows with |G|^2, so `step_size` is for gradients of one scale, as clipping makes them; what is far
+One surprise: sigma grows with |G|^2, so `step_size` is for gradients of one scale, as clipping makes them; what is far
 above turns S by whole rounds.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,10 +25,13 @@ from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.fira import Recovered
-from thriftlab.optim.state.dense import tall_of
-from thriftlab.optim.state.keys import State
-from thriftlab.optim.state.storage import StateDtype
-from thriftlab.optim.state.subspaces import is_declared, subspace_of
+from thriftlab.optim.state.carry import transfer, turn
+from thriftlab.optim.state.counters import Age
+from thriftlab.optim.state.dense import is_tall, tracked
+from thriftlab.optim.state.keys import Spec, State
+from thriftlab.optim.state.storage import StateDtype, load, store
+from thriftlab.optim.state.subspaces import subspace_of
+from thriftlab.optim.state.torch_adamw import MOMENTS
 
 
 class SubTrack(Recovered, name="subtrack"):
@@ -42,6 +47,7 @@ class SubTrack(Recovered, name="subtrack"):
         step_size: of a rotation, in units of 1 over the gradient squared.
         alpha: factor of lr for the matrices.
         gamma: how much the norm of the residual may grow in a step.
+        form: as in the paper (exact), or as in the released code (reference), which keeps most bases as they are.
         stagger: matrices turn their subspaces by turns within a gap, not all in one step.
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
     """
@@ -58,27 +64,43 @@ class SubTrack(Recovered, name="subtrack"):
         step_size: Annotated[float, Field(ge=0)] = 1e4,
         alpha: Annotated[float, Field(ge=0)] = 0.25,
         gamma: Annotated[float, Field(ge=1)] = 1.01,
+        form: Annotated[Literal["exact", "reference"], Field()] = "exact",
         stagger: Annotated[bool, Field()] = False,
         state_dtype: Annotated[StateDtype, Field()] = "fp32",
         seed: int = 0,
         *,
         maximize: bool = False,
     ):
-        super().__init__(**arguments(locals()), subspace="svd", on_refresh="estimate", residual="exact")
+        super().__init__(**arguments(locals()), subspace="svd", on_refresh="estimate")
 
     def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> State:
-        if not (old and is_declared(old, subspace_of(group), grad)):
-            return super().next_basis(name, grad, old, group, count)
-        return {"vectors": tracked(old["vectors"], grad, group["step_size"])}
+        wide_reference = group["form"] == "reference" and not is_tall(grad)
+        _, declared = subspace_of(group).spec(tuple(grad.shape), grad.dtype)
+        if not old or tuple(old["vectors"].shape) != declared["vectors"][0]:
+            new = super().next_basis(name, grad, {}, group, count)
+            return {**new, "first": new["vectors"].clone()} if wide_reference else new
+        if group["form"] == "reference" and not wide_reference:
+            return old
+        return {**old, "vectors": tracked(old["vectors"], grad, group["step_size"])}
 
+    def carry_over(self, old: State, new: State, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+        if group["form"] == "exact" or old["vectors"].shape != new["vectors"].shape:
+            super().carry_over(old, new, grad, state, group)
+            return
+        change = transfer(subspace_of(group), {"vectors": old.get("first", old["vectors"])}, old, grad)
+        (m, v), rows = (load(state, key) for key in MOMENTS), is_tall(grad)
+        mean = turn(m, change, rows)
+        square = (turn(v - m.square(), change.square(), rows) + mean.square()).abs() * (1 - group["betas"][1])
+        store(state, MOMENTS[0], m.copy_(mean))
+        store(state, MOMENTS[1], v.copy_(square))
 
-def tracked(vectors: Tensor, grad: Tensor, step_size: float) -> Tensor:
-    """S, turned in the plane of one of its directions and one outside of it  # [min(m, n), r]"""
-    tall, old = tall_of(grad).double(), vectors.double()
-    small = tall @ old  # A^T [max(m, n), r]
-    slope = -2 * (tall.T @ small - old @ (small.T @ small))  # F [min(m, n), r]
-    u, sigma, v = torch.linalg.svd(slope, full_matrices=False)
-    (u, v), angle = (u[:, :1], v[:1].T), step_size * sigma[0]
-    new = old + ((old @ v) * (angle.cos() - 1) - u * angle.sin()) @ v.T
-    found = torch.linalg.qr(new)  # orthonormal as it is, but for the rounding of its dtype, refresh after refresh
-    return (found.Q * found.R.diagonal().sign()).to(vectors)
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        super().descend_all(weights, grads, states, {**group, "residual": group["form"]}, age)
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        spec = super().spec(shape, dtype, **overrides)
+        if {**self.defaults, **overrides}["form"] == "exact" or "basis.vectors" not in spec or shape[0] >= shape[1]:
+            return spec
+        return {**spec, "basis.first": spec["basis.vectors"]}

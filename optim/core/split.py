@@ -156,7 +156,11 @@ class SplitOptimizer(Method):
         if group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(small, state, group)
         else:
-            carry(subspace, old, new, grad, state, rule_of(group).buffers, group)
+            self.carry_over(old, new, grad, state, group)
+
+    def carry_over(self, old: State, new: State, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+        """Takes the moments over to a new basis."""
+        carry(subspace_of(group), old, new, grad, state, rule_of(group).buffers, group)
 
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group) and not splits(shape, group)

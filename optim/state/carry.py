@@ -54,9 +54,9 @@ def estimated(
     first: Tensor, second: Tensor, change: Tensor, rows: bool, age: Tensor, betas: tuple[float, float]
 ) -> list[Tensor]:
     """Adam's moments, of `age` steps, as LDAdam (2410.16103) estimates them in a new basis: variances are turned, and
-    squares of means are those of the turned means. With the old basis nothing changes.
+    means squared are squares of the turned means. With the old basis nothing changes.
 
-    M <- T M;  V <- (1 - b2^t) |T^2 (V^ - M^^2) + (T M^)^2|                           ^ is bias-corrected, T^2 by entries
+    M <- T M;  V <- (1 - b2^t) |T^2 (V^ - M^^2) + (T M^)^2|                   ^ is bias-corrected, T^2 is T by entries
     """
     fresh, kept = ((1 - beta**age).to(first) for beta in betas)
     mean, variance = first / fresh, second / kept - (first / fresh).square()

@@ -61,6 +61,9 @@ MAKERS = {
     "fira": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, **k}),
     "fira, exact": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, "residual": "exact", **k}),
     "subtrack": lambda params, **k: SubTrack(params, **{"lr": 0.01, "rank": 2, "gap": GAP, "step_size": 0.01, **k}),
+    "subtrack, reference": lambda params, **k: SubTrack(
+        params, **{"lr": 0.01, "rank": 2, "gap": GAP, "step_size": 0.01, "form": "reference", **k}
+    ),
     "apollo": lambda params, **k: Apollo(params, **{"rank": 2, "gap": GAP, "stagger": True, **k}),
     "mini": lambda params, **k: Apollo(
         params, **{"rank": 1, "gap": GAP, "granularity": "tensor", "scale": 128.0, "subspace": "orthogonal", **k}
