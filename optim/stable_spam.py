@@ -77,8 +77,8 @@ class StableSPAM(Method, name="stable_spam"):
             ages.setdefault((int(state["step"]), int(state["start"])), []).append(i)
         for (step, start), places in ages.items():
             for some in batches([weights[i] for i in places]):
-                lists = ([values[i] for i in places[some]] for values in (weights, grads, states))
-                descend(*lists, group, step + 1, start)
+                w, g, s = zip(*((weights[i], grads[i], states[i]) for i in places[some]), strict=True)
+                descend(list(w), list(g), list(s), group, step + 1, start)
 
     def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         if MOMENTS[0] in state and STATISTICS[0] not in state:

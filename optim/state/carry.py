@@ -42,7 +42,8 @@ def carry(
             moved = [load(state, b) if b in SECOND_MOMENTS else flip(load(state, b), signs, rows) for b in buffers]
         elif group["on_refresh"] == "estimate":
             age = (state["step"] - state["start"]).clamp(min=1).double()
-            moved = estimated(*(load(state, buffer) for buffer in buffers), change, rows, age, group["betas"])
+            first, second = (load(state, buffer) for buffer in buffers)
+            moved = estimated(first, second, change, rows, age, group["betas"])
         else:
             moved = [turn(load(state, b), change.square() if b in SECOND_MOMENTS else change, rows) for b in buffers]
     make_zero(buffers, subspace.down(grad, new), state, group)
