@@ -29,18 +29,22 @@ from thriftlab.optim.layers.lowrank import LowRank
 from thriftlab.optim.layers.relora import LoRA, ReLoRA
 from thriftlab.optim.layers.sltrain import SLTrain
 from thriftlab.optim.muon import Muon
+from thriftlab.optim.normuon import NorMuon
 from thriftlab.optim.rmnp import RMNP
 from thriftlab.optim.scale import Scale
 from thriftlab.optim.signsgd import SignSGD
 from thriftlab.optim.sinkgd import SinkGD
+from thriftlab.optim.stable_spam import StableSPAM
 from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.subspaces import Subspace
+from thriftlab.optim.subtrack import SubTrack
 
 __all__ = [
-    "LAYERS", "METHODS", "RMNP", "AdamMini", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion", "Dense", "Fira",
-    "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "ReLoRA", "SLTrain", "Scale",
-    "Search", "SignSGD", "SinkGD", "Spec", "SplitOptimizer", "State", "Subspace", "convert", "convert_lost", "keyed_generator",
-    "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes",
+    "LAYERS", "METHODS", "RMNP", "AdamMini", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion",
+    "Dense", "Fira", "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "NorMuon",
+    "ReLoRA", "SLTrain", "Scale", "Search", "SignSGD", "SinkGD", "Spec", "SplitOptimizer", "StableSPAM", "State",
+    "SubTrack", "Subspace", "convert", "convert_lost", "keyed_generator", "left_to_adamw", "predicted_state_bytes",
+    "split_groups", "state_bytes",
 ]  # fmt: skip
 
 for _package in (sys.modules[__name__], layers):

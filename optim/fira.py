@@ -41,7 +41,35 @@ from thriftlab.optim.state.storage import StateDtype, wide
 from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, keeps_rows, subspace_of
 
 
-class Fira(Projected, name="fira"):
+class Recovered(Projected):
+    """The step of Fira, in whatever subspaces."""
+
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        subspace, bases, exact = subspace_of(group), [basis_of(state) for state in states], group["residual"] == "exact"
+        beta, lr = 1.0 if exact else group["alpha"], group["lr"]
+        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+        dims = [int(keeps_rows(small, grad)) for small, grad in zip(smalls, grads, strict=True)]
+        normalized = directions(smalls, states, age, group)
+        radii = all_norms(smalls, dims)
+        phis = quotients(all_norms(normalized, dims), radii)
+        sizes = lengths(phis, residual_norms(grads, smalls, radii, beta, subspace, bases))
+        limits = growth_limits(sizes if exact else without(correction(age, group), sizes), states, group["gamma"])
+
+        free = [phi / limit for phi, limit in zip(phis, limits, strict=True)]
+        torch._foreach_mul_(free, group["alpha"] if exact else 1.0)
+        torch._foreach_mul_(normalized, group["alpha"])
+        for weight, grad, small, inside, f, basis in zip(weights, grads, smalls, normalized, free, bases, strict=True):
+            weight.addcmul_(grad, -lr * f)
+            inside.addcmul_(f, small, value=-beta)
+            add_up(weight, inside, subspace, basis, -lr)
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}
+
+
+class Fira(Recovered, name="fira"):
     """Fira: full-rank training under a low-rank constraint of the state.
 
     Args:
@@ -81,30 +109,6 @@ class Fira(Projected, name="fira"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()))
-
-    def descend_all(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
-    ) -> None:
-        subspace, bases, exact = subspace_of(group), [basis_of(state) for state in states], group["residual"] == "exact"
-        beta, lr = 1.0 if exact else group["alpha"], group["lr"]
-        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
-        dims = [int(keeps_rows(small, grad)) for small, grad in zip(smalls, grads, strict=True)]
-        normalized = directions(smalls, states, age, group)
-        radii = all_norms(smalls, dims)
-        phis = quotients(all_norms(normalized, dims), radii)
-        sizes = lengths(phis, residual_norms(grads, smalls, radii, beta, subspace, bases))
-        limits = growth_limits(sizes if exact else without(correction(age, group), sizes), states, group["gamma"])
-
-        free = [phi / limit for phi, limit in zip(phis, limits, strict=True)]
-        torch._foreach_mul_(free, group["alpha"] if exact else 1.0)
-        torch._foreach_mul_(normalized, group["alpha"])
-        for weight, grad, small, inside, f, basis in zip(weights, grads, smalls, normalized, free, bases, strict=True):
-            weight.addcmul_(grad, -lr * f)
-            inside.addcmul_(f, small, value=-beta)
-            add_up(weight, inside, subspace, basis, -lr)
-
-    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
-        return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}
 
 
 def residual_norms(

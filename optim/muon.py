@@ -13,6 +13,7 @@ bf16 does no harm either).
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,9 +29,52 @@ from thriftlab.optim.state.storage import StateDtype, kept_spec, load, make_zero
 
 AdjustLr = Literal["original", "match_rms_adamw"]
 BUFFERS = ("momentum_buffer",)
+Shaped = Callable[[list[Tensor], list[State], dict[str, Any]], list[Tensor]]
 
 
-class Muon(SplitOptimizer, name="muon"):
+class Orthogonalised(SplitOptimizer):
+    """Muon, whose matrices' updates a method may still change (`shaped`) before they are taken off the weights."""
+
+    takes_applied = True
+
+    def __init__(self, params, **defaults: Any):
+        super().__init__(params, **defaults)
+        del self.defaults["betas"]  # by which schedulers that cycle the momentum would know it from SGD's
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        first = {"betas": self.param_groups[0]["betas"]} if self.param_groups else {}
+        super().add_param_group({**first, **param_group})
+
+    def update_plain(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        super().update_plain(weights, grads, states, {**group, "eps": group["adam_eps"]})
+
+    def update_matrices(
+        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        for weight, state in zip(weights, states, strict=True):
+            if BUFFERS[0] not in state:
+                make_zero(BUFFERS, weight, state, group)
+        for some in batches(weights):
+            with kept_unless(group.get("applied"), [*weights[some], *kept_of(states[some])]):
+                descend(weights[some], grads[some], states[some], {**group, "applied": None}, self.shaped)
+
+    def shaped(self, updates: list[Tensor], states: list[State], group: dict[str, Any]) -> list[Tensor]:
+        """What becomes of orthogonal matrices; they may be changed in place."""
+        return updates
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        pass  # no subspace
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        group = {**self.defaults, **overrides}
+        if not (group["split"] and len(shape) == 2):
+            return adamw_spec(shape, dtype, **group)
+        return kept_spec(BUFFERS, shape, dtype, group)
+
+
+class Muon(Orthogonalised, name="muon"):
     """Muon for the matrices, AdamW for the rest.
 
     Args:
@@ -48,8 +92,6 @@ class Muon(SplitOptimizer, name="muon"):
         adam_eps: added to AdamW's denominator, after bias correction.
         state_dtype: how momentum and moments are kept, whatever the dtype of the parameters.
     """
-
-    takes_applied = True
 
     def __init__(
         self,
@@ -72,38 +114,11 @@ class Muon(SplitOptimizer, name="muon"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()))
-        del self.defaults["betas"]  # by which schedulers that cycle the momentum would know it from SGD's
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        first = {"betas": self.param_groups[0]["betas"]} if self.param_groups else {}
-        super().add_param_group({**first, **param_group})
-
-    def update_plain(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
-    ) -> None:
-        super().update_plain(weights, grads, states, {**group, "eps": group["adam_eps"]})
-
-    def update_matrices(
-        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
-    ) -> None:
-        for weight, state in zip(weights, states, strict=True):
-            if BUFFERS[0] not in state:
-                make_zero(BUFFERS, weight, state, group)
-        for some in batches(weights):
-            with kept_unless(group.get("applied"), [*weights[some], *kept_of(states[some])]):
-                descend(weights[some], grads[some], states[some], {**group, "applied": None})
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        pass  # no subspace
-
-    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
-        group = {**self.defaults, **overrides}
-        if not (group["split"] and len(shape) == 2):
-            return adamw_spec(shape, dtype, **group)
-        return kept_spec(BUFFERS, shape, dtype, group)
 
 
-def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+def descend(
+    weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], shaped: Shaped
+) -> None:
     """The step of some matrices, in place."""
     momenta = [load(state, BUFFERS[0]) for state in states]
     grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
@@ -116,6 +131,7 @@ def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], gro
         orthogonalise(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"], norm)
         for matrix, norm in zip(ahead, norms, strict=True)
     ]
+    updates = shaped(updates, states, group)
     decay(weights, group)
     lr = group["lr"] * group["split_lr_scale"]
     updates = in_dtype(updates, weights[0].dtype)

@@ -134,13 +134,17 @@ class SplitOptimizer(Method):
         0-dim tensor."""
         raise NotImplementedError
 
+    def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> State:
+        """The basis of a matrix's new subspace; `old` is the last one, empty at first."""
+        subspace = subspace_of(group)
+        if old and hasattr(subspace, "refine") and is_declared(old, subspace, grad):
+            return subspace.refine(grad, old)
+        return subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
+
     def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
         """Draws the matrix's new subspace and carries the moments over to it."""
         subspace, old = subspace_of(group), basis_of(state)
-        if old and hasattr(subspace, "refine") and is_declared(old, subspace, grad):
-            new = subspace.refine(grad, old)
-        else:
-            new = subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
+        new = self.next_basis(name, grad, old, group, count)
         small = subspace.down(grad, new)
         keeps = group["on_refresh"] == "keep" and has_moments(state, group)
         if keeps and small.shape != (kept := state[rule_of(group).buffers[0]]).shape:
@@ -157,7 +161,11 @@ class SplitOptimizer(Method):
         if group["on_refresh"] == "reset" or not has_moments(state, group):
             zero_moments(small, state, group)
         else:
-            carry(subspace, old, new, grad, state, rule_of(group).buffers, group)
+            self.carry_over(old, new, grad, state, group)
+
+    def carry_over(self, old: State, new: State, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+        """Takes the moments over to a new basis."""
+        carry(subspace_of(group), old, new, grad, state, rule_of(group).buffers, group)
 
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group) and not self.takes(shape, group)

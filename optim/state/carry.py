@@ -27,7 +27,7 @@ def carry(
 
     `project` expresses them in it: first moments by T, second moments by the squares of T's entries. `keep` leaves the
     numbers as they are; but a basis with arbitrary signs is no reason to turn round, so where a vector of it points
-    away from its predecessor, the first moment's sign changes with it.
+    away from its predecessor, the first moment's sign changes with it. `estimate` is for Adam: `estimated`.
     """
     if isinstance(subspace, CoordinateSubspace):
         if group["on_refresh"] == "keep":
@@ -40,11 +40,29 @@ def carry(
         if group["on_refresh"] == "keep":
             signs = torch.where(change.diagonal() < 0, -1.0, 1.0)
             moved = [load(state, b) if b in SECOND_MOMENTS else flip(load(state, b), signs, rows) for b in buffers]
+        elif group["on_refresh"] == "estimate":
+            age = (state["step"] - state["start"]).clamp(min=1).double()
+            first, second = (load(state, buffer) for buffer in buffers)
+            moved = estimated(first, second, change, rows, age, group["betas"])
         else:
             moved = [turn(load(state, b), change.square() if b in SECOND_MOMENTS else change, rows) for b in buffers]
     make_zero(buffers, subspace.down(grad, new), state, group)
     for buffer, moment in zip(buffers, moved, strict=True):
         store(state, buffer, load(state, buffer).copy_(moment))
+
+
+def estimated(
+    first: Tensor, second: Tensor, change: Tensor, rows: bool, age: Tensor, betas: tuple[float, float]
+) -> list[Tensor]:
+    """Adam's moments, of `age` steps, as LDAdam (2410.16103) estimates them in a new basis: variances are turned, and
+    means squared are squares of the turned means. With the old basis nothing changes.
+
+    M <- T M;  V <- (1 - b2^t) |T^2 (V^ - M^^2) + (T M^)^2|                   ^ is bias-corrected, T^2 is T by entries
+    """
+    fresh, kept = ((1 - beta**age).to(first) for beta in betas)
+    mean, variance = first / fresh, second / kept - (first / fresh).square()
+    turned = turn(variance, change.square(), rows) + turn(mean, change, rows).square()
+    return [turn(first, change, rows), kept * turned.abs()]
 
 
 def project(moment: Tensor, subspace: CoordinateSubspace, old: State, new: State, like: Tensor) -> Tensor:

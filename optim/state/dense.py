@@ -152,6 +152,19 @@ def leading_vectors(grad: Tensor, rank: int, start: Tensor | None = None) -> Ten
     return block[:, :rank] if found else decomposed(gram, rank)
 
 
+def tracked(vectors: Tensor, grad: Tensor, step_size: float) -> Tensor:
+    """An orthonormal basis S after a step of descent on |G - S S^T G|^2 (SubTrack++, 2502.01586): one of its directions
+    is turned towards one outside of it  # [min(m, n), r]"""
+    tall, old = tall_of(grad).double(), vectors.double()
+    small = tall @ old  # A^T [max(m, n), r]
+    slope = -2 * (tall.T @ small - old @ (small.T @ small))  # F [min(m, n), r]
+    u, sigma, v = torch.linalg.svd(slope, full_matrices=False)
+    (u, v), angle = (u[:, :1], v[:1].T), step_size * sigma[0]
+    new = old + ((old @ v) * (angle.cos() - 1) - u * angle.sin()) @ v.T
+    found = torch.linalg.qr(new)  # orthonormal as it is, but for the rounding of its dtype, refresh after refresh
+    return (found.Q * found.R.diagonal().sign()).to(vectors)
+
+
 def decomposed(gram: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors, from all of them."""
     return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]

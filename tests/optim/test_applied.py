@@ -58,8 +58,10 @@ def test_a_refused_step_leaves_every_bit_and_does_not_count(make):
 
 @pytest.mark.parametrize("kept", [hyper for hyper in DTYPES.values() if hyper], ids=["bf16", "8bit"])
 @pytest.mark.parametrize(
-    "name", ["adamw", "columns", "galore", "fira", "muon", "scale", "rmnp, all", "sinkgd", "adam mini"]
-)
+    "name",
+    ["adamw", "columns", "galore", "fira", "muon", "scale", "rmnp, all", "sinkgd", "adam mini", "normuon",
+     "stable_spam", "subtrack"],
+)  # fmt: skip
 def test_so_does_state_in_few_bits(name, kept):
     refused, left_out = refused_and_left_out(MAKERS[name], **kept)
     assert same(refused, left_out)
@@ -99,6 +101,7 @@ def test_a_first_step_that_is_refused_begins_no_state():
         "adamw",
         "signsgd",
         "muon",
+        "normuon",
         "scale",
         "rmnp",
         "sinkgd",
@@ -107,13 +110,14 @@ def test_a_first_step_that_is_refused_begins_no_state():
         "columns",
         "galore",
         "fira",
+        "subtrack",
         "apollo",
         "blocks",
-    ],
+    ],  # fmt: skip
 )
 def test_a_plain_step_does_not_read_it(name, monkeypatch):
     """On no path of Python; tests/optim/test_launches.py looks at all operations."""
-    params, optimizer = made(MAKERS[name], **({} if name in ("adamw", "signsgd", "muon") else {"gap": 100}))
+    params, optimizer = made(MAKERS[name], **({} if name in ("adamw", "signsgd", "muon", "normuon") else {"gap": 100}))
     feed(params, 0)
     applied = torch.tensor(1.0)
     for _ in range(2):  # from where on the host knows what it needs

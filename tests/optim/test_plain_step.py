@@ -5,7 +5,20 @@ import torch
 
 from tests.tools.methods import MAKERS, gradient, parameters
 from thriftlab.launch.bench import peak_allocation
-from thriftlab.optim import RMNP, AdamMini, Apollo, Fira, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
+from thriftlab.optim import (
+    RMNP,
+    AdamMini,
+    Apollo,
+    Fira,
+    Frugal,
+    GaLore,
+    Muon,
+    NorMuon,
+    Scale,
+    SignSGD,
+    SinkGD,
+    SubTrack,
+)  # fmt: skip
 from thriftlab.optim.core.projected import norms
 from thriftlab.optim.state.rules import PIECE, add_sign, row_chunks
 
@@ -22,6 +35,7 @@ TRANSIENT = {
     "coordinates": (lambda p: Frugal(p, subspace="coordinates", density=0.125), 4 * 2 * WHOLE / 8),  # int64 positions
     "galore": (lambda p: GaLore(p, rank=RANK, subspace="orthogonal"), 2 * SMALL),  # R and N
     "fira": (lambda p: Fira(p, rank=RANK, subspace="orthogonal"), 2 * SMALL + 10 * 4 * 2048),  # and norms of channels
+    "subtrack": (lambda p: SubTrack(p, rank=RANK), 2 * SMALL + 10 * 4 * 2048),
     "apollo": (lambda p: Apollo(p, rank=RANK), 2 * SMALL + 10 * 4 * 2048),
     "mini": (lambda p: Apollo(p, rank=1, granularity="tensor"), 10 * 4 * 2048),
     "scale": (lambda p: Scale(p), 0),
@@ -34,6 +48,7 @@ TRANSIENT = {
     "scale's embedding": (lambda p: Scale([{"params": p, "split": False, "role": "input"}]), SIGNS + 4 * 512),
     "scale's head": (lambda p: Scale([{"params": p, "split": False, "role": "output"}]), 0),
     "muon": (lambda p: Muon(p), 2 * WHOLE),  # four matrices in bf16, or one beside its update in fp32
+    "normuon": (lambda p: NorMuon(p), 2 * WHOLE + 10 * 4 * 2048),  # and numbers of rows
 }
 
 

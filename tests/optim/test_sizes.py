@@ -10,6 +10,7 @@ from thriftlab.optim import (
     Fira,
     Frugal,
     GaLore,
+    SubTrack,
     left_to_adamw,
     predicted_state_bytes,
     state_bytes,
@@ -22,6 +23,7 @@ SHAPES = {"small": (8, 4), "wide": (4, 9), "column": (6, 1), "none": (0, 3), "la
 LOW_RANK = {
     "galore": lambda p, **k: GaLore(p, **{"rank": 4, "gap": 3, **k}),
     "fira": lambda p, **k: Fira(p, **{"rank": 4, "gap": 3, **k}),
+    "subtrack": lambda p, **k: SubTrack(p, **{"rank": 4, "gap": 3, "step_size": 0.1, **k}),
     "apollo": lambda p, **k: Apollo(p, **{"rank": 4, "gap": 3, **k}),
     "mini": lambda p, **k: Apollo(p, rank=1, gap=3, granularity="tensor", **k),
     "frugal": lambda p, **k: Frugal(p, subspace="svd", gap=3, **{"density": 0.9, **k}),

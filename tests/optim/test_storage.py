@@ -16,6 +16,7 @@ from thriftlab.optim import (
     Frugal,
     GaLore,
     Muon,
+    NorMuon,
     predicted_state_bytes,
     state_bytes,
 )
@@ -270,6 +271,7 @@ def test_no_state_is_larger_than_the_published_codes(shape, kept):
         (AdamW(p, state_dtype=kept), 2 * m * n * b, 0),
         (Muon(p, state_dtype=kept), m * n * b, 0),
         (RMNP(p, state_dtype=kept), m * n * b, 0),
+        (NorMuon(p, state_dtype=kept), m * n * b, 4 * m),
         (BAdam(p, state_dtype=kept), 2 * m * n * b, 0),
         (Apollo(p, rank=1, granularity="tensor", state_dtype=kept), 2 * long * b, 4 * short),
     ]

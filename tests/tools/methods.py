@@ -5,7 +5,23 @@ import io
 import pytest
 import torch
 
-from thriftlab.optim import RMNP, AdamMini, AdamW, Apollo, BAdam, Fira, Frugal, GaLore, Muon, Scale, SignSGD, SinkGD
+from thriftlab.optim import (
+    RMNP,
+    AdamMini,
+    AdamW,
+    Apollo,
+    BAdam,
+    Fira,
+    Frugal,
+    GaLore,
+    Muon,
+    NorMuon,
+    Scale,
+    SignSGD,
+    SinkGD,
+    StableSPAM,
+    SubTrack,
+)  # fmt: skip
 
 SHAPES = {"a": (6, 8), "b": (8, 6), "bias": (8,), "c": (4, 4), "d": (5, 3), "wide": (2, 3, 4)}
 GAP = 4
@@ -66,6 +82,12 @@ MAKERS = {
     "adam mini, heads": lambda params, **k: AdamMini(
         params, **{"lr": 0.01, "heads": (r"^[ac]$", r"\.[qk]\."), "whole": ("^d$",), "head_dim": 2, **k}
     ),
+    "normuon": lambda params, **k: NorMuon(params, **{"lr": 0.01, **k}),
+    "normuon, reference": lambda params, **k: NorMuon(params, **{"lr": 0.01, "form": "reference", **k}),
+    "stable_spam": lambda params, **k: StableSPAM(params, **{"lr": 0.01, "gap": GAP, "total": 30, **k}),
+    "stable_spam, reference": lambda params, **k: StableSPAM(
+        params, **{"lr": 0.01, "gap": GAP, "reset": "reference", **k}
+    ),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),
     "frugal, orthogonal": lambda params, **k: frugal(params, subspace="orthogonal", density=0.5, **k),
@@ -74,6 +96,10 @@ MAKERS = {
     "galore, project": lambda params, **k: GaLore(params, **{"rank": 2, "gap": GAP, "on_refresh": "project", **k}),
     "fira": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, **k}),
     "fira, exact": lambda params, **k: Fira(params, **{"rank": 2, "gap": GAP, "residual": "exact", **k}),
+    "subtrack": lambda params, **k: SubTrack(params, **{"lr": 0.01, "rank": 2, "gap": GAP, "step_size": 0.01, **k}),
+    "subtrack, reference": lambda params, **k: SubTrack(
+        params, **{"lr": 0.01, "rank": 2, "gap": GAP, "step_size": 0.01, "form": "reference", **k}
+    ),
     "apollo": lambda params, **k: Apollo(params, **{"rank": 2, "gap": GAP, "stagger": True, **k}),
     "mini": lambda params, **k: Apollo(
         params, **{"rank": 1, "gap": GAP, "granularity": "tensor", "scale": 128.0, "subspace": "orthogonal", **k}

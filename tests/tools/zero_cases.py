@@ -17,9 +17,12 @@ from thriftlab.optim import (
     Frugal,
     GaLore,
     Muon,
+    NorMuon,
     Scale,
     SignSGD,
     SinkGD,
+    StableSPAM,
+    SubTrack,
     split_groups,
     state_bytes,
 )
@@ -47,6 +50,7 @@ METHODS = {
     "frugal svd": functools.partial(Frugal, lr=3e-3, gap=7, subspace="svd", density=0.4),
     "galore": functools.partial(GaLore, lr=3e-3, gap=7, rank=4),
     "fira": functools.partial(Fira, lr=3e-3, gap=7, rank=4),
+    "subtrack": functools.partial(SubTrack, lr=3e-3, gap=7, rank=4, step_size=1.0),
     "apollo": functools.partial(Apollo, lr=3e-3, gap=7, rank=4),
     "badam": functools.partial(BAdam, lr=3e-3, gap=7, density=0.5, unit="tensor"),
     "muon": functools.partial(Muon, lr=3e-3, iteration="fp32"),
@@ -55,6 +59,8 @@ METHODS = {
     "sinkgd": functools.partial(SinkGD, lr=3e-3),
     "swan": functools.partial(SinkGD, lr=3e-3, whiten=True),
     "adam mini": functools.partial(AdamMini, lr=3e-3, weight_decay=0.1, heads=("up",), head_dim=41),
+    "normuon": functools.partial(NorMuon, lr=3e-3, iteration="fp32"),
+    "stable_spam": functools.partial(StableSPAM, lr=3e-3, gap=5),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]

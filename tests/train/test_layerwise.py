@@ -31,8 +31,11 @@ KINDS = [
     ("badam", {"gap": 2, "density": 0.5}),
     ("galore", {"gap": 3, "rank": 4}),
     ("fira", {"gap": 3, "rank": 4}),
+    ("subtrack", {"gap": 3, "rank": 4}),
     ("apollo", {"gap": 3, "rank": 4}),
     ("muon", {}),
+    ("normuon", {}),
+    ("stable_spam", {"gap": 3}),
 ]
 
 

@@ -16,7 +16,19 @@ from thriftlab.train.checkpoints import writer as writing
 from thriftlab.train.checkpoints.reader import latest, load
 from thriftlab.train.checkpoints.writer import Writer
 
-CASES = ["adamw", "blocks", "columns", "galore, project", "fira", "muon", "scale", "rmnp", "adam mini", "8bit", "frozen+columns"]
+CASES = [
+    "adamw",
+    "blocks",
+    "columns",
+    "galore, project",
+    "fira",
+    "muon",
+    "scale",
+    "rmnp",
+    "adam mini",
+    "8bit",
+    "frozen+columns",
+]
 MAKERS = {**MAKERS, "8bit": functools.partial(MAKERS["columns"], state_dtype="8bit")}
 
 
