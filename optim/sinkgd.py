@@ -102,6 +102,6 @@ def whitened(grads: list[Tensor], center: bool, steps: int) -> list[Tensor]:
         x = grad.to(wide(grad.dtype))
         x = x - x.mean(1, keepdim=True) if center else x
         x = x / norms(x, 1).clamp_min_(TINY) * x.shape[1] ** 0.5
-        [polar] = orthogonalise([x], POLAR, steps, TINY)
+        polar = orthogonalise(x, POLAR, steps, TINY)
         found.append(polar * (norms(x, None) / norms(polar, None).clamp_min(TINY)))
     return found
