@@ -174,8 +174,7 @@ def factors_of(norms_: list[Tensor], counts: list[int], lrs: list[Any], eps: flo
 def sinkhorn(grads: list[Tensor], iterations: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Factors [m, 1] and [1, n] by which rows and columns of each matrix come to their norms, and scratch [m, n]."""
     lengths = [norms(grad, 1) for grad in grads]
-    for length in lengths:
-        length.masked_fill_(length == 0, 1.0)
+    torch._foreach_add_(lengths, torch._foreach_add(torch._foreach_neg(torch._foreach_sign(lengths)), 1.0))  # 0 -> 1
     squares = [(grad / length).square_() for grad, length in zip(grads, lengths, strict=True)]
     heights, widths = [float(len(grad)) for grad in grads], [float(grad.shape[1]) for grad in grads]
     rows = [length.new_full((len(length),), width) for length, width in zip(lengths, widths, strict=True)]

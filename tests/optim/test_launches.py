@@ -11,6 +11,7 @@ from tests.measure.launches import KEPT_WIDE, LAYERS, METHODS, count, made, wait
 DOCS = Path(__file__).parents[2] / "docs/measurements.md"
 IN_ALL, A_MATRIX, WITH_ROWS = 20, 20, 24  # the last: Muon and what evens its rows
 COUNTERS = ("step", "start")
+NO_REFRESH = ("adamw", "signsgd", "muon", "normuon", "scale", "rmnp", "sinkgd", "adam-mini")
 
 
 def committed():
@@ -117,7 +118,7 @@ def refreshed(name):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in KEPT_WIDE if name not in ("adamw", "signsgd", "muon", "normuon")])
+@pytest.mark.parametrize("name", [name for name in KEPT_WIDE if name not in NO_REFRESH])
 def test_a_refresh_waits_once_for_all_matrices(fake_cuda, name):
     """Beyond what the search for singular vectors asks; a refused step is found out where a refresh may be due."""
     svd = name.startswith(("galore", "fira", "subtrack")) or name == "frugal, svd"
