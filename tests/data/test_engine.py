@@ -151,7 +151,7 @@ def test_no_worker_outlives_its_parent(tmp_path, number, code):
                            start_new_session=True, stderr=subprocess.PIPE, text=True)  # fmt: skip
     wait(lambda: len(contents(tmp_path / "pids")) == 2)
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C goes to all processes of a terminal
-    said = run.communicate(timeout=10)[1]
+    said = run.communicate(timeout=60)[1]
     assert run.returncode == code and said.count("Traceback") == (number == signal.SIGINT)
     wait(lambda: not any(alive(int(pid)) for pid in contents(tmp_path / "pids")))
 

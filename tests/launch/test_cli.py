@@ -118,7 +118,7 @@ MISTAKES = {
     "train.clip=0": "command line: train.clip = '0' is not possible; it takes number > 0 or null",
     "optim.betas=[0.8,2]": "command line: optim.betas[1] = 2 is not possible; it takes [number >= 0 and < 1, number >= 0 "
     "and < 1]",
-    "train.precision=fp16": "command line: train.precision = 'fp16' is not possible; it takes fp32 | bf16",
+    "train.precision=fp16": "command line: train.precision = 'fp16' is not possible; it takes auto | fp32 | bf16",
     "train.compile=maybe": "command line: train.compile = 'maybe' is not possible; it takes true or false",
     "train.batch_size=2.5": "command line: train.batch_size = '2.5' is not possible; it takes integer >= 1",
     "--config true.yaml": "true.yaml: train.batch_size = 'true' is not possible; it takes integer >= 1",

@@ -85,9 +85,8 @@ def test_a_cell_is_where_its_head_is(study, monkeypatch):
 
 
 def test_the_page_and_what_is_kept_have_the_figures(study, tmp_path, monkeypatch):
-    for module in (page, publish):
-        monkeypatch.setattr(module, "pictures", lambda _: [Picture("Loss", "<svg />", "one")])
-        monkeypatch.setattr(module, "probe_pictures", lambda _: [Picture("Loss by copy", "<svg />", "two")])
+    monkeypatch.setattr(page.figures, "pictures", lambda _: [Picture("Loss", "<svg />", "one")])
+    monkeypatch.setattr(page, "probe_pictures", lambda _: [Picture("Loss by copy", "<svg />", "two")])
     text = page.write_report(study).read_text()
     assert text.count("<figure>") == 2 and text.index("one</figcaption>") < text.index("two</figcaption>")
     kept = publish.publish(study, tmp_path / "kept")

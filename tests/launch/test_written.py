@@ -61,7 +61,7 @@ def test_a_study_becomes_arms_with_what_differs(file):
         ("adamw", 2, (5e-4, 1e-3), None), ("small", 4, (1e-3, 2e-3), None), ("hand", 2, (1e-3, 2e-3), 0.01)
     ]  # fmt: skip
     assert StudyRequest.from_json(json.loads(json.dumps(asked.to_json()))) == asked
-    setting = make_setting(asked, on_gpu=False)
+    setting = make_setting(asked, on_gpu=False, precision="fp32")
     job = setting.job("small/seed-3", asked.arms[1], 3, setting.budget, 2e-3)
     c = job.config
     assert (c.seed, c.layer.name, c.layer.rank, c.optim.lr, c.optim.weight_decay) == (3, "lost", 8, 2e-3, 0.1)
@@ -104,7 +104,7 @@ def test_mistakes_of_a_file_are_one_line(file, changes, words):
 
 
 def test_an_unknown_study_or_none_says_which_there_are(capsys):
-    assert cli.main(["study", "losst"]) == 2 and "there are lost" in capsys.readouterr().err
+    assert cli.main(["study", "losst"]) == 2 and "there are curation, lost" in capsys.readouterr().err
     assert cli.main(["study"]) == 0 and "Which part of LOST pays" in capsys.readouterr().out
 
 
@@ -132,7 +132,7 @@ def test_the_packaged_studies_can_be_run(name):
     asked = request([name])
     assert {tuple(c.arms) for c in asked.contrasts} and len(asked.arms) > 2
     if Path(asked.base["data"]["path"]).exists():
-        setting = make_setting(asked, on_gpu=False)
+        setting = make_setting(asked, on_gpu=False, precision="fp32")
         for arm in asked.arms:
             setting.job("x", arm, 0, setting.budget)
 

@@ -35,6 +35,11 @@ KINDS = [
     ("apollo", {"gap": 3, "rank": 4}),
     ("muon", {}),
     ("normuon", {}),
+    ("scale", {}),
+    ("rmnp", {}),
+    ("rmnp", {"tables": "own"}),
+    ("sinkgd", {}),
+    ("adam_mini", {"head_dim": 8}),
     ("stable_spam", {"gap": 3}),
 ]
 
@@ -45,7 +50,8 @@ def build(name, hyper, layerwise, **sizes):
     )
     model.init_weights(0)
     backend = make_backend("single")
-    backend.prepare(model, METHODS[name](split_groups(model, include=[r"\.(attn|mlp)\."]), **hyper))
+    method = METHODS[name]
+    backend.prepare(model, method(split_groups(model, include=[r"\.(attn|mlp)\."], roles=method.roles), **hyper))
     if layerwise:
         backend.update_in_backward()
     return backend
