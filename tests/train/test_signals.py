@@ -12,7 +12,7 @@ from tests.tools import signal_equations as slow
 from thriftlab.train.signals import SIGNALS, loss_weights
 from thriftlab.train.signals.base import by_domain
 from thriftlab.train.signals.coba import balance
-from thriftlab.train.signals.reweight import bounds, water_level
+from thriftlab.train.signals.reweight import bounds, doubled_sum, water_level
 
 STRATEGIES = ["linupper", "quadratic", "extremes"]
 LOSSES = st.lists(st.floats(0.0, 20, width=32), min_size=1, max_size=40)
@@ -177,6 +177,14 @@ def test_the_water_level(rows, w_max):
     assert cut.max() <= w_max * mean * (1 + 1e-9)
     exact = slow.capped([w for w, n in rows if n], [n for _, n in rows if n], w_max)
     assert cut[tokens > 0].tolist() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 64, 1000])
+def test_running_sums_by_doubling_are_running_sums(count):
+    values = torch.randint(-9, 9, (count,), generator=torch.Generator().manual_seed(count)).double()
+    kept = values.clone()
+    assert torch.equal(doubled_sum(values), values.cumsum(0))  # integers, so exact in any order
+    assert torch.equal(values, kept)
 
 
 def test_the_temperature_over_a_run():

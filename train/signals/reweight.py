@@ -161,10 +161,26 @@ def water_level(weights: Tensor, mask: Tensor, w_max: float) -> Tensor:
     """
     order = weights.flatten().argsort(descending=True)
     weight, count = weights.flatten()[order].double(), mask.flatten()[order].double()
-    capped = count.cumsum(0) - count  # tokens before each
-    rest = (weight * count).flip(0).cumsum(0).flip(0)
+    capped = running_sum(count) - count  # tokens before each
+    rest = running_sum((weight * count).flip(0)).flip(0)
     room = count.sum() - w_max * capped
     return torch.where(room > 0, w_max * rest / room, torch.inf).amin().to(weights.dtype)
+
+
+def running_sum(values: Tensor) -> Tensor:
+    """`cumsum`; on a GPU where torch is to be deterministic, which refuses it, in log2(n) additions of whole vectors."""
+    if values.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(0)
+    return doubled_sum(values)
+
+
+def doubled_sum(values: Tensor) -> Tensor:
+    """Running sums of [n]: after k additions each entry has the sum of the last 2^k."""
+    reach = 1
+    while reach < len(values):
+        values = values + torch.nn.functional.pad(values[:-reach], (reach, 0))
+        reach *= 2
+    return values
 
 
 class LinUpper(Reweight, name="linupper"):
