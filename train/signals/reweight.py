@@ -168,7 +168,7 @@ def water_level(weights: Tensor, mask: Tensor, w_max: float) -> Tensor:
 
 
 def running_sum(values: Tensor) -> Tensor:
-    """`cumsum`; on a GPU where torch is to be deterministic, which refuses it, in log2(n) additions of whole vectors."""
+    """`cumsum`; on a GPU where torch is to be deterministic, and so refuses it, log2(n) additions of whole vectors."""
     if values.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
         return values.cumsum(0)
     return doubled_sum(values)
