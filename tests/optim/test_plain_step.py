@@ -84,14 +84,19 @@ def test_norms_are_summed_in_fp32_at_least(dim, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fira", "apollo"])  # GaLore is a part of Fira's step
-def test_a_low_rank_step_compiles(name):
+@pytest.mark.parametrize(
+    "name",  # GaLore is a part of Fira's step, RMNP of SCALE's
+    ["adamw", "signsgd", "muon", "normuon", "scale", "sinkgd", "adam mini", "columns", "blocks", "fira", "apollo"],
+)
+def test_a_step_compiles(name):
     """In several graphs: torch leaves its own fused kernel out of them, and counters are read on the host."""
     torch.compiler.reset()
     weights = []
     for compiled in (False, True):
         p = torch.nn.Parameter(parameters()["a"].detach())  # a wide one
-        optimizer = MAKERS[name]([("a", p)], gap=100)
+        optimizer = MAKERS[name](
+            [("a", p)], **({"gap": 100} if name in ("columns", "blocks", "fira", "apollo") else {})
+        )
         step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
         for t in range(3):
             p.grad = gradient("a", t)
