@@ -108,7 +108,8 @@ def descend(weights: list[Tensor], grads: list[Tensor], states: list[State], gro
     torch._foreach_lerp_(firsts, grads, 1 - b1)
     sizes = [len(second) for second in seconds]
     means = [mean.to(second.dtype) for mean, second in zip(mean_squares(grads, sizes), seconds, strict=True)]
-    torch._foreach_lerp_(seconds, means, 1 - b2)
+    torch._foreach_mul_(seconds, b2)  # no lerp: what has overflowed stays infinite, and its step 0
+    torch._foreach_add_(seconds, means, alpha=1 - b2)
     decay(weights, group)
     ages = torch.stack([state["step"] for state in states]).double().to(weights[0].device)
     one, two = (torch.cat([c.expand(n) for c, n in zip(1 - b**ages, sizes, strict=True)]) for b in (b1, b2))

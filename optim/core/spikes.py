@@ -25,12 +25,14 @@ def clean(
         limit = top / (1 - g3**age)
         cleaned[i] = torch.where(grad.abs() > limit, grad * (limit / size), grad)
     lengths = torch._foreach_norm(cleaned)
-    torch._foreach_lerp_(means, lengths, 1 - g1)
-    torch._foreach_lerp_(squares, torch._foreach_mul(lengths, lengths), 1 - g2)
+    for kept, new, gamma in ((means, lengths, g1), (squares, torch._foreach_mul(lengths, lengths), g2)):
+        torch._foreach_mul_(kept, gamma)
+        torch._foreach_add_(kept, new, alpha=1 - gamma)
     even = torch._foreach_div(squares, 1 - g2**age)
     torch._foreach_sqrt_(even)
     torch._foreach_add_(even, eps)
     even = torch._foreach_div(torch._foreach_div(means, 1 - g1**age), even)
     for grad, length, norm in zip(cleaned, lengths, even, strict=True):
-        grad.mul_(torch.where(length > 0, norm / length, 1.0))
+        factor = (norm / length).nan_to_num(nan=0.0)  # norms that have overflowed
+        grad.mul_(torch.where(length > 0, factor, 1.0))
     return cleaned

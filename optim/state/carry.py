@@ -7,6 +7,7 @@ One surprise: signs are mended in the moments, not in the basis. A singular vect
 so turning the first moment instead gives the same step, whatever the basis looks like inside.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def estimated(
     fresh, kept = ((1 - beta**age).to(first) for beta in betas)
     mean, variance = first / fresh, second / kept - (first / fresh).square()
     turned = turn(variance, change.square(), rows) + turn(mean, change, rows).square()
-    return [turn(first, change, rows), kept * turned.abs()]
+    turned = turned.abs().nan_to_num(nan=math.inf, posinf=math.inf)  # of squares that have overflowed
+    return [turn(first, change, rows), kept * turned]
 
 
 def project(moment: Tensor, subspace: CoordinateSubspace, old: State, new: State, like: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_held_bytes_look_into_objects_and_count_a_storage_once():
     (["bench", "step", "adamw", "seeds=5"], "seeds: has no effect on the time of a step"),
     (["bench", "step", "adamw", "backend.device=cuda"], "build without CUDA"),
     (["bench", "optim", "device=cuda"], "build without CUDA"),
-    (["bench", "optim", "--methods", "adamw,nadam"], "unknown nadam; there are adamw"),
+    (["bench", "optim", "--methods", "adamw,nadam"], "unknown nadam; there are adam_mini, adamw, apollo"),
     (["bench", "optim", "out=."], "out: . is a folder; name a file in it"),
     (["bench", "optim", "rounds=0"], "integer >= 1"),
     (["bench", "optim", "preset=nan"], "it takes nano | micro"),

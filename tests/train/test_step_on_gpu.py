@@ -148,9 +148,13 @@ def test_layerwise_updates(fake_cuda):
 
 
 @pytest.mark.parametrize("backend", ["single", "owned"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.takes_applied])
 def test_methods(fake_cuda, method, backend):
     hold(fake_cuda(partial(second_step, backend, method, **OPTIONS.get(method, {}))), backend == "owned")
+
+
+def test_one_method_alone_asks_on_the_way():
+    assert [name for name, method in METHODS.items() if not method.takes_applied] == ["stable_spam"]
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS.keys() - {"dense"}))
