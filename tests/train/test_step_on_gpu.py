@@ -147,6 +147,27 @@ def test_layerwise_updates(fake_cuda):
     hold(fake_cuda(partial(second_step, layerwise=True)))
 
 
+def second_step_of_fsdp2(method, **options):
+    """As if every rank held what this one does, so nothing can travel to owners; the mesh is made of true tensors."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from thriftlab.train.backends import fsdp2, ranks
+
+    def mesh(*args):
+        with unset_fake_temporarily():
+            return made(*args)
+
+    made = fsdp2.init_device_mesh
+    share = mock.patch.object(ranks.Distributed, "share", lambda self, value: [value] * self.world)
+    with mock.patch.object(fsdp2, "init_device_mesh", mesh), share:
+        return second_step("fsdp2", method, **options)
+
+
+@pytest.mark.parametrize("method", ["adamw", "signsgd", "frugal"])
+def test_methods_under_fsdp2(fake_cuda, method):
+    hold(fake_cuda(partial(second_step_of_fsdp2, method, **OPTIONS.get(method, {}))), owned=True)
+
+
 @pytest.mark.parametrize("backend", ["single", "owned"])
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.takes_applied])
 def test_methods(fake_cuda, method, backend):
