@@ -148,12 +148,18 @@ def test_no_worker_outlives_its_parent(tmp_path, number, code):
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path], env={**os.environ, "PYTHONPATH": path},
-                           start_new_session=True, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                           start_new_session=True, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=heed_ctrl_c)  # fmt: skip
     wait(lambda: len(contents(tmp_path / "pids")) == 2)
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C goes to all processes of a terminal
     said = run.communicate(timeout=60)[1]
     assert run.returncode == code and said.count("Traceback") == (number == signal.SIGINT)
     wait(lambda: not any(alive(int(pid)) for pid in contents(tmp_path / "pids")))
+
+
+def heed_ctrl_c():
+    """What a shell starts with `&` ignores it, and so would what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait(condition, seconds=60):
