@@ -159,7 +159,7 @@ def _read_manifest(path: Path, checksum: Path) -> Manifest:
         if not file.is_file():
             raise DataError(
                 f"{file}: missing, so this is no prepared data set; `thriftlab prepare` makes prepared/embedded, and "
-                "`thriftlab prepare --recipe medium` prepared/medium"
+                "`thriftlab prepare --recipe medium` prepared/medium; the file of a study names what makes its own"
             )
     if checksum.read_bytes() != _checksum_line(path).encode():
         raise DataError(f"{path}: does not match its hash in {checksum}: one of the two was changed; {REMEDY}")
