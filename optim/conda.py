@@ -14,6 +14,7 @@ One surprise: M is kept as down(M), and turned when Q changes. So a step has two
 
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,7 +26,15 @@ from thriftlab.optim.state.storage import StateDtype, load, store
 from thriftlab.optim.state.subspaces import basis_of
 from thriftlab.optim.state.torch_adamw import MOMENTS
 
-WHOLE = Svd(density=1.0)
+
+class AllVectors(Svd):
+    """All singular vectors of the shorter side."""
+
+    def draw(self, grad: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+        return super().draw(grad, rank, generator) if grad.numel() else grad.new_zeros(rank, rank)
+
+
+WHOLE = AllVectors(density=1.0)
 
 
 class Conda(Within, name="conda"):

@@ -40,7 +40,8 @@ class Orthogonalised(SplitOptimizer):
 
     def __init__(self, params, **defaults: Any):
         super().__init__(params, **defaults)
-        del self.defaults["betas"]  # by which schedulers that cycle the momentum would know it from SGD's
+        if "momentum" in self.defaults:
+            del self.defaults["betas"]  # by which schedulers that cycle the momentum would know it from SGD's
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         first = {"betas": self.param_groups[0]["betas"]} if self.param_groups else {}

@@ -10,11 +10,9 @@ weight is moved. In each step k = 1, 2, ... from then on:
     every `gap` steps Q_L <- qr(L Q_L), its columns first in the order of diag(Q_L^T L Q_L), and V's rows with them;
     Q_R likewise; M is expressed in the new bases
 
-A side longer than `max_precond_dim` has no basis; a tensor that is split and is no matrix has none at all. What is not
-split is trained by Adam at the same lr, from the first step on.
-
-One surprise: where a gradient has a null space, as that of every matrix that is not square has, the first eigenvectors
-are arbitrary within it, and two right programs go different ways.
+A side longer than `max_precond_dim` has no basis, nor has a split tensor that is no matrix. What is not split is trained
+by Adam at the same lr, from the first step on. The surprise: where a gradient has a null space, as that of every matrix
+that is not square, the first eigenvectors are arbitrary within it, and two right programs go different ways.
 """
 
 from typing import Annotated, Any
@@ -24,12 +22,13 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.due import are_finite, due_refreshes, next_age
+from thriftlab.optim.core.guard import REMEDY
 from thriftlab.optim.core.hyper import BelowOne, Betas, Count, Search, arguments
 from thriftlab.optim.core.normalised import TINY
 from thriftlab.optim.core.projected import Projected, directions, norms
 from thriftlab.optim.core.split import COUNTERS, zero_moments
 from thriftlab.optim.state.counters import Age
-from thriftlab.optim.state.eigenbases import accumulate, begin, down, eigenbases_spec, turn, up
+from thriftlab.optim.state.eigenbases import accumulate, begin, down, eigenbases_spec, has_bases, turn, up
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import batches
 from thriftlab.optim.state.rules import adamw_spec, add_scaled
@@ -76,18 +75,17 @@ class SOAP(Projected, name="soap"):
     def update_matrices(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
-        group = {**group, "shampoo_beta": group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]}
         due = due_refreshes(names, weights, states, group)
         new = [i for i, count in enumerate(due) if count == 0]
         for i, finite in zip(new, are_finite([grads[i] for i in new]), strict=True):
             if finite:
                 next_age([weights[i]], [states[i]], group)
                 zero_moments(grads[i], states[i], group)
-                begin(grads[i], states[i], group["shampoo_beta"], group["max_precond_dim"])
+                begin(grads[i], states[i], group)
         old = [i for i in range(len(due)) if i not in new]
         for some in batches([weights[i] for i in old]):
-            w, g, s = ([values[i] for i in old[some]] for values in (weights, grads, states))
-            self.step_batch(w, g, s, group)
+            here = old[some]
+            self.step_batch([weights[i] for i in here], [grads[i] for i in here], [states[i] for i in here], group)
         for i in old:
             if due[i] is not None:
                 turn(states[i])
@@ -102,11 +100,21 @@ class SOAP(Projected, name="soap"):
         updates = [up(update, state).to(w.dtype) for update, state, w in zip(updates, states, weights, strict=True)]
         add_scaled(weights, updates, -group["lr"])
         for grad, state in zip(grads, states, strict=True):
-            accumulate(grad, state, group["shampoo_beta"])
+            accumulate(grad, state, group)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
         if not self.takes(shape, group):
             return adamw_spec(shape, dtype, **group)
         moments = {**kept_spec(MOMENTS, shape, dtype, group), **rounding_spec(group)}
-        return {**COUNTERS, **moments, **eigenbases_spec(shape, dtype, group["max_precond_dim"])}
+        return {**COUNTERS, **moments, **eigenbases_spec(shape, dtype, group)}
+
+    def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+        fits = "start" in state and has_bases(state, tuple(weight.shape), group)
+        if MOMENTS[0] in state and group["split"] and not fits:
+            raise ValueError(f"{name}: the state is of another method, or of another max_precond_dim; {REMEDY}")
+
+    def passing_spec(self, weight: Tensor, group: dict[str, Any]) -> Spec:
+        """All but counters: there is none of it before the first finite gradient."""
+        spec = self.spec(tuple(weight.shape), weight.dtype, **group) if group["split"] else {}
+        return {key: entry for key, entry in spec.items() if key not in {**COUNTERS, **rounding_spec(group)}}
