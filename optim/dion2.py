@@ -10,8 +10,7 @@ absolute entries is chosen:
 
 Embeddings, head and norms are trained by AdamW with the same lr; `split_lr_scale` is a factor for the matrices alone.
 
-One surprise: the iteration has other coefficients at each of its five steps (Polar Express, 2505.16932), which are for
-norms up to 1 / 1.02; with "ns5" those of an older iteration.
+The surprise: the iteration has other coefficients at each of its five steps (Polar Express, 2505.16932, or "ns5").
 """
 
 import math
@@ -22,23 +21,23 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
-from thriftlab.optim.core.projected import norms
-from thriftlab.optim.muon import BUFFERS, Orthogonalised, newton_schulz
+from thriftlab.optim.muon import BUFFERS, Orthogonalised, in_dtype, newton_schulz
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.rules import decay
 from thriftlab.optim.state.storage import StateDtype, load, store
 
-POLYNOMIALS = {
-    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
-              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
-    "ns5": ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)),
+ITERATIONS = {  # by what the norm is enlarged, and the coefficients of each step
+    "polar": (1.02, (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    )),
+    "ns5": (1.0, ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))),
 }  # fmt: skip
-MARGIN = {"polar": 1.02, "ns5": 1.0}
 AdjustLr = Literal["spectral_norm", "rms_norm"]
 
 
@@ -86,17 +85,20 @@ class Dion2(Orthogonalised, name="dion2"):
     ) -> None:
         momenta = [load(state, BUFFERS[0]) for state in states]
         torch._foreach_add_(momenta, [grad.to(b.dtype) for grad, b in zip(grads, momenta, strict=True)])
+        dims = [int(weight.shape[0] > weight.shape[1]) for weight in weights]
+        places = [largest(b, dim, group["fraction"]) for b, dim in zip(momenta, dims, strict=True)]
+        slices = [b.index_select(dim, at) for b, dim, at in zip(momenta, dims, places, strict=True)]
+        updates = orthogonal(slices, group)
+        torch._foreach_mul_(updates, [-ratio(group["adjust_lr_fn"], *weight.shape) for weight in weights])
+        torch._foreach_mul_(updates, group["lr"] * group["split_lr_scale"])
+        torch._foreach_mul_(slices, group["error_feedback"])
         decay(weights, group)
-        for weight, momentum in zip(weights, momenta, strict=True):
-            dim = int(weight.shape[0] > weight.shape[1])
-            places = largest(momentum, dim, group["fraction"])
-            slices = momentum.index_select(dim, places)
-            factor = group["lr"] * group["split_lr_scale"] * ratio(group["adjust_lr_fn"], *weight.shape)
-            update = orthogonal(slices, group).mul_(-factor)
-            weight.index_add_(dim, places, update.to(weight.dtype))
-            momentum.index_copy_(dim, places, slices.mul_(group["error_feedback"]))
-        for state, momentum in zip(states, momenta, strict=True):
-            store(state, BUFFERS[0], momentum)
+        updates = in_dtype(updates, weights[0].dtype)
+        for weight, b, dim, at, update, left in zip(weights, momenta, dims, places, updates, slices, strict=True):
+            weight.index_add_(dim, at, update)
+            b.index_copy_(dim, at, left)
+        for state, b in zip(states, momenta, strict=True):
+            store(state, BUFFERS[0], b)
 
 
 def largest(momentum: Tensor, dim: int, fraction: float) -> Tensor:
@@ -105,14 +107,16 @@ def largest(momentum: Tensor, dim: int, fraction: float) -> Tensor:
     return sums.topk(math.ceil(fraction * len(sums))).indices
 
 
-def orthogonal(slices: Tensor, group: dict[str, Any]) -> Tensor:
-    """The matrix with its singular values sent to 1."""
-    x = slices.to(torch.bfloat16) if group["iteration"] == "bf16" else slices
-    size = norms(x, None).mul_(MARGIN[group["coefficients"]]).add_(group["eps"])
-    return newton_schulz(x / size.to(x.dtype), POLYNOMIALS[group["coefficients"]]).to(slices.dtype)
+def orthogonal(matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """The matrices with their singular values sent to 1, in new tensors."""
+    margin, polynomials = ITERATIONS[group["coefficients"]]
+    starts = in_dtype(matrices, torch.bfloat16 if group["iteration"] == "bf16" else matrices[0].dtype)
+    sizes = list(torch._foreach_mul(torch._foreach_norm(starts), margin))
+    torch._foreach_add_(sizes, group["eps"])
+    updates = [newton_schulz(start / size, polynomials) for start, size in zip(starts, sizes, strict=True)]
+    return in_dtype(updates, matrices[0].dtype)
 
 
 def ratio(adjust_lr_fn: AdjustLr | None, rows: int, columns: int) -> float:
-    if adjust_lr_fn == "rms_norm":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(rows / max(columns, 1)) if adjust_lr_fn else 1.0
+    factors = {"spectral_norm": rows / max(columns, 1), "rms_norm": 0.04 * max(rows, columns), None: 1.0}
+    return math.sqrt(factors[adjust_lr_fn])

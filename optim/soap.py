@@ -10,9 +10,9 @@ weight is moved. In each step k = 1, 2, ... from then on:
     every `gap` steps Q_L <- qr(L Q_L), its columns first in the order of diag(Q_L^T L Q_L), and V's rows with them;
     Q_R likewise; M is expressed in the new bases
 
-A side longer than `max_precond_dim` has no basis, nor has a split tensor that is no matrix. What is not split is trained
-by Adam at the same lr, from the first step on. The surprise: where a gradient has a null space, as that of every matrix
-that is not square, the first eigenvectors are arbitrary within it, and two right programs go different ways.
+A side longer than `max_precond_dim` has no basis, nor has what is split and no matrix. The rest is trained by Adam from
+the first step on. One surprise: where a gradient has a null space, as that of a matrix that is not square has, the
+first eigenvectors are arbitrary within it, and two right programs go different ways.
 """
 
 from typing import Annotated, Any
@@ -86,9 +86,8 @@ class SOAP(Projected, name="soap"):
         for some in batches([weights[i] for i in old]):
             here = old[some]
             self.step_batch([weights[i] for i in here], [grads[i] for i in here], [states[i] for i in here], group)
-        for i in old:
-            if due[i] is not None:
-                turn(states[i])
+        for i in [i for i in old if due[i] is not None]:
+            turn(states[i])
 
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
@@ -116,5 +115,5 @@ class SOAP(Projected, name="soap"):
 
     def passing_spec(self, weight: Tensor, group: dict[str, Any]) -> Spec:
         """All but counters: there is none of it before the first finite gradient."""
-        spec = self.spec(tuple(weight.shape), weight.dtype, **group) if group["split"] else {}
-        return {key: entry for key, entry in spec.items() if key not in {**COUNTERS, **rounding_spec(group)}}
+        spec, stays = self.spec(tuple(weight.shape), weight.dtype, **group), {**COUNTERS, **rounding_spec(group)}
+        return {key: entry for key, entry in spec.items() if group["split"] and key not in stays}

@@ -36,7 +36,7 @@ def begin(grad: Tensor, state: State, group: dict[str, Any]) -> None:
     """Means of one gradient, and their eigenvectors, largest first."""
     for side in sides(tuple(grad.shape), group):
         state[f"gram.{side}"] = gram(grad, side).mul_(1 - decay_of(group))
-        vectors = torch.linalg.eigh(state[f"gram.{side}"].double()).eigenvectors.flip(1)
+        vectors = torch.linalg.eigh(gram(grad.double(), side)).eigenvectors.flip(1)
         state[f"basis.{side}"] = vectors.to(wide(grad.dtype)).contiguous()
 
 
