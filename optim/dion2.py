@@ -1,7 +1,6 @@
 """Dion2 (2512.16928): Muon that orthogonalises only the largest slices of its momentum; for matrices.
 
-A slice is a row, or a column where there are fewer. In each step the part `fraction` of them with the largest sums of
-absolute entries is chosen:
+A slice is a row, or a column where there are fewer; the part `fraction` with the largest sums of |B| are chosen.
 
     B <- B + G
     O <- orthogonalise(B of these slices)
@@ -9,7 +8,6 @@ absolute entries is chosen:
     W <- (1 - lr wd) W;  W <- W - lr ratio O of these slices    ratio: a function of the whole matrix's shape
 
 Embeddings, head and norms are trained by AdamW with the same lr; `split_lr_scale` is a factor for the matrices alone.
-
 The surprise: the iteration has other coefficients at each of its five steps (Polar Express, 2505.16932, or "ns5").
 """
 
@@ -111,8 +109,7 @@ def orthogonal(matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """The matrices with their singular values sent to 1, in new tensors."""
     margin, polynomials = ITERATIONS[group["coefficients"]]
     starts = in_dtype(matrices, torch.bfloat16 if group["iteration"] == "bf16" else matrices[0].dtype)
-    sizes = list(torch._foreach_mul(torch._foreach_norm(starts), margin))
-    torch._foreach_add_(sizes, group["eps"])
+    sizes = torch._foreach_add(torch._foreach_mul(torch._foreach_norm(starts), margin), group["eps"])
     updates = [newton_schulz(start / size, polynomials) for start, size in zip(starts, sizes, strict=True)]
     return in_dtype(updates, matrices[0].dtype)
 
