@@ -26,6 +26,8 @@ from thriftlab.optim.state.torch_adamw import (
     subtract,
 )
 
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # where a method has none of its own
+
 
 def adamw(
     weights: list[Tensor], grads: list[Tensor], states: list[State], *, lr, betas, eps, weight_decay, **group: Any
