@@ -18,14 +18,14 @@ from thriftlab.data.paths import FilePath
 from thriftlab.data.plugins import plugin_sha256
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
-from thriftlab.optim.core.hyper import Count, Later
-from thriftlab.optim.core.tables import Tables
+from thriftlab.optim.core.hyper import Count
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.backends.device import Device
 from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.config.choice import Choice, Pattern, Plugin, Plumbing, Registry, Section, Speed, without_off
 from thriftlab.train.config.data import DataConfig
 from thriftlab.train.config.help import is_model
+from thriftlab.train.config.optim import OptimConfig
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.probes import PROBES
 from thriftlab.train.signals import SIGNALS
@@ -42,28 +42,6 @@ def probe_name(name: str) -> str:
 
 
 ProbeName = Annotated[str, AfterValidator(probe_name)]
-
-
-class OptimConfig(Choice):
-    """The method, and the parameters that it treats as matrices."""
-
-    include: tuple[Pattern, ...] = Field(
-        (r"\.(attn|mlp)\.",), description="regular expressions: matrices with a matching name are split by the method"
-    )
-    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never split")
-    tables: Annotated[Tables | None, Later()] = Field(
-        None,
-        description="who steps embedding and head: one rule for any method, 8bit with its state in 8 bits; own: the "
-        "method itself, as it steps matrices; null: what the method does by itself",
-    )
-    row_floor: Annotated[float, Later()] = Field(
-        0.0, ge=0, le=1, description="tables=ember: least mean square of a row, as a share of the table's"
-    )
-
-    @model_serializer(mode="wrap")
-    def without_what_came_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields.items()
-        return without_off(self, dump, *(key for key, field in fields if Later() in field.metadata))
 
 
 class LayerConfig(Choice):
