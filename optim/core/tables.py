@@ -23,6 +23,7 @@ from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import kept_unless
 from thriftlab.optim.state.rules import ADAMW, adamw_spec, add_scaled, decay, row_chunks
 from thriftlab.optim.state.storage import by_entry, key_rounding, wide
+from thriftlab.optim.state.torch_adamw import piece_of
 
 Tables = Literal["adamw", "ember", "own", "8bit"]
 ROLES = ("input", "output")
@@ -32,29 +33,11 @@ TINY = 1e-30
 
 
 class TableRule:
-    """What stands in the place of a method's verbs for a group of tables."""
+    """What stands in the place of a method's verbs for a group of tables: the method's own AdamW.
 
-    def update(
-        self, method: Any, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State],
-        group: dict[str, Any],
-    ) -> None:  # fmt: skip
-        raise NotImplementedError
-
-    def spec(self, method: Any, shape: tuple[int, ...], dtype: torch.dtype, *name: str, **overrides: Any) -> Spec:
-        raise NotImplementedError
-
-    def elementwise(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-        return False
-
-    def check_kind(self, method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
-        """The spec says all there is to say."""
-
-    def takes(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-        return False
-
-
-class Full(TableRule):
-    """The method's own AdamW."""
+    Args:
+        changes: what else the group says then.
+    """
 
     def __init__(self, **changes: Any):
         self.changes = {"plain": "adamw", **changes}
@@ -73,69 +56,86 @@ class Full(TableRule):
     def elementwise(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry({**group, **self.changes})
 
+    def check_kind(self, method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+        """The spec says all there is to say."""
+
+    def takes(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return False
+
 
 class Ember(TableRule):
-    """The mean squares of rows, r, and of columns, c, stand for those of all entries, as in Adafactor:
+    """Means of the squares over rows, r, and over columns, c, stand for the squares of all entries, as in Adafactor:
 
         r <- b2 r + (1 - b2) mean of G^2 over a row,    c likewise,    a = the mean of r
         W <- (1 - lr wd) W - lr G / (sqrt(r c^T / (a (1 - b2^t))) + eps)
 
-    lr, b2 and eps are those of the method's AdamW. A row that is rarely seen has a small r, and no first moment that
-    would damp its step: with `row_floor` r counts as no less than that share of a.
+    lr, b2 and eps are those of the method's AdamW, to which it leaves what is no matrix. A row that is rarely seen has
+    a small r, and no first moment that would damp its step: with `row_floor` r counts as no less than that share of a.
     """
 
     def update(
         self, method: Any, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State],
         group: dict[str, Any],
     ) -> None:  # fmt: skip
-        group = {**ADAMW, **group}
-        for weight, grad, state in zip(weights, grads, states, strict=True):
-            begin_counting(("step",), weight, state, group)
-            for key, (shape, dtype) in factors_spec(weight.shape, weight.dtype).items():
-                if key not in state:
-                    state[key] = torch.zeros(shape, dtype=dtype, device=weight.device)
-            with kept_unless(group.get("applied"), [weight, state["row_sq"], state["column_sq"]]):
-                count_step([weight], [state], group)
-                ember(weight, grad, state, {**group, "applied": None})
+        for name, weight, grad, state in zip(names, weights, grads, states, strict=True):
+            if weight.ndim == 2:
+                factored_step(weight, grad, state, {**ADAMW, **group})
+            else:
+                super().update(method, [name], [weight], [grad], [state], group)
 
     def spec(self, method: Any, shape: tuple[int, ...], dtype: torch.dtype, *name: str, **overrides: Any) -> Spec:
-        return {"step": ((), torch.int64), **factors_spec(shape, dtype)}
+        return factored_spec(shape, dtype) if len(shape) == 2 else super().spec(method, shape, dtype, **overrides)
+
+    def elementwise(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return len(shape) != 2 and super().elementwise(method, shape, group)
 
 
-def factors_spec(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
+def factored_spec(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
     """In fp32 at least: they are small, and stand in denominators."""
-    return {"row_sq": ((shape[0],), wide(dtype)), "column_sq": ((shape[1],), wide(dtype))}
+    factors = {"row_sq": ((shape[0],), wide(dtype)), "column_sq": ((shape[1],), wide(dtype))}
+    return {"step": ((), torch.int64), **factors}
 
 
-def ember(weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
-    """The step of one table, in place."""
-    beta, eps = group["betas"][1], group.get("adam_eps", group["eps"])
+def factored_step(weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+    """Ember's step of one matrix, in place; creates the state of a new one."""
+    begin_counting(("step",), weight, state, group)
+    for key, (shape, dtype) in factored_spec(tuple(weight.shape), weight.dtype).items():
+        if key not in state:
+            state[key] = torch.zeros(shape, dtype=dtype, device=weight.device)
     rows, columns = state["row_sq"], state["column_sq"]
-    for squares, means in zip((rows, columns), mean_squares(grad, rows.dtype), strict=True):
-        squares.lerp_(means, 1 - beta)
+    with kept_unless(group.get("applied"), [weight, rows, columns]):
+        count_step([weight], [state], group)
+        for squares, means in zip((rows, columns), mean_squares(grad, rows.dtype), strict=True):
+            squares.lerp_(means, 1 - group["betas"][1])
+        descend(weight, grad, state, {**group, "applied": None})
+
+
+def descend(weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+    """A quotient of each entry, some rows at a time."""
+    rows, columns, eps = state["row_sq"], state["column_sq"], group.get("adam_eps", group["eps"])
     mean = rows.mean() if len(rows) else rows.sum()
-    correction = (1 - beta ** state["step"].double()).to(mean)
-    share = rows.clamp(min=group.get("row_floor", 0.0) * mean) / (mean.clamp(min=TINY) * correction)
-    share.masked_fill_(~mean.isfinite(), torch.inf)  # squares that have overflowed: no step, as of AdamW
-    down, across = share.sqrt_()[:, None], columns.clamp(min=TINY).sqrt()  # [m, 1], [n]
+    correction = (1 - group["betas"][1] ** state["step"].double()).to(mean)
+    shares = rows.clamp(min=group.get("row_floor", 0.0) * mean) / (mean.clamp(min=TINY) * correction)
+    shares.masked_fill_(~mean.isfinite(), torch.inf)  # squares that have overflowed: no step, as of AdamW
+    across = columns.clamp(min=TINY).sqrt_()  # [n]; roots before products, for those of squares would underflow
     decay([weight], group)
-    for w, g, r in row_chunks(weight, grad, down.expand(weight.shape)):
-        direction = (r * across).add_(eps)
-        torch.div(g.to(direction.dtype), direction, out=direction)
-        add_scaled([w], [direction.to(w.dtype)], -(group["lr"] * group.get("plain_lr_scale", 1.0)))
+    lr = group["lr"] * group.get("plain_lr_scale", 1.0)
+    for w, g, r in row_chunks(weight, grad, shares.sqrt_()[:, None].expand(weight.shape), most=piece_of(weight)):
+        roots = (r * across).add_(eps)
+        add_scaled([w], [torch.div(g.to(roots.dtype), roots, out=roots).to(w.dtype)], -lr)
 
 
 def mean_squares(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Means of G^2 over each row, and over each column, some rows at a time  # [m], [n]"""
     rows, columns = [], torch.zeros(grad.shape[1], dtype=dtype, device=grad.device)
-    for (some,) in row_chunks(grad):
+    for (some,) in row_chunks(grad, most=piece_of(grad)):
         squares = some.to(dtype).square()
         rows.append(squares.sum(1))
         columns += squares.sum(0)
     return torch.cat(rows) / max(grad.shape[1], 1), columns / max(grad.shape[0], 1)
 
 
-RULES: dict[str, TableRule] = {"adamw": Full(), "8bit": Full(state_dtype="8bit"), "ember": Ember()}
+RULES = {"adamw": TableRule(), "8bit": TableRule(state_dtype="8bit"), "ember": Ember()}
 
 
 def table_rule(group: dict[str, Any]) -> TableRule | None:
@@ -183,9 +183,6 @@ def settled(method: Any, group: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"row_floor={floor:g}: a number from 0 to 1, and of tables='ember' alone")
     if tables is None or group.get("role") not in ROLES:
         return {}
-    for name, p in zip(group["names"], group["params"], strict=True):
-        if tables == "ember" and isinstance(p, Tensor) and p.ndim != 2:
-            raise ValueError(f"{name}: tables='ember' is for matrices, and this is {p.ndim}-D; give it no role")
     return {"split": tables == "own"} if "split" in method.defaults and not method.roles else {}
 
 
