@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.tools import gang
 from thriftlab.data.files import finite
 from thriftlab.launch.gpu import agree, machine, methods, model, one, runs
 from thriftlab.launch.gpu.setting import Setting

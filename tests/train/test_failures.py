@@ -72,7 +72,7 @@ def hang(tree, step):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
-    config = tiny_config(tiny_data, tmp_path / "out", backend={"timeout": 6.0})  # a busy machine's ranks are not together
+    config = tiny_config(tiny_data, tmp_path / "out", backend={"timeout": 6.0})
     address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": gang.free_port()}
     (first, said), (second, _) = (
         gang.start(hang, config.model_dump(), 3, RANK=rank, LOCAL_RANK=rank, **address) for rank in (0, 1)
