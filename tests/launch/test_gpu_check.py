@@ -91,7 +91,7 @@ def test_without_a_gpu_it_runs_to_its_end_and_says_what_it_skipped(run, capsys, 
 
 
 def test_a_check_that_takes_too_long_is_killed_with_its_children_and_keeps_what_it_found(run, tmp_path, monkeypatch):
-    ready = tmp_path / "ready"
+    ready, limits = tmp_path / "ready", []
 
     class Process(subprocess.Popen):
         def wait(self, limit=None):
@@ -99,6 +99,7 @@ def test_a_check_that_takes_too_long_is_killed_with_its_children_and_keeps_what_
             if limit is not None:
                 until(ready.exists, self)
                 ready.unlink()
+                limits.append(limit)
                 limit = 0.01
             return super().wait(limit)
 
@@ -113,7 +114,7 @@ def test_a_check_that_takes_too_long_is_killed_with_its_children_and_keeps_what_
         time.sleep(600)
     """
     code, lines = run(script, *REHEARSAL, "--only", "1,2")
-    assert code == 1
+    assert code == 1 and limits == [150, 300]
     assert [line["status"] for line in lines] == ["timeout", "timeout"], "the next one had its turn"
     assert lines[0]["says"] == "half" and lines[0]["numbers"] == {"done": [1]} and lines[0]["limit"] == 150
     until(lambda: gone(int((tmp_path / "pid").read_text())))

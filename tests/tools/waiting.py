@@ -9,6 +9,7 @@ PLUGIN = """
 import os, signal, time
 from pathlib import Path
 from thriftlab.train import loop
+from thriftlab.train.records import stop
 
 plain, steps = loop.one_step, iter(range(1, {step} + 1))
 
@@ -22,15 +23,16 @@ def one_step(*parts):
 
 if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank, and not who only reads the configuration
     loop.one_step = one_step
+    stop.POLL_SECONDS = 0.0  # a STOP is seen before the next step
 """
 
 
-def until(condition, process=None):
+def until(condition, process=None, pause=0.01):
     """Returns when the condition holds, or the process has ended."""
     end = time.monotonic() + PATIENCE
     while not condition() and (process is None or process.poll() is None):
         assert time.monotonic() < end, "it does not come"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def before_step(file: Path, step: int, lines: str) -> str:
