@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import make_dataclass, replace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.tools import gang
 from thriftlab.data.files import finite
 from thriftlab.launch.gpu import agree, machine, methods, model, one, runs
 from thriftlab.launch.gpu.setting import Setting
@@ -308,10 +308,8 @@ class InThisProcess:
     code = 0
 
     def __init__(self, config, world, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": gang.free_port()}
+        given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **address}
         os.environ.update({key: str(value) for key, value in given.items()})
         try:
             run(config)
