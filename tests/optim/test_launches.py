@@ -9,9 +9,9 @@ import torch
 from tests.measure.launches import KEPT_WIDE, LAYERS, METHODS, count, made, waits
 
 DOCS = Path(__file__).parents[2] / "docs/measurements.md"
-IN_ALL, A_MATRIX, WITH_ROWS = 20, 20, 24  # the last: Muon and what evens its rows
+IN_ALL, A_MATRIX, WITH_ROWS = 20, 20, 24  # the last: Muon and what evens its rows, or chooses some
 COUNTERS = ("step", "start")
-NO_REFRESH = ("adamw", "signsgd", "muon", "normuon", "scale", "rmnp", "sinkgd", "adam-mini")
+NO_REFRESH = ("adamw", "signsgd", "muon", "normuon", "scale", "rmnp", "sinkgd", "adam-mini", "dion2")
 
 
 def committed():
@@ -27,7 +27,7 @@ def test_the_table_is_of_all_methods_and_within_what_is_promised():
     assert all(reads == 0 for *_, reads, _ in table.values())
     for name in KEPT_WIDE:
         whole, each, *_ = table[name]
-        assert each <= (WITH_ROWS if name == "normuon" else A_MATRIX), name
+        assert each <= (WITH_ROWS if name in ("normuon", "dion2") else A_MATRIX), name
         assert whole <= IN_ALL or name not in ("adamw", "signsgd")
 
 
@@ -121,7 +121,7 @@ def refreshed(name):
 @pytest.mark.parametrize("name", [name for name in KEPT_WIDE if name not in NO_REFRESH])
 def test_a_refresh_waits_once_for_all_matrices(fake_cuda, name):
     """Beyond what the search for singular vectors asks; a refused step is found out where a refresh may be due."""
-    svd = name.startswith(("galore", "fira", "subtrack")) or name == "frugal, svd"
+    svd = name.startswith(("galore", "fira", "subtrack", "soap", "conda")) or name == "frugal, svd"
     found = fake_cuda(refreshed, name)
     if not svd:
         assert [waits for waits, *_ in found] == [1, 0, 0, 1, 1, 0, 0, 1]
