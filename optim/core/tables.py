@@ -106,7 +106,7 @@ def factored_step(weight: Tensor, grad: Tensor, state: State, group: dict[str, A
     with kept_unless(group.get("applied"), [weight, rows, columns]):
         count_step([weight], [state], group)
         for squares, means in zip((rows, columns), mean_squares(grad, rows.dtype), strict=True):
-            squares.lerp_(means, 1 - group["betas"][1])
+            squares.mul_(group["betas"][1]).add_(means, alpha=1 - group["betas"][1])  # lerp makes NaN of infinity
         descend(weight, grad, state, {**group, "applied": None})
 
 

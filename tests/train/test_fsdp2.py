@@ -39,6 +39,8 @@ CASES = {  # world -> tolerance -> (method, or LAYER+METHOD, or frozen+METHOD; h
                     "soap",
                     "conda",
                     "dion2",
+                    "signsgd, 8bit",
+                    "muon, ember",
                 )
             ),
             *((name, {}) for name in ("lost+fira", "sltrain+adamw", "frozen+columns")),
@@ -122,6 +124,7 @@ def test_what_is_sent_kept_and_run_is_the_plan(gangs, world, i, tolerance, name,
     assert bool(seen[0]["owned"]) == (
         name.rpartition("+")[2]
         in (*("8bit", "galore", "muon", "fira", "scale", "rmnp, all", "sinkgd", "adam mini"), "soap", "conda", "dion2")
+        + ("signsgd, 8bit", "muon, ember")
     )
     for rank in seen:
         assert rank["sent"] == STEPS * rank["planned"]
