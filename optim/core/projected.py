@@ -17,7 +17,7 @@ from torch import Tensor
 from thriftlab.kernels.dispatch import path
 from thriftlab.optim.core.products import model_products
 from thriftlab.optim.core.split import SplitOptimizer, splits
-from thriftlab.optim.state.counters import Age, count_together, counts_on_host
+from thriftlab.optim.state.counters import Age, capturing, count_together, counts_on_host
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import each
 from thriftlab.optim.state.rules import Adam, decay
@@ -105,8 +105,8 @@ def correction(age: Age, group: dict[str, Any]) -> Any:
 
 def by_kernel(matrices: list[Tensor], dims: Sequence[int | None]) -> bool:
     """Whether kernels/norm_rows.py walks over these: fp32, without gaps, a norm or a factor for each channel."""
-    if path(matrices[0], "norm_rows") != "triton" or None in dims:
-        return False
+    if None in dims or path(matrices[0], "norm_rows") != "triton" or capturing():
+        return False  # a CUDA graph would keep the addresses of this step
     return all(matrix.dtype == torch.float32 and matrix.is_contiguous() for matrix in matrices)
 
 
