@@ -71,7 +71,8 @@ def command(kernels: str, by: str) -> list[str]:
 def run(tree: Path, kernels: str, by: str) -> tuple[bool, str]:
     """Whether all is well in a tree, and else the line that says what is not."""
     environment = {**os.environ, "PYTHONPATH": str(tree / ".typecheck"), "TRITON_INTERPRET": str(int(by != GATE))}
-    done = subprocess.run([sys.executable, *command(kernels, by)], cwd=tree, env=environment, capture_output=True, text=True)  # noqa: E501
+    words = [sys.executable, *command(kernels, by)]
+    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("E  ", "error", "FAILED"))]
     return done.returncode == 0, next(iter(said), f"exit code {done.returncode}")
 
@@ -100,7 +101,8 @@ def try_faults(tree: Path, kernels: str, faults: Sequence[tuple[int, Fault]]) ->
         well, why = run(tree, kernels, fault.by)
         path.write_text(whole)
         missed += [number] * well
-        print(f"{kernels} {number:2} {'NOT SEEN' if well else 'caught':8} {fault.after.splitlines()[0]:60} {why if not well else ''}"[:200], flush=True)  # noqa: E501
+        says = f"NOT SEEN  {fault.after}" if well else f"caught    {fault.after.splitlines()[0]:60} {why}"
+        print(f"{kernels} {number:2} {says[:180]}", flush=True)
     return missed
 
 
@@ -113,7 +115,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy(Path(folder))
         for kernels in [options.kernels] if options.kernels else FAULTS:
-            chosen = [(n, fault) for n, fault in enumerate(FAULTS[kernels]) if not options.numbers or n in options.numbers]
+            numbers = options.numbers or range(len(FAULTS[kernels]))
+            chosen = [(number, FAULTS[kernels][number]) for number in numbers]
             missed += len(try_faults(Path(folder), kernels, chosen))
             tried += len(chosen)
     print(f"{tried - missed} of {tried} faults were caught")

@@ -1,4 +1,4 @@
-"""kernels/norm_rows.py in the interpreter: against sums in float64, every launch under the guard, and in its methods."""
+"""kernels/norm_rows.py in the interpreter: beside sums in float64, each launch under the guard, and in its methods."""
 
 from itertools import chain
 
