@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from thriftlab.data.errors import CheckpointError, ConfigError, UserError
+from thriftlab.data.errors import BackendError, CheckpointError, ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
+from thriftlab.kernels import dispatch
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
-from thriftlab.optim.core.groups import by_reason
+from thriftlab.optim.core.groups import by_reason, table_patterns
 from thriftlab.optim.core.products import EXACT
 from thriftlab.optim.layers.base import Layer, changing, check_patterns
 from thriftlab.train.attention import why_no_flash
@@ -116,10 +117,12 @@ def build(config: RunConfig, backend: Backend) -> Run:
 
 
 def refuse(config: RunConfig, backend: Backend) -> None:
-    """ConfigError for what this backend cannot do, known without data and model."""
+    """UserError for what this backend cannot do, known without data and model."""
     config.train.rows_per_rank(backend.world)
     if config.train.matmul == "tf32" and backend.device.type == "cpu":
         raise ConfigError("train.matmul = tf32 is of GPUs, and this run is on a CPU; leave it out")
+    if why := dispatch.impossible(dispatch.choice(), backend.device.type):
+        raise BackendError(why)
     if config.train.layerwise and not backend.can_layerwise:
         raise ConfigError(
             f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
@@ -218,10 +221,14 @@ def make_optimizer(config: RunConfig, model: GPT) -> Method:
     method = METHODS[config.optim.name]
     known = {"seed": config.seed, "head_dim": model.config.dim // model.config.heads}
     given = {key: value for key, value in known.items() if key in inspect.signature(method).parameters}
+    include, exclude = list(config.optim.include), list(config.optim.exclude)
+    chosen = {key: value for key in ("tables", "row_floor") if (value := getattr(config.optim, key))}
+    if config.optim.tables == "own" and not method.roles:  # then they are matrices among the others
+        include += table_patterns(model)
+        del chosen["tables"]
     with options_of("optim"):
-        groups = split_groups(model, list(config.optim.include), list(config.optim.exclude), method.roles)
-    with options_of("optim"):
-        optimizer = method(groups, **config.optim.hyperparameters(), **given)
+        groups = split_groups(model, include, exclude, method.roles or "tables" in chosen)
+        optimizer = method(groups, **config.optim.hyperparameters(), **chosen, **given)
     refuse_unprunable(model, optimizer)
     return optimizer
 

@@ -167,8 +167,8 @@ def recompute(
     """One step of one tensor, as one process takes it: its state, and its weight under ""."""
     assert isinstance(backend.optimizer, Method)
     state = {key: tensor if tensor.ndim else tensor.cpu() for key, tensor in state.items()}
-    gradient = downhill(weight, gradient * backend.factor.to(gradient.dtype), group["maximize"])
-    backend.optimizer.update([name], [weight], [gradient], [state], group)
+    gradient = downhill(weight, gradient, group["maximize"])
+    backend.optimizer.apply([name], [weight], [gradient], [state], group, scale=backend.factor)
     return {name: weight, **{f"{name}/{key}": tensor for key, tensor in state.items()}}
 
 

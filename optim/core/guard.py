@@ -21,7 +21,7 @@ from thriftlab.optim.state.keys import Spec, State, has_data
 from thriftlab.optim.state.storage import BLOCK, convert
 from thriftlab.optim.state.torch_adamw import MOMENTS, is_dense
 
-MOMENT_NAMES = (*MOMENTS, "momentum_buffer", "exp_avg_sq_row")
+MOMENT_NAMES = (*MOMENTS, "momentum_buffer", "exp_avg_sq_row", "row_sq", "column_sq")
 REMEDY = "load the state of this tensor, or begin anew with optimizer.state[parameter].clear()"
 
 

@@ -3,7 +3,8 @@
 `update(names, weights, grads, states, group)` steps whole tensors in place. It is a function of its arguments alone:
 randomness is keyed by (seed, name, count), counters are 0-dim tensors in the state, and a choice over a group (which
 blocks are active) depends on the group's names and the count. So whoever holds a whole matrix, its gradient and its
-state may make the call, and a sharded run equals one process.
+state may make the call, and a sharded run equals one process. They call `apply`, which makes the call for them: it
+takes weights as they are stored, and gradients as they were summed.
 
 What does not fit is refused before it is stepped, in one place (guard.py); state is saved and loaded in saving.py.
 """
@@ -32,8 +33,11 @@ from thriftlab.optim.core.sharded import (
     rows_here,
     show,
 )
+from thriftlab.optim.core.tables import ask_tables_first, settled, with_tables
 from thriftlab.optim.state.counters import read
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
+from thriftlab.optim.state.lists import refused
+from thriftlab.optim.state.rules import ADAMW, adamw
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -56,16 +60,17 @@ class Method(torch.optim.Optimizer):
             raise ValueError(f"there is already a method {name!r}: {METHODS[name].__qualname__}")
         if name is not None:
             METHODS[name] = cls
+        ask_tables_first(cls)
         for verb in ("update", "update_fragments"):
             if verb in vars(cls):
                 setattr(cls, verb, guarded(vars(cls)[verb]))
         if "__init__" in vars(cls):
-            cls.__init__ = without_switches(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = with_tables(without_switches(cls.__init__))  # type: ignore[method-assign]
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         self.fit: dict[Any, list] = {}  # what the guard has found fit
         refuse_set(params)
-        super().__init__(params, {"maximize": False, **defaults})
+        super().__init__(params, {"maximize": False, **vars(self).pop("tables", {}), **defaults})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -76,6 +81,12 @@ class Method(torch.optim.Optimizer):
     ) -> None:
         """Steps `weights` in place. `states` are empty at first; `group` is a parameter group, or a copy of one."""
         raise NotImplementedError
+
+    def update_plain(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        """Steps tensors that are AdamW's."""
+        adamw(weights, grads, states, **{**ADAMW, **group})
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         """Names, shapes and dtypes of one tensor's state, under the defaults and what overrides them."""
@@ -140,12 +151,18 @@ class Method(torch.optim.Optimizer):
         """Raises ValueError where the hyper-parameters of a new group do not go together."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, applied: Tensor | None = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        applied: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Any:
         """Steps every parameter that has a gradient; returns what `closure`, called first, returned.
 
         Args:
             applied: a 0-dim tensor, 1; or 0 to refuse the step: weights and state keep every bit, and counters their
                 number. It is read on the host in a first step and where a refresh may be due, and in no other.
+            scale: a 0-dim tensor that every gradient is multiplied by, in place or on the way.
         """
         loss = None
         if closure is not None:
@@ -156,26 +173,42 @@ class Method(torch.optim.Optimizer):
                 return loss
             applied = None
         for group in self.param_groups:
-            self.step_only(group["names"], group["params"], group, applied)
+            self.step_some(group["names"], group["params"], group, applied, scale)
         return loss
 
     @torch.no_grad()
     def step_only(
-        self, names: list[str], weights: list[Tensor], group: dict[str, Any], applied: Tensor | None = None
+        self,
+        names: list[str],
+        weights: list[Tensor],
+        group: dict[str, Any],
+        applied: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         """Steps those of some parameters of a group that have a gradient, as `step` would: others do not matter."""
-        due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
         if applied is not None and self.must_read(weights, group):
             if read([applied]) == [0]:
                 return
             applied = None
+        self.step_some(names, weights, group, applied, scale)
+
+    def step_some(
+        self,
+        names: list[str],
+        weights: list[Tensor],
+        group: dict[str, Any],
+        applied: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        """The same, where `applied` need not be read."""
+        due = [(name, p) for name, p in zip(names, weights, strict=True) if p.grad is not None]
         if sharded := [(name, p) for name, p in due if isinstance(p, DTensor)]:
-            self.step_sharded(sharded, group)
+            self.step_sharded(sharded, group, scale)
             due = [(name, p) for name, p in due if not isinstance(p, DTensor)]
         names, weights = [name for name, _ in due], [p for _, p in due]
         grads = [downhill(p, p.grad, group["maximize"]) for p in weights if p.grad is not None]
         here = group if applied is None else {**group, "applied": applied}
-        self.update(names, weights, grads, [self.state[p] for p in weights], here)
+        self.apply(names, weights, grads, [self.state[p] for p in weights], here, scale)
         for p in weights:
             if not self.state[p]:
                 del self.state[p]  # nothing is kept, and so there is no entry
@@ -186,6 +219,39 @@ class Method(torch.optim.Optimizer):
         if not self.takes_applied or any(isinstance(p, DTensor) for p in due):
             return bool(due)
         return any(not self.state.get(p) and self.spec(tuple(p.shape), p.dtype, **group) for p in due)
+
+    # What is called in place of `update`: it knows how weights are stored and where a step is made by a kernel.
+
+    def apply(
+        self,
+        names: list[str],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: dict[str, Any],
+        scale: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        """`update` of whole tensors, of weights as they are stored and of gradients as they were summed.
+
+        Args:
+            scale: 0-dim; the gradients count so many times. They may be multiplied in place.
+            skip: 0-dim; where it is 1 and not 0 weights and states keep every bit, as where `group["applied"]` is 0.
+        """
+        self.update(names, weights, scaled(grads, scale), states, unless(group, skip))
+
+    def apply_fragments(
+        self,
+        fragments: list[Fragment],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: dict[str, Any],
+        scale: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        """`update_fragments` in the same way."""
+        self.update_fragments(fragments, weights, scaled(grads, scale), states, unless(group, skip))
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 
@@ -207,7 +273,7 @@ class Method(torch.optim.Optimizer):
         begin(fragments, states)
         self.update([fragment.name for fragment in fragments], weights, grads, states, group)
 
-    def step_sharded(self, named: list[tuple[str, DTensor]], group: dict[str, Any]) -> None:
+    def step_sharded(self, named: list[tuple[str, DTensor]], group: dict[str, Any], scale: Tensor | None) -> None:
         """Steps parameters of a group that are DTensors (`torch.distributed.fsdp.fully_shard`), which have a gradient.
 
         What is stepped entry by entry is stepped where it lies. Any other tensor has one rank, its owner, that keeps
@@ -215,12 +281,12 @@ class Method(torch.optim.Optimizer):
         """
         for name, p in named:
             check_placement(name, p)
-        self.step_rows([pair for pair in named if self.elementwise(tuple(pair[1].shape), group)], group)
+        self.step_rows([pair for pair in named if self.elementwise(tuple(pair[1].shape), group)], group, scale)
         for name, p in named:
             if not self.elementwise(tuple(p.shape), group):
-                self.step_owned(name, p, self.owner(name, p), group)
+                self.step_owned(name, p, self.owner(name, p), group, scale)
 
-    def step_rows(self, named: list[tuple[str, DTensor]], group: dict[str, Any]) -> None:
+    def step_rows(self, named: list[tuple[str, DTensor]], group: dict[str, Any], scale: Tensor | None) -> None:
         """Steps the rows that this rank has, without a word to the others."""
         fragments = [fragment_here(name, p) for name, p in named]
         weights = [p.to_local().view(-1) for _, p in named]
@@ -228,7 +294,7 @@ class Method(torch.optim.Optimizer):
         slopes = [downhill(weight, grad, group["maximize"]) for weight, grad in zip(weights, grads, strict=True)]
         states = [self.state.get(p, {}) for _, p in named]
         here = [opened(fragment, state, group) for fragment, state in zip(fragments, states, strict=True)]
-        self.update_fragments(fragments, weights, slopes, here, group)
+        self.apply_fragments(fragments, weights, slopes, here, group, scale)
         for (_, p), state, rows in zip(named, states, here, strict=True):
             if found := closed(p, rows, state, group):
                 self.state[p] = found
@@ -239,12 +305,13 @@ class Method(torch.optim.Optimizer):
             self.state[p]["owner"] = torch.tensor(assign(self.costs(), p.device_mesh.size())[name])
         return int(self.state[p]["owner"])
 
-    def step_owned(self, name: str, p: DTensor, owner: int, group: dict[str, Any]) -> None:
+    def step_owned(self, name: str, p: DTensor, owner: int, group: dict[str, Any], scale: Tensor | None) -> None:
         """Gathers weight and gradient, steps the whole tensor on its owner; the others take their rows of it."""
         ranks = p.device_mesh.get_group()
         weight, grad = p.full_tensor(), p.grad.full_tensor()  # type: ignore[union-attr]
         if dist.get_rank(ranks) == owner:
-            self.update([name], [weight], [downhill(weight, grad, group["maximize"])], [self.state[p]], group)
+            slope = downhill(weight, grad, group["maximize"])
+            self.apply([name], [weight], [slope], [self.state[p]], group, scale)
         dist.broadcast(weight, group=ranks, group_src=owner)
         p.to_local().copy_(weight[slice(*rows_here(p.shape[0], p))])
 
@@ -259,6 +326,7 @@ class Method(torch.optim.Optimizer):
         refuse_switches(type(self), {key: value for key, value in group.items() if key not in self.defaults})
         group.update(hyper.check(type(self), {**self.defaults, **group}))
         self.check_group({**self.defaults, **group})
+        group.update(settled(self, {**self.defaults, **group}))
         own_names = group.pop("param_names", None)  # torch wants them in all groups or in none
         held = [other.pop("param_names", None) for other in self.param_groups]
         try:
@@ -296,6 +364,18 @@ def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
         return grad
     grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
     return -grad if maximize else grad
+
+
+def scaled(grads: list[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """The gradients, multiplied in place."""
+    if scale is not None and grads:
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+    return grads
+
+
+def unless(group: dict[str, Any], skip: Tensor | None) -> dict[str, Any]:
+    """The group of a step that is refused where `skip` is 1."""
+    return group if skip is None else {**group, "applied": refused(skip)}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -66,5 +66,5 @@ def by_dtype(tensors: list[Tensor], places: Sequence[int]) -> list[list[int]]:
 
 
 def refused(applied: Tensor) -> Tensor:
-    """The `found_inf` of torch's fused kernels: they write nothing where it is 1."""
+    """The `found_inf` of torch's fused kernels: they write nothing where it is 1. Also the way back."""
     return 1 - applied.float()

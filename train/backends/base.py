@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from thriftlab.data.errors import BackendError
 from thriftlab.optim import Method
+from thriftlab.optim.core.method import scaled
 from thriftlab.train.backends.holdings import Holdings
 from thriftlab.train.backends.layerwise import Layerwise
 
@@ -77,8 +78,6 @@ class Backend(Holdings):
         applied = norm.isfinite()
         asked = self.asks_first()
         if not asked or applied:
-            if grads:
-                torch._foreach_mul_(grads, self.factor.to(grads[0].dtype))
             self.update(None if asked else applied.float())
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
@@ -88,7 +87,7 @@ class Backend(Holdings):
         return self.device.type == "cpu" or not isinstance(self.optimizer, Method)
 
     def summed_gradients(self) -> list[Tensor]:
-        """What this rank has of the summed gradients, to be scaled in place."""
+        """What this rank has of the summed gradients."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
@@ -96,13 +95,14 @@ class Backend(Holdings):
         return nn.utils.get_total_norm(grads)
 
     def update(self, applied: Tensor | None = None) -> None:
-        """Every rule runs once over all ranks, or alike on all; afterwards every rank has the weights that it uses.
-        `applied`: 0-dim on the device, 1, or 0 where nothing is to change; None: 1."""
-        if applied is None:
-            self.optimizer.step()
+        """Every rule runs once over all ranks, or alike on all, with `factor` times the summed gradients; afterwards
+        every rank has the weights that it uses. `applied`: 0-dim on the device, 1, or 0 where nothing is to change;
+        None: 1."""
+        if isinstance(self.optimizer, Method):
+            self.optimizer.step(applied=applied, scale=self.factor)
         else:
-            assert isinstance(self.optimizer, Method)
-            self.optimizer.step(applied=applied)
+            scaled(self.summed_gradients(), self.factor)
+            self.optimizer.step()
 
 
 def clip_factor(norm: Tensor, scale: Tensor, max_norm: float | None) -> Tensor:

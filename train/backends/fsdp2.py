@@ -74,7 +74,7 @@ class FSDP2(Sharded):
 
     def update(self, applied: Tensor | None = None) -> None:
         grads = self.flat_gradients()
-        self.sharded.update({name: flat(self.rows[name]) for name in grads}, grads, applied)
+        self.sharded.update({name: flat(self.rows[name]) for name in grads}, grads, self.factor, applied)
 
     def weights(self) -> Pieces:
         return self.placed({name: flat(self.rows[name]) for name in self.places})

@@ -50,8 +50,7 @@ class Layerwise:
             return
         assert p.grad is not None
         self.norms[p] = torch._foreach_norm([p.grad])[0]
-        p.grad.mul_(self.scale.to(p.grad.dtype))
-        self.optimizer.step_only([name], [p], self.optimizer.param_groups[index])
+        self.optimizer.step_only([name], [p], self.optimizer.param_groups[index], scale=self.scale)
         p.grad = None
 
     def finish(self, scale: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from thriftlab.train.budget import SCHEDULES, Budget, Whole
 from thriftlab.train.config.choice import Choice, Pattern, Plugin, Plumbing, Registry, Section, Speed, without_off
 from thriftlab.train.config.data import DataConfig
 from thriftlab.train.config.help import is_model
+from thriftlab.train.config.optim import OptimConfig
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.probes import PROBES
 from thriftlab.train.signals import SIGNALS
@@ -41,15 +42,6 @@ def probe_name(name: str) -> str:
 
 
 ProbeName = Annotated[str, AfterValidator(probe_name)]
-
-
-class OptimConfig(Choice):
-    """The method, and the parameters that it treats as matrices."""
-
-    include: tuple[Pattern, ...] = Field(
-        (r"\.(attn|mlp)\.",), description="regular expressions: matrices with a matching name are split by the method"
-    )
-    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never split")
 
 
 class LayerConfig(Choice):

@@ -86,8 +86,7 @@ class ShardedMethod(Sharding, torch.optim.Optimizer):
         self.norm, self.factor = norm, clip_factor(norm, scale, self.max_norm)
         applied, asked = norm.isfinite(), not norm.is_cuda
         if not asked or applied:
-            torch._foreach_mul_(list(grads.values()), self.factor.float())
-            self.update(weights, grads, None if asked else applied.float())
+            self.update(weights, grads, self.factor.float(), None if asked else applied.float())
 
     def held(self) -> tuple[Flat, Flat]:
         """Weights and gradients."""

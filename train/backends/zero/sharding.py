@@ -95,9 +95,9 @@ class Sharding:
         dist.all_reduce(square)
         return square.sqrt()
 
-    def update(self, weights: Flat, grads: Flat, applied: Tensor | None = None) -> None:
-        """The method's own step of everything that this rank holds or owns. `applied` as in `Method.step`: it is read
-        by all ranks or by none, in a first step and where the method cannot do without."""
+    def update(self, weights: Flat, grads: Flat, scale: Tensor, applied: Tensor | None = None) -> None:
+        """The method's own step of everything that this rank holds or owns. `scale` and `applied` as in `Method.step`;
+        `applied` is read by all ranks or by none, in a first step and where the method cannot do without."""
         if applied is not None and not (self.begun and self.method.takes_applied):
             if not applied:
                 return
@@ -108,40 +108,44 @@ class Sharding:
         for group in groups:
             here = [name for name in group["names"] if name in weights and name not in owner]
             cut = [name for name in here if self.fragment(name)]
-            self.update_cut(group, cut, weights, grads)
-            self.update_whole(group, [name for name in here if name not in cut], weights, grads)
+            self.update_cut(group, cut, weights, grads, scale)
+            self.update_whole(group, [name for name in here if name not in cut], weights, grads, scale)
         for names in chunks:
-            self.update_chunk(groups, names, weights, grads)
+            self.update_chunk(groups, names, weights, grads, scale)
 
-    def update_cut(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat) -> None:
+    def update_cut(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat, scale: Tensor) -> None:
         """Steps pieces where they lie."""
         if names:
             fragments = [fragment for name in names if (fragment := self.fragment(name))]
             slopes = [downhill(weights[name], grads[name], group["maximize"]) for name in names]
             states = [self.state_of(name) for name in names]
-            self.method.update_fragments(fragments, [weights[name] for name in names], slopes, states, group)
+            held = [weights[name] for name in names]
+            self.method.apply_fragments(fragments, held, slopes, states, group, scale)
 
-    def update_whole(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat) -> None:
+    def update_whole(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat, scale: Tensor) -> None:
         """Steps whole tensors; those that do not lie at the beginning of a cache line in copies, one at a time."""
         moved = [name for name in names if not (is_aligned(weights[name]) and is_aligned(grads[name]))]
-        self.run(group, [name for name in names if name not in moved], weights, grads)
+        self.run(group, [name for name in names if name not in moved], weights, grads, scale)
         for name in moved:
             copy = weights[name].clone()
-            self.run(group, [name], {name: copy}, {name: grads[name].clone()})
+            self.run(group, [name], {name: copy}, {name: grads[name].clone()}, scale)
             weights[name].copy_(copy)
 
-    def update_chunk(self, groups: list[ParamGroup], names: list[str], weights: Flat, grads: Flat) -> None:
+    def update_chunk(
+        self, groups: list[ParamGroup], names: list[str], weights: Flat, grads: Flat, scale: Tensor
+    ) -> None:
         """Makes some cut tensors whole at their owners, steps them there and takes the pieces back."""
         pieces = {name: (grads[name], weights[name]) for name in names if name in weights}
         whole_grads, whole_weights = self.exchange.to_owners(names, pieces, self.like)
         for group in groups:
-            self.run(group, [name for name in group["names"] if name in whole_weights], whole_weights, whole_grads)
+            here = [name for name in group["names"] if name in whole_weights]
+            self.run(group, here, whole_weights, whole_grads, scale)
         self.exchange.to_holders(names, whole_weights, {name: weights[name] for name in pieces}, self.like)
 
-    def run(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat) -> None:
-        """`Method.update` of whole tensors."""
+    def run(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat, scale: Tensor) -> None:
+        """`Method.apply` of whole tensors."""
         if names:
             shaped = [weights[name].view(self.shapes[name]) for name in names]
             whole_grads = [grads[name].view(self.shapes[name]) for name in names]
             slopes = [downhill(w, g, group["maximize"]) for w, g in zip(shaped, whole_grads, strict=True)]
-            self.method.update(names, shaped, slopes, [self.state_of(name) for name in names], group)
+            self.method.apply(names, shaped, slopes, [self.state_of(name) for name in names], group, scale)
