@@ -18,12 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import Projected, directions
+from thriftlab.optim.core.projected import Projected, add_back, coordinates, directions
 from thriftlab.optim.core.split import OnRefresh
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.storage import StateDtype
-from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, subspace_of
+from thriftlab.optim.state.subspaces import Subspace, subspace_of
 
 
 class Within(Projected):

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from thriftlab.data.errors import CheckpointError, ConfigError, UserError
+from thriftlab.data.errors import BackendError, CheckpointError, ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
+from thriftlab.kernels import dispatch
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
 from thriftlab.optim.core.groups import by_reason, table_patterns
 from thriftlab.optim.core.products import EXACT
@@ -116,10 +117,12 @@ def build(config: RunConfig, backend: Backend) -> Run:
 
 
 def refuse(config: RunConfig, backend: Backend) -> None:
-    """ConfigError for what this backend cannot do, known without data and model."""
+    """UserError for what this backend cannot do, known without data and model."""
     config.train.rows_per_rank(backend.world)
     if config.train.matmul == "tf32" and backend.device.type == "cpu":
         raise ConfigError("train.matmul = tf32 is of GPUs, and this run is on a CPU; leave it out")
+    if why := dispatch.impossible(dispatch.choice(), backend.device.type):
+        raise BackendError(why)
     if config.train.layerwise and not backend.can_layerwise:
         raise ConfigError(
             f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thriftlab.kernels import dispatch
 from thriftlab.optim import state_bytes
 from thriftlab.train.build import Run
 from thriftlab.train.config.schema import method_name
@@ -195,4 +196,5 @@ def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dic
         remarks=run.optimizer.remarks(),
         finished=time.time(),
         probes=found.get("probes"),
+        kernels=dict(dispatch.ran),
     )

@@ -20,6 +20,7 @@ from thriftlab.data.errors import CheckpointError, UserError
 from thriftlab.data.files import sha256, sync, writing
 from thriftlab.data.loader import Batch, batches
 from thriftlab.data.lock import claimed
+from thriftlab.kernels import dispatch
 from thriftlab.optim.core.listing import listing
 from thriftlab.optim.layers.base import before_step, replaced
 from thriftlab.optim.state.keys import keyed_generator, keyed_seed
@@ -166,6 +167,8 @@ def announce(run: Run, counters: Counters) -> None:
     lines = [line for line in said if line]
     if lines and run.chief and counters.step == 0:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
+    if run.chief and (run.backend.device.type != "cpu" or dispatch.choice() != "auto"):
+        dispatch.say_aloud()
 
 
 def due(step: int, every: int) -> bool:

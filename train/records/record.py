@@ -199,11 +199,12 @@ class Record:
     remarks: list[str]
     finished: float
     probes: dict[str, Any] | None = None  # None where nothing was asked for
+    kernels: dict[str, list[str]] | None = None  # operation with a kernel -> what it ran by; None in older records
     files: dict[str, str] | None = None  # name -> sha256; set when it is written
 
     def to_json(self) -> dict[str, Any]:
         tree = asdict(self)
-        for key in ("probes", "files"):
+        for key in ("probes", "kernels", "files"):
             if tree[key] is None:
                 del tree[key]
         if self.data.sources is None:  # in records that are older than it
