@@ -1,13 +1,17 @@
 """When a refresh is due, and how often the host asks the device for it: not at all in a plain step, once in another."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from thriftlab.optim.state.counters import Age, bound, capturing, count_on, counts_on_host, know, read
+from thriftlab.optim.state.counters import Age, bound, capturing, count_on, counts_on_host, learn
 from thriftlab.optim.state.keys import State, keyed_seed
+
+
+Due = Callable[[str, int, dict[str, Any]], int | None]  # (name, steps so far, group) -> number of what is due, or None
 
 
 def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
@@ -22,29 +26,25 @@ def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
     return count if since == 0 else None
 
 
-def may_be_due(name: str, state: State, group: dict[str, Any]) -> bool:
+def may_be_due(name: str, state: State, group: dict[str, Any], due: Due = due_refresh) -> bool:
     """Whether a refresh is due, as far as the host knows without waiting."""
     known = bound(state["step"]) if "step" in state else None
-    return known is None or due_refresh(name, known.most, group) is not None
+    return known is None or due(name, known.most, group) is not None
 
 
-def ask(names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]) -> dict[str, Any] | None:
+def ask(
+    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any], due: Due = due_refresh
+) -> dict[str, Any] | None:
     """The group of a step with `applied`: as it is if no refresh can be due. Otherwise the device is read, and the
     group says that it was "asked"; None if the step is refused."""
-    if capturing() or not any(map(may_be_due, names, states, [group] * len(names))):
+    if capturing() or not any(may_be_due(name, state, group, due) for name, state in zip(names, states, strict=True)):
         return group
-    counters = [state["step"] for state in states]
-    told = read([*counters, group["applied"].to(weights[0].device)])
-    if told is not None:
-        for counter, count in zip(counters, told, strict=False):
-            know(counter, count)
-        if not told[-1]:
-            return None
-    return {**group, "asked": True}
+    told = learn([*(state["step"] for state in states), group["applied"].to(weights[0].device)])
+    return None if told and not told[-1] else {**group, "asked": True}
 
 
 def due_refreshes(
-    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
+    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any], due: Due = due_refresh
 ) -> list[int | None]:
     """The numbers of the refreshes that are due, of each matrix; of a step that is applied, as `ask` has found out."""
     counters = [state["step"] for state in states]
@@ -53,13 +53,10 @@ def due_refreshes(
     if counts_on_host(weights[0], group):
         counts = [int(counter) for counter in counters]
     else:
+        told = None if capturing() else learn(counters)
         bounds = [bound(counter) for counter in counters]
-        if not capturing() and not all(known and known.exact for known in bounds):
-            for counter, count in zip(counters, read(counters) or [], strict=False):
-                know(counter, count)
-            bounds = [bound(counter) or known for counter, known in zip(counters, bounds, strict=True)]
-        counts = [known.most if known else -1 for known in bounds]
-    return [due_refresh(name, count, group) if count >= 0 else None for name, count in zip(names, counts, strict=True)]
+        counts = told or [known.most if known else -1 for known in bounds]
+    return [due(name, count, group) if count >= 0 else None for name, count in zip(names, counts, strict=True)]
 
 
 def kept_of(states: list[State]) -> list[Tensor]:
