@@ -27,7 +27,16 @@ from thriftlab.optim.state.counters import Age, begin_counting, count_on, counts
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import batches, by_dtype, kept_unless
 from thriftlab.optim.state.rules import add_scaled, decay
-from thriftlab.optim.state.storage import StateDtype, kept_spec, key_rounding, load, make_zero, rounding_spec, store, wide
+from thriftlab.optim.state.storage import (
+    StateDtype,
+    kept_spec,
+    key_rounding,
+    load,
+    make_zero,
+    rounding_spec,
+    store,
+    wide,
+)
 from thriftlab.optim.state.torch_adamw import MOMENTS, hyper_of, step_adamw, steps_before
 
 COUNTERS = ("step", "start")

@@ -1,6 +1,6 @@
 """When a refresh is due, and how often the host asks the device for it: not at all in a plain step, once in another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from thriftlab.optim.state.counters import Age, bound, capturing, count_on, counts_on_host, learn
 from thriftlab.optim.state.keys import State, keyed_seed
-
 
 Due = Callable[[str, int, dict[str, Any]], int | None]  # (name, steps so far, group) -> number of what is due, or None
 
@@ -33,14 +32,18 @@ def may_be_due(name: str, state: State, group: dict[str, Any], due: Due = due_re
 
 
 def ask(
-    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any], due: Due = due_refresh
-) -> dict[str, Any] | None:
+    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any], due: Due = due_refresh,
+    grads: Sequence[Tensor] = (),
+) -> dict[str, Any] | None:  # fmt: skip
     """The group of a step with `applied`: as it is if no refresh can be due. Otherwise the device is read, and the
-    group says that it was "asked"; None if the step is refused."""
-    if capturing() or not any(may_be_due(name, state, group, due) for name, state in zip(names, states, strict=True)):
+    group says what it was "asked": where a refresh may be due, whether the gradient is finite, if it has to be; None if
+    the step is refused."""
+    places = [i for i, name in enumerate(names) if may_be_due(name, states[i], group, due)]
+    if capturing() or not places:
         return group
-    told = learn([*(state["step"] for state in states), group["applied"].to(weights[0].device)])
-    return None if told and not told[-1] else {**group, "asked": True}
+    finite = [grads[i].isfinite().all() for i in places] if grads else []
+    told = learn([group["applied"].to(weights[0].device), *finite, *(state["step"] for state in states)]) or [1]
+    return {**group, "asked": dict(zip(places, told[1 : 1 + len(finite)], strict=False))} if told[0] else None
 
 
 def due_refreshes(
@@ -71,6 +74,14 @@ def kept_of(states: list[State]) -> list[Tensor]:
 
 def is_written(key: str, value: Tensor) -> bool:
     return (value.ndim > 0 and not key.startswith(("basis.", "whole."))) or key in ("limiter", "diagnostic.limiter")
+
+
+def lame_of(grads: list[Tensor], due: list[int | None], group: dict[str, Any]) -> set[int]:
+    """Where a refresh is due and the gradient is not finite, as it was asked, or by one read of the device."""
+    places = [i for i, count in enumerate(due) if count is not None]
+    asked = group.get("asked")
+    found = [asked[i] for i in places] if asked else are_finite([grads[i] for i in places])
+    return {i for i, finite in zip(places, found, strict=True) if not finite}
 
 
 def are_finite(grads: list[Tensor]) -> list[bool]:

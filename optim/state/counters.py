@@ -48,14 +48,14 @@ def begin_counting(names: tuple[str, ...], weight: Tensor, state: State, group: 
 
 def count_on(counters: list[Tensor], applied: Tensor | None) -> None:
     """One step more, if it is applied; for counters on a device."""
-    bounds, told = [bound(counter) for counter in counters], None if applied is None else bound(applied)
+    bounds, told = [bound(counter) for counter in counters], Bound(0, 1, True) if applied is None else bound(applied)
     if counters:
         count_together(counters, applied)
     for counter, known in zip(counters, bounds, strict=True):
         if capturing():
             BOUNDS[counter] = None
         elif known:
-            know(counter, known.most + (told.most if told else 1), known.exact and (applied is None or told is not None))
+            know(counter, known.most + (told.most if told else 1), known.exact and told is not None)
 
 
 def count_together(counters: list[Tensor], applied: Tensor | None) -> None:
