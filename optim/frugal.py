@@ -150,10 +150,10 @@ class Frugal(SplitOptimizer, name="frugal"):
                 add_up(residual, small, subspace, basis, -1.0)
             free_step(weights, residuals, group, lr)
 
-    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
+    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int, new: State) -> None:
         subspace = subspace_of(group)
         if not isinstance(subspace, Blocks):
-            super().refresh(name, grad, state, group, count)
+            super().refresh(name, grad, state, group, count, new)
         elif name not in subspace.active(group, count):
             drop(RULES[group["rule"]].buffers, state)
         elif group["on_refresh"] == "reset" or not has_moments(state, group):

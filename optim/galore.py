@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import Projected, add_back, coordinates, directions
+from thriftlab.optim.core.projected import Projected, directions
 from thriftlab.optim.core.split import OnRefresh
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.fira import Recovered
+from thriftlab.optim.state.asking import Asking
 from thriftlab.optim.state.carry import transfer, turn
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.dense import is_tall, tracked
@@ -73,15 +74,15 @@ class SubTrack(Recovered, name="subtrack"):
     ):
         super().__init__(**arguments(locals()), subspace="svd", on_refresh="estimate")
 
-    def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> State:
+    def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> Asking:
         wide_reference = group["form"] == "reference" and not is_tall(grad)
         _, declared = subspace_of(group).spec(tuple(grad.shape), grad.dtype)
         if not old or tuple(old["vectors"].shape) != declared["vectors"][0]:
-            new = super().next_basis(name, grad, {}, group, count)
+            new = yield from super().next_basis(name, grad, {}, group, count)
             return {**new, "first": new["vectors"].clone()} if wide_reference else new
         if group["form"] == "reference" and not wide_reference:
             return old
-        return {**old, "vectors": tracked(old["vectors"], grad, group["step_size"])}
+        return {**old, "vectors": (yield from tracked(old["vectors"], grad, group["step_size"]))}
 
     def carry_over(self, old: State, new: State, grad: Tensor, state: State, group: dict[str, Any]) -> None:
         if group["form"] == "exact" or old["vectors"].shape != new["vectors"].shape:

@@ -23,7 +23,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rmnp": ("rmnp", {}),
     "sinkgd": ("sinkgd", {}),
     "adam-mini": ("adam_mini", {}),
-    "stable_spam": ("stable_spam", {}),
+    "stable-spam": ("stable_spam", {}),
+    "stable-spam, total": ("stable_spam", dict(total=1000)),
     "soap": ("soap", {}),
     "conda": ("conda", {}),
     "dion2": ("dion2", {}),
@@ -46,8 +47,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore, 8bit": ("galore", dict(rank=RANK, state_dtype="8bit")),
     "frugal, columns, bf16": ("frugal", dict(subspace="columns", state_dtype="bf16")),
 }
-ASKING = ("stable_spam",)  # those that read `applied` on the host in every step
-KEPT_WIDE = [name for name, (_, hyper) in METHODS.items() if "state_dtype" not in hyper and name not in ASKING]  # shown
+KEPT_WIDE = [name for name, (_, hyper) in METHODS.items() if "state_dtype" not in hyper]  # shown
 
 
 class Row(NamedTuple):

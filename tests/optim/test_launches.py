@@ -9,7 +9,7 @@ import torch
 from tests.measure.launches import KEPT_WIDE, LAYERS, METHODS, count, made, waits
 
 DOCS = Path(__file__).parents[2] / "docs/measurements.md"
-IN_ALL, A_MATRIX, WITH_ROWS = 20, 20, 24  # the last: Muon and what evens its rows, or chooses some
+IN_ALL, A_MATRIX = 20, 20
 COUNTERS = ("step", "start")
 NO_REFRESH = ("adamw", "signsgd", "muon", "normuon", "scale", "rmnp", "sinkgd", "adam-mini", "dion2")
 
@@ -27,7 +27,7 @@ def test_the_table_is_of_all_methods_and_within_what_is_promised():
     assert all(reads == 0 for *_, reads, _ in table.values())
     for name in KEPT_WIDE:
         whole, each, *_ = table[name]
-        assert each <= (WITH_ROWS if name in ("normuon", "dion2") else A_MATRIX), name
+        assert each <= A_MATRIX, name
         assert whole <= IN_ALL or name not in ("adamw", "signsgd")
 
 
@@ -124,7 +124,9 @@ def test_a_refresh_waits_once_for_all_matrices(fake_cuda, name):
     svd = name.startswith(("galore", "fira", "subtrack", "soap", "conda")) or name == "frugal, svd"
     found = fake_cuda(refreshed, name)
     if not svd:
-        assert [waits for waits, *_ in found] == [1, 0, 0, 1, 1, 0, 0, 1]
+        late = name.startswith("stable-spam")  # resets come with every third step, not after it
+        assert [waits for waits, *_ in found] == ([1, 0, 1, 1, 0, 0, 1, 1] if late else [1, 0, 0, 1, 1, 0, 0, 1])
+        assert not late or [start for *_, start in found] == [0, 0, 0, 2, 2, 2, 2, 5]
     assert [step for _, step, _ in found] == [1, 2, 2, 3, 4, 4, 5, 6]
     if name.startswith("frugal") and "blocks" not in name:  # whose moments begin anew at a refresh
         assert [start for *_, start in found] == [0, 0, 0, 0, 3, 3, 3, 3]

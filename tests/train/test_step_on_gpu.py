@@ -169,13 +169,9 @@ def test_methods_under_fsdp2(fake_cuda, method):
 
 
 @pytest.mark.parametrize("backend", ["single", "owned"])
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.takes_applied])
+@pytest.mark.parametrize("method", METHODS)
 def test_methods(fake_cuda, method, backend):
     hold(fake_cuda(partial(second_step, backend, method, **OPTIONS.get(method, {}))), backend == "owned")
-
-
-def test_one_method_alone_asks_on_the_way():
-    assert [name for name, method in METHODS.items() if not method.takes_applied] == ["stable_spam"]
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS.keys() - {"dense"}))
