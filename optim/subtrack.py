@@ -31,7 +31,7 @@ from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.dense import is_tall, tracked
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype, load, store
-from thriftlab.optim.state.subspaces import subspace_of
+from thriftlab.optim.state.subspaces import basis_of, subspace_of
 from thriftlab.optim.state.torch_adamw import MOMENTS
 
 
@@ -74,7 +74,8 @@ class SubTrack(Recovered, name="subtrack"):
     ):
         super().__init__(**arguments(locals()), subspace="svd", on_refresh="estimate")
 
-    def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> Asking:
+    def next_basis(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> Asking:
+        old = basis_of(state)
         wide_reference = group["form"] == "reference" and not is_tall(grad)
         _, declared = subspace_of(group).spec(tuple(grad.shape), grad.dtype)
         if not old or tuple(old["vectors"].shape) != declared["vectors"][0]:

@@ -103,7 +103,7 @@ class SplitOptimizer(Method):
         takes = {i: count for i, count in enumerate(due) if count is not None and i not in lame}
         for some in batches([grads[i] for i in takes]):
             here = [*takes.items()][some]
-            calls = [self.next_basis(names[i], grads[i], basis_of(states[i]), group, count) for i, count in here]
+            calls = [self.next_basis(names[i], grads[i], states[i], group, count) for i, count in here]
             for (i, count), new in zip(here, in_step(calls), strict=True):
                 self.refresh(names[i], grads[i], states[i], group, count, new)
         moves = [i for i in range(len(due)) if i not in lame or basis_of(states[i])]
@@ -134,9 +134,9 @@ class SplitOptimizer(Method):
         0-dim tensor."""
         raise NotImplementedError
 
-    def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> Asking:
-        """The basis of a matrix's new subspace; `old` is the last one, empty at first."""
-        subspace = subspace_of(group)
+    def next_basis(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> Asking:
+        """The basis of a matrix's new subspace; the last one is in the state, which is empty at first."""
+        subspace, old = subspace_of(group), basis_of(state)
         if isinstance(subspace, Blocks):  # whole matrices
             return {}
         goes_on = old and hasattr(subspace, "refine") and is_declared(old, subspace, grad)
