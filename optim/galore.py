@@ -32,11 +32,9 @@ class Within(Projected):
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
     ) -> None:
-        subspace, bases = subspace_of(group), [basis_of(state) for state in states]
-        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
-        normalized = directions(smalls, states, age, group)
-        for weight, direction, basis in zip(weights, normalized, bases, strict=True):
-            add_up(weight, direction, subspace, basis, -group["lr"] * group["scale"])
+        subspace = subspace_of(group)
+        smalls = coordinates(grads, states, subspace)
+        add_back(weights, directions(smalls, states, age, group), states, subspace, -group["lr"] * group["scale"])
 
 
 class GaLore(Within, name="galore"):
