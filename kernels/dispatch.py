@@ -20,6 +20,7 @@ from torch import Tensor
 VARIABLE = "THRIFTLAB_KERNELS"
 CHOICES = ("auto", "torch", "triton", "liger")
 OPERATIONS = ("fused_step", "cross_entropy_rows", "norm_rows", "branches")  # that have a kernel
+DTYPES = (torch.float32, torch.bfloat16)
 LIGER = ("cross_entropy_rows",)  # those that Liger has, too
 OLDEST = (3, 7)  # of triton
 
@@ -33,7 +34,16 @@ class KernelError(RuntimeError):
 
 def path(t: Tensor, op: str) -> str:
     """How `op` is to run on tensors like `t`: "torch", "triton" or "liger"; KernelError where that cannot be."""
-    return taken(choice(), t.device.type, op)
+    return taken_of(choice(), t.device.type, t.dtype, op)
+
+
+@torch.compiler.assume_constant_result
+def taken_of(chosen: str, device: str, dtype: torch.dtype, op: str) -> str:
+    way = taken(chosen, device, op)
+    if way != "torch" and dtype not in DTYPES:
+        note(op, f"torch: there is no kernel for {str(dtype).removeprefix('torch.')}")
+        return "torch"
+    return way
 
 
 def choice() -> str:
