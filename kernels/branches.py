@@ -5,9 +5,9 @@
     part_branches_  act'(h) * grad                     of the gradient of the first, in place
     add_channels_   grad_x[:, I] += grad               of the gradient of the second
 
-The first two are one kernel: two matrices side by side, a function of the left one, chosen columns of the right one, and
-zeros up to a width that suits the products. A program takes a tile of [ROWS, COLUMNS] of the result; entry by entry a
-lane asks one of the two matrices, as its column says.
+The first two are one kernel: two matrices side by side, a function of the left one, chosen columns of the right one,
+and zeros up to a width that suits the products. A program takes a tile of [ROWS, COLUMNS] of the result; entry by entry
+a lane asks one of the two matrices, as its column says.
 
 The surprise: the last two are not one kernel, though they read one matrix. Between them lies the product that makes
 grad_x. To write the channels first, and have the product add to them, would write and read all of grad_x once more.
@@ -143,9 +143,10 @@ def add_columns(
 
 
 def tiled(kernel, rows: int, columns: int, *arguments, **constants) -> None:
-    across = min(TILE, triton.next_power_of_2(columns))
-    grid = (triton.cdiv(rows, TILE // across), triton.cdiv(columns, across))
-    if rows:
+    """A launch over tiles of a matrix of so many rows and columns."""
+    if rows and columns:
+        across = min(TILE, triton.next_power_of_2(columns))
+        grid = (triton.cdiv(rows, TILE // across), triton.cdiv(columns, across))
         kernel[grid](*arguments, **constants, ROWS=TILE // across, COLUMNS=across)
 
 

@@ -22,7 +22,7 @@ def widened(x):
     if x.dtype == tl.int16:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        return x
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -32,4 +32,4 @@ def narrowed(x, kind: tl.constexpr):
         bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))  # the sum below makes a number of other NaNs
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     else:
-        return x
+        return x.to(kind)
