@@ -45,6 +45,10 @@ def linear_cross_entropy(
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if path(hidden, "cross_entropy_rows") == "liger":
+        from thriftlab.kernels.liger_loss import liger_cross_entropy
+
+        return liger_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten()).view(targets.shape)
     budget = math.inf if keep_bytes is None else keep_bytes
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         budget = 0
