@@ -121,7 +121,7 @@ def refuse(config: RunConfig, backend: Backend) -> None:
     config.train.rows_per_rank(backend.world)
     if config.train.matmul == "tf32" and backend.device.type == "cpu":
         raise ConfigError("train.matmul = tf32 is of GPUs, and this run is on a CPU; leave it out")
-    if why := dispatch.impossible(dispatch.choice(), backend.device.type):
+    if why := dispatch.impossible(dispatch.choice(), backend.device.type, config.train.precision):
         raise BackendError(why)
     if config.train.layerwise and not backend.can_layerwise:
         raise ConfigError(

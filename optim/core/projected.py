@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.kernels.dispatch import path
+from thriftlab.kernels.dispatch import note, path
 from thriftlab.optim.core.products import model_products
 from thriftlab.optim.core.split import SplitOptimizer, splits
 from thriftlab.optim.state.counters import Age, capturing, count_together, counts_on_host
@@ -107,7 +107,10 @@ def by_kernel(matrices: list[Tensor], dims: Sequence[int | None]) -> bool:
     """Whether kernels/norm_rows.py walks over these: fp32, without gaps, a norm or a factor for each channel."""
     if None in dims or path(matrices[0], "norm_rows") != "triton" or capturing():
         return False  # a CUDA graph would keep the addresses of this step
-    return all(matrix.dtype == torch.float32 and matrix.is_contiguous() for matrix in matrices)
+    fit = all(matrix.dtype == torch.float32 and matrix.is_contiguous() for matrix in matrices)
+    if not fit:
+        note("norm_rows", "torch where matrices or moments are not fp32, or have gaps")
+    return fit
 
 
 def rows_of(dims: Sequence[int | None]) -> list[bool]:

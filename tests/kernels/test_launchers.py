@@ -1,4 +1,4 @@
-"""Launchers through triton's own path, with a driver that stands in for a GPU: what is compiled, and the host's work."""
+"""Launchers through triton's own path, with a stand-in for a GPU's driver: what is compiled, and the host's work."""
 
 import pytest
 import torch
