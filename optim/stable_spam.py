@@ -96,9 +96,9 @@ class StableSPAM(Method, name="stable_spam"):
         for places in by_dtype(weights, range(len(weights))):
             for resets in (False, True):
                 alike = [i for i in places if (due[i] is not None) == resets]
-                w, g, s = ([values[i] for i in alike] for values in (weights, grads, states))
+                w, g = ([values[i] for i in alike] for values in (weights, grads))
                 for some in batches(w):
-                    descend(w[some], g[some], s[some], known, resets)
+                    descend(w[some], g[some], [states[i] for i in alike[some]], known, resets)
 
     def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         if MOMENTS[0] in state and STATISTICS[0] not in state:
@@ -129,7 +129,7 @@ def descend(
     if resets and exact:
         forget(weights, states, group)
     age = step - (step - 1 if resets else start)
-    if isinstance(share, Tensor):
+    if isinstance(share, Tensor) and isinstance(age, Tensor):
         step_by_hand(weights, cleaned, states, age, b1 * share, group)
     else:
         hyper = hyper_of(group["lr"], (b1 * share, b2), group["eps"], group["weight_decay"])
@@ -143,14 +143,14 @@ def count_step(weights: list[Tensor], states: list[State], applied: Tensor | Non
     steps, starts = ([state[key] for state in states] for key in COUNTERS)
     if counts_on_host(weights[0], {"applied": applied}):
         steps[0] += 1
-        step, start = int(steps[0]), int(starts[0])
+        counts: tuple[Age, Age] = int(steps[0]), int(starts[0])
     else:
         count_on(steps, applied)
-        step, start = torch.stack(steps).double(), torch.stack(starts).double()  # [tensors]
+        counts = torch.stack(steps).double(), torch.stack(starts).double()  # [tensors]
     if resets:
         torch._foreach_copy_(starts, steps)
         torch._foreach_sub_(starts, 1)
-    return step, start
+    return counts
 
 
 def share_of(step: Age, group: dict[str, Any]) -> float | Tensor:

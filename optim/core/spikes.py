@@ -1,5 +1,7 @@
 """Gradients without spikes and with even norms (Stable-SPAM, 2502.17055), by means over a tensor's own past."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,9 @@ def clean(
     shares = torch._foreach_div(limits, sizes)
     for i, (grad, limit, share) in enumerate(zip(cleaned, limits, shares, strict=True)):
         cleaned[i] = torch.where(grad.abs() > limit, grad * share, grad)
-    lengths = torch._foreach_norm(cleaned)
+    lengths = list(torch._foreach_norm(cleaned))
     move(means, lengths, g1)
-    move(squares, torch._foreach_mul(lengths, lengths), g2)
+    move(squares, list(torch._foreach_mul(lengths, lengths)), g2)
     even = torch._foreach_div(squares, numbers(1 - g2**age, squares))
     torch._foreach_sqrt_(even)
     torch._foreach_add_(even, eps)
@@ -51,6 +53,6 @@ def move(means: list[Tensor], new: list[Tensor], decay: float | Tensor) -> None:
         torch._foreach_add_(means, new, alpha=1 - decay)
 
 
-def numbers(value: float | Tensor, like: list[Tensor]) -> list:
+def numbers(value: float | Tensor, like: list[Tensor]) -> list[Any]:
     """One for each, of one for all or of a tensor of them."""
     return each(value.to(like[0].dtype) if isinstance(value, Tensor) else value, len(like))

@@ -72,7 +72,7 @@ class SplitOptimizer(Method):
             [[value for value, yes in zip(values, split, strict=True) if yes == kind] for values in lists]
             for kind in (True, False)
         )
-        known = self.asked(*matrices, group)
+        known = self.asked(matrices[0], matrices[1], matrices[2], matrices[3], group)
         if known is not None:
             self.update_plain(plain[1], plain[2], plain[3], known)
             self.update_matrices(matrices[0], matrices[1], matrices[2], matrices[3], known)
