@@ -190,6 +190,7 @@ FORM = ("State", "Needs", "What differs", "Published", "When")  # after what it 
 
 @pytest.mark.parametrize("name", own(METHODS))
 def test_every_method_has_its_section_in_one_form(name):
-    [section] = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", (DOCS / "methods.md").read_text(), re.MULTILINE | re.DOTALL)
+    page = (DOCS / "methods.md").read_text()
+    [section] = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     said = re.findall(r"^- (\w[\w ]*?)(?: from its code)?:", section, re.MULTILINE)
     assert said[0] in ("Paper", "Papers", "Source") and said[1] == "Equation" and tuple(said[2:7]) == FORM

@@ -1,4 +1,4 @@
-"""Every registered method on matrices and gradients that a paper does not think of; a new method is there without a line.
+"""Every registered method on matrices and gradients that no paper thinks of; a new method is there without a line.
 
 NaN gradients of a refused step are in test_applied.py, layouts and dtypes in test_manners.py.
 """
@@ -84,7 +84,7 @@ def test_a_tied_table_is_one_tensor_that_is_stepped_once(name, tables):
     alone = nn.Parameter(model.embed.weight.detach().clone())
     [group] = [group for group in groups if "embed.weight" in group["names"]]
     other = made(name, [{**group, "params": [alone]}], **({"tables": tables} if tables else {}))
-    for step in range(3):
+    for _ in range(3):
         model.lm_head(model.embed(torch.arange(19))).logsumexp(1).sum().backward()
         alone.grad = model.embed.weight.grad.clone()
         optimizer.step()
