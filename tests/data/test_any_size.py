@@ -209,7 +209,7 @@ import json, os, signal, sys
 from thriftlab.data.prepare import PrepareConfig, prepare
 
 CHANGES, WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir"), os.O_WRONLY | os.O_RDWR
-left = iter(range(int(sys.argv[2])))  # changes of the disk that this process may make; that of a number too many kills it
+left = iter(range(int(sys.argv[2])))  # changes of the disk that this process may make; one too many kills it
 
 def count(event, given):
     if (event in CHANGES or event == "open" and given[2] & WRITES) and next(left, None) is None:
