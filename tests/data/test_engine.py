@@ -136,7 +136,7 @@ from thriftlab.data.prepare.engines.base import open_engine
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with open_engine("processes", 2, folder / "spool") as engine:
-        engine.each(partial(wait_in, folder / "pids"), [600] * 5, "wait")
+        engine.each(partial(wait_in, folder / "pids"), [3600] * 5, "wait")
 """
 
 

@@ -106,11 +106,11 @@ def test_a_check_that_takes_too_long_is_killed_with_its_children_and_keeps_what_
     script = f"""
         print('{{"status": "running", "says": "half", "numbers": {{"done": [1]}}, "wrong": []}}', flush=True)
         print('{{"status": "running", "says": "tor', end="", flush=True)
-        child = subprocess.Popen(["sleep", "600"])
+        child = subprocess.Popen(["sleep", "3600"])
         with open({str(tmp_path / "pid")!r}, "w") as file:
             file.write(str(child.pid))
         open({str(ready)!r}, "w").close()
-        time.sleep(600)
+        time.sleep(3600)
     """
     code, lines = run(script, *REHEARSAL, "--only", "1,2")
     assert code == 1 and limits == [150, 300]
