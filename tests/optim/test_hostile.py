@@ -11,7 +11,7 @@ from tests.tools.manners import OURS, small
 from thriftlab.optim import METHODS, split_groups
 from thriftlab.train.model import GPT, ModelConfig
 
-SHAPES = {"1 x N": (1, 37), "N x 1": (37, 1), "one": (1, 1), "odd": (5, 3), "tall": (3000, 2), "flat": (2, 3000)}
+SHAPES = {"1 x N": (1, 37), "N x 1": (37, 1), "one": (1, 1), "odd": (5, 3), "tall": (400, 2), "flat": (2, 400)}
 GRADIENTS = {
     "zeros": torch.zeros_like,
     "one row": lambda x: torch.zeros_like(x).index_fill(0, torch.tensor([len(x) // 2]), 1.0),
