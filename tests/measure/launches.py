@@ -110,7 +110,7 @@ def table(rows: dict[str, tuple[Row, Row]]) -> str:
     for name, (row, small) in rows.items():
         lines.append(
             f"| {name} | {row.launches():,} | {row.launches() / row.matrices:.1f} | {small.launches():,} | "
-            f"{waits(row.plain)} | {waits(row.first)} |"
+            f"{waits(row.plain)} | {waits(small.first)} |"
         )
     return "\n".join(lines)
 
