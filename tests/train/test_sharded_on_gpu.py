@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.train.test_step_on_gpu import MATRICES, OPTIONS, VOCABULARY, WORLD, hold, make_group, second_step
+from tests.tools.gpu_steps import MATRICES, OPTIONS, VOCABULARY, WORLD, hold, make_group, second_step
 from thriftlab.optim import METHODS
 
 STAGES = (2, 3)  # in the other two no tensor is cut, or as in stage 2
