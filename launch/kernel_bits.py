@@ -8,22 +8,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from thriftlab.kernels.dispatch import VARIABLE
+from thriftlab.launch.peers import KERNEL_BITS
 from thriftlab.optim import METHODS
 
-RULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "adamw": ("adamw", {}),
-    "adamw, bf16": ("adamw", {"state_dtype": "bf16"}),
-    "adamw, 8bit": ("adamw", {"state_dtype": "8bit"}),
-    "signsgd": ("signsgd", {}),
-    "frugal, columns": ("frugal", {"subspace": "columns"}),
-    "frugal, rows, 8bit": ("frugal", {"subspace": "rows", "state_dtype": "8bit"}),
-}
 SHAPES = ((16, 256), (5, 259), (37,))
 STEPS = 3
 
@@ -42,7 +34,7 @@ def unlike(device: torch.device) -> list[str]:
 
 def bits(rule: str, device: torch.device) -> list[Tensor]:
     """Weights and state after some steps, as integers."""
-    method, hyper = RULES[rule]
+    method, hyper = KERNEL_BITS[rule]
     draw = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(shape, generator=draw).to(device)) for shape in SHAPES]
     named = [(f"w{i}", weight) for i, weight in enumerate(weights)]
@@ -56,7 +48,7 @@ def bits(rule: str, device: torch.device) -> list[Tensor]:
 
 
 def main(device: str, file: str) -> None:
-    torch.save({rule: bits(rule, torch.device(device)) for rule in RULES}, file)
+    torch.save({rule: bits(rule, torch.device(device)) for rule in KERNEL_BITS}, file)
 
 
 if __name__ == "__main__":

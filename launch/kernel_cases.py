@@ -18,6 +18,7 @@ from thriftlab.kernels.dispatch import VARIABLE, KernelError
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 from thriftlab.kernels.lost_linear import lost_linear
 from thriftlab.launch.bench import tensors
+from thriftlab.launch.peers import KERNEL_STEPS
 from thriftlab.launch.timing import timer
 from thriftlab.optim import METHODS, state_bytes
 from thriftlab.train.model import ModelConfig
@@ -32,25 +33,12 @@ class Case(NamedTuple):
     bytes: int | None = None  # that must be moved at least; None: it is bound by products
 
 
-STEPS: dict[str, tuple[str, dict[str, Any], float]] = {  # update rules: name, hyper-parameters, bound
-    "adamw": ("adamw", {}, 1e-5),
-    "adamw, 8bit": ("adamw", {"state_dtype": "8bit"}, 2e-3),
-    "signsgd": ("signsgd", {}, 1e-5),
-    "frugal, blocks": ("frugal", {"subspace": "blocks"}, 1e-5),
-    "frugal, columns": ("frugal", {"subspace": "columns"}, 1e-5),
-    "frugal, rows": ("frugal", {"subspace": "rows"}, 1e-5),
-    "galore": ("galore", {"rank": 128}, 1e-4),
-    "fira": ("fira", {"rank": 128}, 1e-4),
-    "apollo": ("apollo", {"rank": 128}, 1e-4),
-}
-
-
 def cases(device: torch.device, small: bool) -> Iterator[Case]:
     """One after another, for all at once might not fit in memory."""
     for dtype in (torch.bfloat16, torch.float32):
         yield loss(dtype, device, small)
         yield lost(dtype, device, small)
-    for name in STEPS:
+    for name in KERNEL_STEPS:
         yield step_of(name, device, small)
 
 
@@ -76,7 +64,7 @@ def under(choice: str, call: Way) -> Way:
 
 def step_of(name: str, device: torch.device, small: bool) -> Case:
     """A plain step of a method on the shapes of a model, whose first step has been made."""
-    method, hyper, bound = STEPS[name]
+    method, hyper, bound = KERNEL_STEPS[name]
     hyper = {**hyper, "rank": 8} if small and "rank" in hyper else hyper
     sizes = ModelConfig(preset="nano", vocab_size=256) if small else ModelConfig(preset="llama-130m", vocab_size=32000)
     ways, held = {}, 0
