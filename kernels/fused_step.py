@@ -17,10 +17,14 @@ fusion is off: rounding is done here (few_bits.py), and quotients and roots are 
 happens to an entry depends on the entry alone, so fragments give the bits of the whole.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from thriftlab.kernels.few_bits import BOOK, encode, from_bf16, hash63, pattern, power, random16, to_bf16
+from thriftlab.kernels.variant import Variant
 
 # Columns of T: addresses; sizes; where the weight's and the moments' first entries lie in those of the whole tensor;
 # addresses of counters, 0 where there is none; seeds of random rounding.
@@ -288,3 +292,49 @@ def step_tiles(
     store_weight(T, t, KEYS, at, mask, w * decay - step, LOW_BITS, RANDOM, ALIGN)
     store_moment(T, t, KEYS, M, M_SCALE, entry, block, own, m, BOOKS, KEPT, True, BESIDE)
     store_moment(T, t, KEYS, V, V_SCALE, entry, block, own, v, BOOKS, KEPT, False, BESIDE)
+
+
+# -------------------------------------------------------------------------------------------------------- the gate
+
+ADDRESSES = {"T": "*i64", "H": "*fp32", "KEYS": "*i64", "ITEMS": "*i32", "BOOKS": "*fp32", "SCALE": "*fp32"}
+SCALARS = dict.fromkeys(("decay", "beta2", "rest1", "rest2", "eps", "free_lr"), "fp32")
+STORED: dict[str, dict[str, Any]] = {  # weights, gradients and moments
+    "fp32": dict(LOW_BITS=-1, RANDOM=False, GRAD=0, KEPT=0),
+    "fp32, 8-bit moments": dict(LOW_BITS=-1, RANDOM=False, GRAD=0, KEPT=2),
+    "bf16, bf16 moments": dict(LOW_BITS=0, RANDOM=True, GRAD=1, KEPT=1),
+    "bf16+8, bf16 moments": dict(LOW_BITS=8, RANDOM=True, GRAD=1, KEPT=1),
+    "bf16+8, 8-bit moments": dict(LOW_BITS=8, RANDOM=True, GRAD=1, KEPT=2),
+    "bf16+16": dict(LOW_BITS=16, RANDOM=False, GRAD=1, KEPT=0),
+}
+
+
+def variants() -> Iterator[Variant]:
+    given = {**ADDRESSES, "APPLIED": "*fp32", **SCALARS}
+
+    def entries(name: str, stored: str, narrow: bool = False, **how: int) -> Variant:
+        how = {"WHERE": 0, "RULE": 1, "KINDS": 0, "ALIGN": 16, "ENTRIES": 1024, **how}
+        return Variant(f"{name}, {stored}", step_entries, {**given, **STORED[stored], **how}, exact=True, narrow=narrow)
+
+    def tiles(name: str, stored: str, narrow: bool = False, **how: int) -> Variant:
+        how = {"RULE": 1, "ALIGN": 16, "DOWN": 4, "ACROSS": 256, **how}
+        return Variant(f"{name}, {stored}", step_tiles, {**given, **STORED[stored], **how}, exact=True, narrow=narrow)
+
+    for stored in STORED:
+        yield entries("adamw", stored)
+    yield entries("adamw, anywhere", "fp32", ALIGN=1)
+    yield entries("adamw, anywhere", "bf16+8, 8-bit moments", ALIGN=1, narrow=True)
+    yield entries("signs", "fp32", KINDS=1)
+    yield entries("signs", "bf16+8, bf16 moments", KINDS=1)
+    yield entries("blocks", "fp32", KINDS=2)
+    yield entries("columns", "fp32, 8-bit moments", WHERE=2, KINDS=2, narrow=True)
+    yield entries("rows", "fp32, 8-bit moments", WHERE=1, KINDS=2, narrow=True)
+    for where, name in ((1, "rows"), (2, "columns")):
+        yield tiles(name, "fp32", WHERE=where)
+        yield tiles(name, "bf16+8, bf16 moments", WHERE=where, narrow=name == "columns")
+    yield tiles("columns, anywhere", "fp32", WHERE=2, ALIGN=1)
+    yield tiles("rows", "bf16+8, 8-bit moments", WHERE=1)
+    begin = {"T": "*i64", "H": "*fp32", "KEYS": "*i64", "APPLIED": "*fp32", "tensors": "i32"}
+    begin |= dict.fromkeys(("lr", "beta1", "beta2"), "fp64")
+    for plain in (True, False):
+        how = {"PLAIN": plain, "EARLY_EPS": False, "LANES": 128}
+        yield Variant(f"begin, {'fp32' if plain else 'int64'} counters", begin_step, {**begin, **how}, exact=True)

@@ -4,11 +4,12 @@ Of the tensors of one call those that kernels can step (kinds.py) make `Plan`s: 
 lists of what each program does. A plan holds while shapes, states and hyper-parameters are the same. A step fills in
 where things lie and launches: `begin_step`, which counts, and one kernel for all tensors that are kept alike.
 
-The surprise: what costs here is Python. 300 tensors are stepped in a fraction of a millisecond, and a few calls for each
-of them would take longer. So a step makes lists of addresses, and compares lists; it looks at no tensor by itself.
+The surprise: what costs here is Python. 300 tensors are stepped in a fraction of a millisecond, and a few calls for
+each would take longer. So a step makes lists of addresses, and compares lists; it looks at no tensor by itself.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from thriftlab.optim.core.kinds import (
     rounds_randomly,
 )
 from thriftlab.optim.state.counters import Ticks, follow
-from thriftlab.optim.state.keys import State, keyed_seed
+from thriftlab.optim.state.keys import State, has_data, keyed_seed
 from thriftlab.optim.state.storage import BLOCK as CODE_BLOCK
 from thriftlab.optim.state.storage import codebook
 from thriftlab.optim.state.torch_adamw import MOMENTS
@@ -62,7 +63,7 @@ def step_fused(
 ) -> list[int]:  # fmt: skip
     """Steps by kernels what they can step now; the places of all other tensors."""
     everything = [*range(len(weights))]
-    if not weights or dispatch.path(weights[0], OPERATION) != "triton" or not may_launch(method, weights[0], group):
+    if not takes_kernels(method, weights, group):
         return everything
     plans = method.plans.get((parts[0], len(parts)))
     if plans is None or not all(plan.fits(parts, weights, grads, states, group) for plan in plans):
@@ -77,21 +78,27 @@ def plan_step(
     method: Any, parts: Parts, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
 ) -> list["Plan"]:
     """Plans of those tensors that kernels can step now; kept for the next step."""
-    if not weights or dispatch.path(weights[0], OPERATION) != "triton" or not may_launch(method, weights[0], group):
+    if not takes_kernels(method, weights, group):
         return []
     rows = [*zip(parts, weights, grads, states, strict=True)]
     kinds = [kind_of(method, *row, group) for row in rows]
     if missing := [guard.name_of(part) for part, (kind, _) in zip(parts, kinds, strict=True) if kind is None]:
         dispatch.note(OPERATION, f"torch for tensors of {type(method).__name__} like {missing[0]}")
+    now = {i: kind for i, (kind, yes) in enumerate(kinds) if kind and yes}
     alike: dict[Any, list[int]] = {}
-    for i, (kind, now) in enumerate(kinds):
-        if kind and now:
-            alike.setdefault((kind.plain, kind.numbers), []).append(i)
+    for i, kind in now.items():
+        alike.setdefault((kind.plain, kind.numbers), []).append(i)
     for places in alike.values():
         guard.check(method, *([values[i] for i in places] for values in (parts, weights, grads, states)), group)
-    plans = [Plan(parts, rows, places, [kinds[i][0] for i in places], group) for places in alike.values()]
+    plans = [Plan(parts, rows, places, [now[i] for i in places], group) for places in alike.values()]
     method.plans[parts[0], len(parts)] = plans or None
     return plans
+
+
+def takes_kernels(method: Any, weights: list[Tensor], group: dict[str, Any]) -> bool:
+    if not weights or torch.compiler.is_compiling() or dispatch.path(weights[0], OPERATION) != "triton":
+        return False
+    return may_launch(method, weights[0], group)
 
 
 class Options(NamedTuple):
@@ -112,27 +119,30 @@ class Plan:
 
     def __init__(self, parts: Parts, rows: list[tuple], places: list[int], kinds: list[Kind], group: dict[str, Any]):
         self.parts, self.places, self.kinds = list(parts), places, kinds
-        mine, weights, grads, self.states = (list(values) for values in zip(*(rows[i] for i in places), strict=True))
+        mine, weights, grads, states = (list(values) for values in zip(*(rows[i] for i in places), strict=True))
         self.looks, self.group = looks(weights, grads), lasting(group)
-        self.device, self.fake = weights[0].device, isinstance(weights[0], FakeTensor)
-        held = [(i, key) for i, state in enumerate(self.states) for key in STATE if key in state]
-        self.keys, self.held = [(self.states[i], key) for i, key in held], [self.states[i][key] for i, key in held]
+        self.device, self.has_data = weights[0].device, has_data(weights[0])
+        held = [(i, key) for i, state in enumerate(states) for key in STATE if key in state]
+        self.keys, self.held = [(places[i], key) for i, key in held], [states[i][key] for i, key in held]
+        self.sizes = [len(state) for state in states]
         self.counts = any(STATE[key] in (STEP, ROUNDS) for _, key in held)
         self.cells = np.array([i * FIELDS + STATE[key] for i, key in held], np.int64)
         self.ticks, self.left = Ticks(), float("inf")
         if "gap" in group and not kinds[0].plain:
             names = [guard.name_of(part) for part in mine]
-            self.left = min(map(steps_to_refresh, names, self.states, [group] * len(mine)))
-            for state in self.states:
+            self.left = min(map(steps_to_refresh, names, states, [group] * len(mine)))
+            for state in states:
                 follow(state["step"], self.ticks)
-        self.indices = slots(weights, self.states, kinds)
-        self.table = np.stack([row_of(*row, group) for row in zip(mine, weights, self.states, kinds, strict=True)])
+        self.indices = slots(weights, states, kinds)
+        self.table = np.stack([row_of(*row, group) for row in zip(mine, weights, states, kinds, strict=True)])
         self.table[:, INDEX] = self.addresses(self.indices)
-        self.options = options_of(weights, grads, self.states, kinds, group)
+        self.options = options_of(weights, grads, states, kinds, group)
         self.launches: dict[bytes, list[tuple[Options, int, Tensor]]] = {}  # by which tensors are aligned
         self.numbers = torch.empty(len(places), 4, dtype=torch.float32, device=self.device)
         self.hashed = torch.empty(len(places), 2, dtype=torch.int64, device=self.device)
-        self.one, self.last = torch.ones((), device=self.device), np.empty(0, np.int64)
+        self.one, self.books = torch.ones((), device=self.device), books(self.device, fake_mode(weights[0]))
+        self.last = np.empty(0, np.int64)
+        self.fill(weights, grads)
 
     def fits(
         self, parts: Parts, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
@@ -140,9 +150,9 @@ class Plan:
         """Whether all is as it was when the plan was made, and no refresh is due."""
         if self.left <= 0 or self.parts != list(parts) or self.group != lasting(group):
             return False
-        if any(states[i] is not state for i, state in zip(self.places, self.states, strict=True)):
+        if [len(states[i]) for i in self.places] != self.sizes:
             return False
-        if any(state.get(key) is not held for (state, key), held in zip(self.keys, self.held, strict=True)):
+        if not all(map(operator.is_, (states[i].get(key) for i, key in self.keys), self.held)):
             return False
         return looks(self.mine(weights), self.mine(grads)) == self.looks
 
@@ -152,21 +162,19 @@ class Plan:
     def step(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any], scale: Tensor | None) -> None:
         from thriftlab.kernels import fused_step as kernels
 
-        self.table[:, W] = self.addresses(self.mine(weights))
-        self.table[:, G] = self.addresses(self.mine(grads))
-        self.table.reshape(-1)[self.cells] = self.addresses(self.held)
+        launches = self.fill(self.mine(weights), self.mine(grads))
         n, applied = self.kinds[0].numbers(group), group.get("applied")
         scale = self.one if scale is None else scale.to(self.device, torch.float32)
         applied = self.one if applied is None else applied.to(self.device, torch.float32)
-        table, (beta1, beta2) = self.on_device(), n.betas
+        beta1, beta2 = n.betas
         if self.counts:
             kernels.begin_step[(-(-len(self.table) // LANES),)](
-                table, self.numbers, self.hashed, applied, len(self.table), n.lr, beta1, beta2,
+                self.there, self.numbers, self.hashed, applied, len(self.table), n.lr, beta1, beta2,
                 PLAIN=self.kinds[0].plain, EARLY_EPS=n.early_eps, LANES=LANES, enable_fp_fusion=False,
             )  # fmt: skip
-        for options, kinds, items in self.launches_now():
+        for options, kinds, items in launches:
             arguments = (
-                table, self.numbers, self.hashed, items, books(self.device), scale, applied,
+                self.there, self.numbers, self.hashed, items, self.books, scale, applied,
                 n.keep, beta2, 1 - beta1, 1 - beta2, n.eps, n.free_lr,
             )  # fmt: skip
             words = {**options._asdict(), "enable_fp_fusion": False}
@@ -179,17 +187,16 @@ class Plan:
         self.ticks.count(applied is self.one)
 
     def addresses(self, tensors: list[Tensor]) -> list[int]:
-        return [0] * len(tensors) if self.fake else [t.data_ptr() for t in tensors]
+        return [t.data_ptr() for t in tensors] if self.has_data else [0] * len(tensors)
 
-    def on_device(self) -> Tensor:
-        """The table, copied if anything lies elsewhere than in the last step."""
+    def fill(self, weights: list[Tensor], grads: list[Tensor]) -> list[tuple[Options, int, Tensor]]:
+        """Copies the table to the device if anything lies elsewhere than in the last step. Returns the options, the
+        kinds of items and the items of each launch, which depend on what begins at multiples of 16 bytes."""
+        self.table[:, W], self.table[:, G] = self.addresses(weights), self.addresses(grads)
+        self.table.reshape(-1)[self.cells] = self.addresses(self.held)
         if not np.array_equal(self.table, self.last):
             self.last = self.table.copy()
             self.there = sent(self.last, self.device)
-        return self.there
-
-    def launches_now(self) -> list[tuple[Options, int, Tensor]]:
-        """Options, kinds of items and items of each launch; they depend on which tensors allow wide accesses."""
         aligned = (self.table[:, [W, LOW, G, M, V]] % 16 == 0).all(1)
         if (key := aligned.tobytes()) not in self.launches:
             rows: dict[Options, list[int]] = {}
@@ -309,8 +316,12 @@ def sent(array: np.ndarray, device: torch.device) -> Tensor:
     return here.clone() if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
 
+def fake_mode(tensor: Tensor) -> Any:
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
+
+
 @functools.lru_cache(8)
-def books(device: torch.device) -> Tensor:
+def books(device: torch.device, mode: Any) -> Tensor:
     """Of signed and of positive codes the 256 levels; from 256 on -inf and the borders between them; from 512 on where
     each decade begins, from 520 on how many levels it has for a unit  # fp32 [2, 1024]"""
     found = torch.full((2, 1024), torch.inf, dtype=torch.float32, device="cpu")

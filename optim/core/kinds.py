@@ -57,9 +57,13 @@ WORDS = {  # what a class says of its step counts for that step, and not for wha
 }
 
 
-@functools.cache
 def speaks_for(kind: Any, word: str) -> bool:
     """Whether the class that says `word` is the one that defines what it is about, or one below."""
+    return found_to_speak(kind, word)
+
+
+@functools.cache
+def found_to_speak(kind: Any, word: str) -> bool:
     depth = {name: i for i, base in reversed([*enumerate(kind.__mro__)]) for name in vars(base)}
     return all(depth[word] <= depth.get(verb, depth[word]) for verb in WORDS[word])
 
