@@ -108,9 +108,8 @@ def join(
     source = column - rank
     if CHOSEN:
         source = tl.load(index + source, mask=in_right, other=0)
-    of_right = tl.load(right + row * right_stride + source, mask=here & in_right, other=0)
+    of_right = tl.load(right + row * right_stride + source, mask=here & in_right, other=0)  # and 0 behind them
     value = tl.where(in_left, act_of(widened(of_left), ACT) * left_scale, widened(of_right) * right_scale)
-    value = tl.where(in_left | in_right, value, 0.0)
     tl.store(joined + row * width + column, narrowed(value, joined.dtype.element_ty), mask=here & (column < width))
 
 

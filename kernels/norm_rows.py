@@ -239,6 +239,6 @@ def variants() -> Iterator[Variant]:
     for align, told in ((16, ""), (4, ", rows that begin anywhere")):
         yield Variant(f"norms{told}", norms_kernel, {**common, "ALIGN": align})
         yield Variant(f"scale_add{told}", scale_add_kernel, {**common, "keep": "fp32", "ALIGN": align})
-        for name, store, sizes in (("galore", True, False), ("fira", True, True), ("apollo", False, True)):
+        for what, store, sizes in (("N", True, False), ("N and norms", True, True), ("norms", False, True)):
             arguments = {**adam, "STORE": store, "SIZES": sizes, "ALIGN": align}
-            yield Variant(f"adam_small of {name}{told}", adam_kernel, arguments)
+            yield Variant(f"adam_small, {what}{told}", adam_kernel, arguments)

@@ -22,6 +22,28 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "adamw": ({}, {"state_dtype": "bf16"}),
 }
 
+# Steps whose kernels are compared with plain torch, and how far they may be from it.
+KERNEL_STEPS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "adamw": ("adamw", {}, 1e-5),
+    "adamw, 8bit": ("adamw", {"state_dtype": "8bit"}, 2e-3),
+    "signsgd": ("signsgd", {}, 1e-5),
+    "frugal, blocks": ("frugal", {"subspace": "blocks"}, 1e-5),
+    "frugal, columns": ("frugal", {"subspace": "columns"}, 1e-5),
+    "frugal, rows": ("frugal", {"subspace": "rows"}, 1e-5),
+    "galore": ("galore", {"rank": RANK}, 1e-4),
+    "fira": ("fira", {"rank": RANK}, 1e-4),
+    "apollo": ("apollo", {"rank": RANK}, 1e-4),
+}
+# Steps whose bits on a device are those of triton's interpreter.
+KERNEL_BITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("adamw", {}),
+    "adamw, bf16": ("adamw", {"state_dtype": "bf16"}),
+    "adamw, 8bit": ("adamw", {"state_dtype": "8bit"}),
+    "signsgd": ("signsgd", {}),
+    "frugal, columns": ("frugal", {"subspace": "columns"}),
+    "frugal, rows, 8bit": ("frugal", {"subspace": "rows", "state_dtype": "8bit"}),
+}
+
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Label -> (method, hyper-parameters), for every method."""

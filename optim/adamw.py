@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.kinds import ALL, Kind, numbers_of_adamw
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.rules import adamw, adamw_spec
@@ -51,6 +52,9 @@ class AdamW(Method, name="adamw"):
     ) -> None:
         key_rounding(names, states, group)
         adamw(weights, grads, states, **group)
+
+    def kernel_step(self, shape: tuple[int, ...], state: State, group: dict[str, Any]) -> Kind | None:
+        return Kind(ALL, numbers_of_adamw, plain=True)
 
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group)

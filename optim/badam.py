@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.kinds import NOTHING, Kind
 from thriftlab.optim.core.split import has_moments
 from thriftlab.optim.frugal import Frugal
 from thriftlab.optim.state.blocks import Balance, BlockOrder, BlockUnit
@@ -60,6 +61,10 @@ class BAdam(Frugal, name="badam"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()), subspace="blocks", free="none", on_refresh="reset")
+
+    def matrix_kind(self, state: State, group: dict[str, Any]) -> Kind | None:
+        kind = super().matrix_kind(state, group)
+        return kind and kind._replace(still=kind.where == NOTHING)
 
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age

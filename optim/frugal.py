@@ -22,9 +22,10 @@ from torch import Tensor
 from thriftlab.optim.core.due import kept_of
 from thriftlab.optim.core.guard import REMEDY
 from thriftlab.optim.core.hyper import Betas, Later, Search, arguments
+from thriftlab.optim.core.kinds import ALL, COLUMNS, NOTHING, ROWS, Kind, Numbers, numbers_of_adamw
 from thriftlab.optim.core.split import COUNTERS, OnRefresh, SplitOptimizer, has_moments, zero_moments
 from thriftlab.optim.state.blocks import Balance, BlockOrder, Blocks, BlockUnit
-from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable
+from thriftlab.optim.state.coordinates import Columns, CoordinateSubspace, Rows, is_countable
 from thriftlab.optim.state.counters import Age, most
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import batches, kept_unless, pick
@@ -108,6 +109,21 @@ class Frugal(SplitOptimizer, name="frugal"):
                 decay(weights[some], {**group, "applied": None})
                 rule.descend(weights[some], grads[some], states[some], 0, group, group["lr"])
 
+    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
+        return numbers_of_adamw(group)
+
+    def plain_step(self, group: dict[str, Any]) -> Kind | None:
+        return None if plain_rule(group) else super().plain_step(group)
+
+    def matrix_kind(self, state: State, group: dict[str, Any]) -> Kind | None:
+        subspace = subspace_of(group)
+        if group["rule"] != "adam":
+            return None
+        if isinstance(subspace, Blocks):
+            return Kind(ALL if has_moments(state, group) else NOTHING, numbers_of_frugal, free=group["free"])
+        where = {Columns: COLUMNS, Rows: ROWS}.get(type(subspace))
+        return None if where is None else Kind(where, numbers_of_frugal, free=group["free"])
+
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         group = {**self.defaults, **overrides}
         rule = None if splits(shape, group) else plain_rule(group)
@@ -187,6 +203,12 @@ class Frugal(SplitOptimizer, name="frugal"):
 
     def remarks(self) -> list[str]:
         return [*super().remarks(), *(idle_blocks(group) for group in self.param_groups if never_active(group))]
+
+
+def numbers_of_frugal(group: dict[str, Any]) -> Numbers:
+    n = numbers_of_adamw(group)
+    lr = n.lr * group["split_lr_scale"]
+    return n._replace(lr=lr, free_lr=lr * group["free_lr_scale"])
 
 
 def plain_rule(group: dict[str, Any]) -> Rule | None:

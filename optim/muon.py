@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
+from thriftlab.optim.core.kinds import Numbers, numbers_of_adamw
 from thriftlab.optim.core.split import SplitOptimizer, kept_of
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import Spec, State
@@ -46,6 +47,9 @@ class Orthogonalised(SplitOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         first = {"betas": self.param_groups[0]["betas"]} if self.param_groups else {}
         super().add_param_group({**first, **param_group})
+
+    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
+        return numbers_of_adamw({**group, "eps": group["adam_eps"]})
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
+from thriftlab.optim.core.kinds import Kind, Numbers
 from thriftlab.optim.core.normalised import Normalised, moved, step_rows
 from thriftlab.optim.core.projected import correction
 from thriftlab.optim.core.tables import Tables
@@ -67,6 +68,12 @@ class RMNP(Normalised, name="rmnp"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()))
+
+    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
+        return super().plain_numbers(group)
+
+    def plain_step(self, group: dict[str, Any]) -> Kind | None:
+        return None if group["plain_decay"] == "reference" else super().plain_step(group)
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Search, arguments
+from thriftlab.optim.core.kinds import NOTHING, Kind, Numbers
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.rules import add_signs, decay
@@ -43,8 +44,16 @@ class SignSGD(Method, name="signsgd"):
         decay(weights, group)
         add_signs(weights, grads, -group["lr"], group.get("applied"))
 
+    def kernel_step(self, shape: tuple[int, ...], state: State, group: dict[str, Any]) -> Kind | None:
+        return Kind(NOTHING, numbers, free="sign")
+
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return True
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {}
+
+
+def numbers(group: dict[str, Any]) -> Numbers:
+    lr = float(group["lr"])
+    return Numbers(lr, 1 - lr * group["weight_decay"], free_lr=lr)

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.kinds import Numbers, numbers_of_adamw
 from thriftlab.optim.core.normalised import TINY, Normalised, sinkhorn
 from thriftlab.optim.core.projected import norms
 from thriftlab.optim.muon import orthogonalise
@@ -71,6 +72,9 @@ class SinkGD(Normalised, name="sinkgd"):
     def work(self, weight: Tensor, group: dict[str, Any]) -> int:
         products = group["whiten"] and self.takes(tuple(weight.shape), group)
         return weight.numel() * (min(weight.shape) if products else 1)
+
+    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
+        return numbers_of_adamw(group)
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

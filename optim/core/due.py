@@ -25,6 +25,19 @@ def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
     return count if since == 0 else None
 
 
+def steps_to_refresh(name: str, state: State, group: dict[str, Any]) -> int:
+    """How many steps there are, at least, before the next refresh; 0: it may be due now, or nobody knows."""
+    counter = state["step"]
+    known = bound(counter)
+    if known is None and counter.device.type != "cpu":
+        return 0
+    count = known.most if known else int(counter)
+    if count == 0:
+        return 0
+    early = keyed_seed(group["seed"], name, 0) % group["gap"] if group.get("stagger") else 0
+    return -(count + early) % group["gap"]
+
+
 def may_be_due(name: str, state: State, group: dict[str, Any], due: Due = due_refresh) -> bool:
     """Whether a refresh is due, as far as the host knows without waiting."""
     known = bound(state["step"]) if "step" in state else None

@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
 from thriftlab.optim.core.fragments import Fragment, begin
+from thriftlab.optim.core.fused import plan_step, step_fused
 from thriftlab.optim.core.groups import named_tensors, refuse_set, refuse_switches, without_switches
 from thriftlab.optim.core.guard import guarded, refuse_kind
+from thriftlab.optim.core.kinds import ALL, Kind, Numbers, numbers_of_adamw, speaks_for
 from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.optim.core.saving import load_state, saved_state
 from thriftlab.optim.core.sharded import (
@@ -69,12 +71,13 @@ class Method(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         self.fit: dict[Any, list] = {}  # what the guard has found fit
+        self.plans: dict[Any, Any] = {}  # of steps by kernels
         refuse_set(params)
         super().__init__(params, {"maximize": False, **vars(self).pop("tables", {}), **defaults})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.fit = {}
+        self.fit, self.plans = {}, {}
 
     def update(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
@@ -87,6 +90,18 @@ class Method(torch.optim.Optimizer):
     ) -> None:
         """Steps tensors that are AdamW's."""
         adamw(weights, grads, states, **{**ADAMW, **group})
+
+    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
+        """What `update_plain` multiplies with, as an AdamW."""
+        return numbers_of_adamw({**ADAMW, **group})
+
+    def kernel_step(self, shape: tuple[int, ...], state: State, group: dict[str, Any]) -> Kind | None:
+        """How a kernel makes the step that `update` makes of a tensor; None: there is none."""
+        return None
+
+    def plain_step(self, group: dict[str, Any]) -> Kind | None:
+        """The same of a tensor that `update_plain` steps."""
+        return Kind(ALL, self.plain_numbers, plain=True) if speaks_for(type(self), "plain_numbers") else None
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         """Names, shapes and dtypes of one tensor's state, under the defaults and what overrides them."""
@@ -238,7 +253,12 @@ class Method(torch.optim.Optimizer):
             scale: 0-dim; the gradients count so many times. They may be multiplied in place.
             skip: 0-dim; where it is 1 and not 0 weights and states keep every bit, as where `group["applied"]` is 0.
         """
-        self.update(names, weights, scaled(grads, scale), states, unless(group, skip))
+        group = unless(group, skip)
+        left = step_fused(self, names, weights, grads, states, group, scale)
+        if left or not weights:
+            slopes = scaled([grads[i] for i in left], scale)
+            self.update(some(names, left), some(weights, left), slopes, some(states, left), group)
+            plan_step(self, names, weights, grads, states, group)
 
     def apply_fragments(
         self,
@@ -251,7 +271,12 @@ class Method(torch.optim.Optimizer):
         skip: Tensor | None = None,
     ) -> None:
         """`update_fragments` in the same way."""
-        self.update_fragments(fragments, weights, scaled(grads, scale), states, unless(group, skip))
+        group = unless(group, skip)
+        left = step_fused(self, fragments, weights, grads, states, group, scale)
+        if left or not weights:
+            slopes = scaled([grads[i] for i in left], scale)
+            self.update_fragments(some(fragments, left), some(weights, left), slopes, some(states, left), group)
+            plan_step(self, fragments, weights, grads, states, group)
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 
@@ -364,6 +389,10 @@ def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
         return grad
     grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
     return -grad if maximize else grad
+
+
+def some(values: list[Any], places: list[int]) -> list[Any]:
+    return [values[i] for i in places]
 
 
 def scaled(grads: list[Tensor], scale: Tensor | None) -> list[Tensor]:

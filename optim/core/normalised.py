@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thriftlab.optim.core.due import kept_of
 from thriftlab.optim.core.groups import check_role, role_of
+from thriftlab.optim.core.kinds import Numbers, numbers_of_adamw
 from thriftlab.optim.core.projected import adam_with_early_eps, norms
 from thriftlab.optim.core.split import SplitOptimizer
 from thriftlab.optim.state.counters import begin_counting, count_step
@@ -59,6 +60,10 @@ class Normalised(SplitOptimizer):
 
     def takes(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return len(shape) == 2 and role_of(group) in self.own_roles(group)
+
+    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
+        n = numbers_of_adamw({**group, "eps": group["adam_eps"]}, early_eps=True)
+        return n._replace(lr=n.lr * group["plain_lr_scale"])
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.kernels.dispatch import note, path
+from thriftlab.optim.core.kinds import Numbers, numbers_of_adamw
 from thriftlab.optim.core.products import model_products
 from thriftlab.optim.core.split import SplitOptimizer, splits
 from thriftlab.optim.state.counters import Age, capturing, count_together, counts_on_host
@@ -38,6 +39,10 @@ class Projected(SplitOptimizer):
         """The state of `growth_limit`, which split matrices have."""
         split = splits(shape, {**self.defaults, **overrides})
         return dict.fromkeys(("limiter", "diagnostic.limiter"), ((), wide(dtype))) if split else {}
+
+    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
+        n = numbers_of_adamw(group, early_eps=True)
+        return n._replace(lr=n.lr * n.keep)  # decay comes after the step
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

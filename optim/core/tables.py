@@ -28,7 +28,7 @@ from thriftlab.optim.state.torch_adamw import piece_of
 Tables = Literal["adamw", "ember", "own", "8bit"]
 ROLES = ("input", "output")
 OPTIONS = ("tables", "row_floor")  # of every method
-VERBS = ("update", "spec", "elementwise", "check_kind", "takes")
+VERBS = ("update", "spec", "elementwise", "check_kind", "takes", "kernel_step")
 TINY = 1e-30
 
 
@@ -49,6 +49,9 @@ class TableRule:
         group = {**group, **self.changes}
         key_rounding(names, states, group)
         method.update_plain(weights, grads, states, group)
+
+    def kernel_step(self, method: Any, shape: tuple[int, ...], state: State, group: dict[str, Any]) -> Any:
+        return method.plain_step({**group, **self.changes})
 
     def spec(self, method: Any, shape: tuple[int, ...], dtype: torch.dtype, *name: str, **overrides: Any) -> Spec:
         return adamw_spec(shape, dtype, **{**method.defaults, **overrides, **self.changes})
@@ -82,6 +85,9 @@ class Ember(TableRule):
                 factored_step(weight, grad, state, {**ADAMW, **group})
             else:
                 super().update(method, [name], [weight], [grad], [state], group)
+
+    def kernel_step(self, method: Any, shape: tuple[int, ...], state: State, group: dict[str, Any]) -> Any:
+        return None if len(shape) == 2 else super().kernel_step(method, shape, state, group)
 
     def spec(self, method: Any, shape: tuple[int, ...], dtype: torch.dtype, *name: str, **overrides: Any) -> Spec:
         return factored_spec(shape, dtype) if len(shape) == 2 else super().spec(method, shape, dtype, **overrides)

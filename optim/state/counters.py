@@ -25,6 +25,24 @@ class Bound(NamedTuple):
     exact: bool
 
 
+class Ticks:
+    """Steps that a kernel counts, of all counters that follow: what the host knows of them moves with one number."""
+
+    def __init__(self) -> None:
+        self.steps, self.exact = 0, True
+
+    def count(self, exact: bool) -> None:
+        """One step; `exact`: it cannot have been refused."""
+        self.steps, self.exact = self.steps + 1, self.exact and exact
+
+
+class Following(NamedTuple):
+    """What the host knew of a counter, and what counts it since."""
+
+    known: Bound
+    ticks: Ticks
+
+
 BOUNDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by counter; None: a CUDA graph counts it on
 
 
@@ -78,6 +96,9 @@ def count_together(counters: list[Tensor], applied: Tensor | None) -> None:
 @torch.compiler.disable
 def bound(counter: Tensor) -> Bound | None:
     known = BOUNDS.get(counter)
+    if isinstance(known, Following):
+        (version, at_most, exact), ticks = known
+        known = Bound(version, at_most + ticks.steps, exact and ticks.exact)
     return known if known and known.version == counter._version else None
 
 
@@ -85,6 +106,12 @@ def bound(counter: Tensor) -> Bound | None:
 def know(counter: Tensor, most: int, exact: bool = True) -> None:
     if BOUNDS.get(counter, True):
         BOUNDS[counter] = Bound(counter._version, most, exact)
+
+
+def follow(counter: Tensor, ticks: Ticks) -> None:
+    """A kernel counts it from now on; one that nothing is known of is on the host, and is read."""
+    if known := bound(counter):
+        BOUNDS[counter] = Following(known, ticks)
 
 
 def capturing() -> bool:

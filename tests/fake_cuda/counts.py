@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tests.fake_cuda import stand_ins
 from tests.fake_cuda.stand_ins import pinned, waits
 
 QUIET = {  # no kernel: memory alone, or the shape
@@ -126,15 +127,23 @@ class Counts(TorchDispatchMode):
     def __enter__(self):
         self.waited = len(waits)
         self.real = {name: getattr(dist, name) for name in COLLECTIVES}
+        stand_ins.watching.append(self.launched)
         for name in COLLECTIVES:
             setattr(dist, name, self.collective(name))
         return super().__enter__()
 
     def __exit__(self, *error):
         self.counted.reads["synchronize"] += len(waits) - self.waited
+        stand_ins.watching.remove(self.launched)
         for name, function in self.real.items():
             setattr(dist, name, function)
         return super().__exit__(*error)
+
+    def launched(self, kernel: str, *args, grid, warmup, **kwargs) -> None:
+        """A Triton kernel."""
+        self.counted.scalars[kernel, numbers((args, kwargs, grid)), place()] += 1
+        self.counted.launches[kernel] += 1
+        self.counted.where[place()] += 1
 
     def collective(self, name: str):
         """Stands for a collective operation: notes its tensors, and is done."""

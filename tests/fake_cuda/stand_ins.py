@@ -1,14 +1,24 @@
 """What Python asks of CUDA and a CPU-only torch refuses: pinned memory, streams and events that have nothing to do."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton.runtime.jit import JITFunction
 
 pinned: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors whose copy to the device need not wait
 waits: list[None] = []  # one for each time that the host waited for a stream or an event
+watching: list[Callable[..., None]] = []  # called with each launch of a Triton kernel: its name and arguments
 captures: list[None] = []  # not empty: what is launched would go into a CUDA graph
+
+
+def launch(kernel, *args, **kwargs) -> None:
+    """Stands for what triton does with a kernel. It gets its arguments by the names that the kernel has for them."""
+    kernel.signature.bind(*args, **{key: x for key, x in kwargs.items() if key in kernel.signature.parameters})
+    for watch in watching:
+        watch(kernel.fn.__name__, *args, **kwargs)
 
 
 class Stream:
@@ -64,4 +74,5 @@ def install() -> None:
     cuda.synchronize = lambda device=None: current.synchronize()
     Tensor.pin_memory, Tensor.is_pinned = pin, is_pinned  # type: ignore[method-assign, assignment]
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
+    JITFunction.run = launch  # type: ignore[method-assign]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU first

@@ -86,8 +86,8 @@ PLANTED = {**ROW, "file": gate.PLANTED, "faults": ["9 bytes of registers spill"]
     ([{**ROW, "faults": ["2 registers, there was 1"]}, PLANTED], "some: kernel, sm_80: 2 registers, there was 1"),
     ([ROW, {**PLANTED, "faults": []}], "the planted kernel, whose registers spill, was not refused"),
     ([ROW], "the planted kernel, whose registers spill, was not refused"),
-    ([ROW, {**ROW, "variant": "new"}, PLANTED], "some: new: nothing is known of its registers"),
-    ([PLANTED], "some: kernel: there is no such variant any more"),
+    ([ROW, {**ROW, "variant": "new"}, PLANTED], "nothing is known of the registers of some: new;"),
+    ([PLANTED], "gone are some: kernel;"),
 ])  # fmt: skip
 def test_the_command_says_what_is_wrong_and_fails(rows, says, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_kernels, "compile_all", lambda: rows)

@@ -14,10 +14,11 @@ import torch
 
 from tests.tools import gang
 from thriftlab.data.files import finite
-from thriftlab.launch.gpu import agree, machine, methods, model, one, pair, ranks, runs
+from thriftlab.launch.gpu import agree, kernels, machine, methods, model, one, pair, ranks, runs
 from thriftlab.launch.gpu.overlap import overlap
 from thriftlab.launch.gpu.setting import Finding, Setting
 from thriftlab.launch.gpu.trace import Trace
+from thriftlab.launch.kernel_cases import Case
 from thriftlab.launch.peers import variants
 from thriftlab.launch.probe import made_up_text, opened
 from thriftlab.optim import LAYERS, METHODS
@@ -52,11 +53,25 @@ def test_machine(setting):
     assert line["numbers"]["versions"]["torch"] == torch.__version__ and "device=cpu" in line["says"]
 
 
-def test_kernels_that_are_not_built(setting):
-    line = last(machine.kernels, setting)
-    assert line["status"] == "not built" and "Triton" in line["says"]
-    assert machine.TRITON.search("import torch\n    import triton.language as tl\n")
-    assert not machine.TRITON.search("# import triton\nimport tritonclient\n")
+def test_kernels_where_none_runs(setting):
+    line = last(kernels.kernels, setting)
+    assert line["status"] == "ok"
+    cases = line["numbers"]["cases"]
+    assert len(cases) >= 13 and all(len(case["seconds"]["torch"]) == kernels.ROUNDS for case in cases)
+
+
+@pytest.mark.parametrize(("found", "status"), [(1.0, "ok"), (1.1, "wrong"), (math.nan, "wrong"), (None, "wrong")])
+def test_a_kernel_that_differs_or_fails_is_wrong(setting, monkeypatch, found, status):
+    def way():
+        if found is None:
+            raise RuntimeError("an illegal memory access")
+        return [torch.tensor([found])]
+
+    case = Case("some", 1e-3, {"torch": lambda: [torch.ones(1)], "triton": way, "compiled": lambda: 1 / 0})
+    monkeypatch.setattr(kernels, "cases", lambda device, small: [case])
+    line = last(kernels.kernels, setting)
+    assert line["status"] == status
+    assert not line["wrong"] or "some: triton" in line["wrong"][0]
 
 
 def test_layers(setting):

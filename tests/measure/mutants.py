@@ -53,13 +53,110 @@ NORM_ROWS = [
     Fault("np.arange(blocks)", "np.arange(blocks) // 2"),
     Fault("channels, length = shape if by_row else shape[::-1]\n        blocks",
           "channels, length = shape\n        blocks"),
-    Fault("(fields[:, :count] % 16 == 0).all(1)", "np.ones(len(firsts), bool)", GATE),
+    Fault("(fields[:, :count] % 16 == 0).all(1)", "np.ones(len(firsts), bool)"),
+    Fault("& np.array([shape[1] % 4 == 0 for shape, _ in shapes])", ""),
     Fault("tl.multiple_of(length, ALIGN // 4)", "length", GATE),
     Fault("to(tl.pointer_type(tl.float32)), ALIGN)", "to(tl.pointer_type(tl.float32)), 4)", GATE),
     Fault("phi * rate / limit", "phi * rate", file="optim/apollo.py"),
     Fault("[-beta * f for f in free]", "[-f for f in free]", file="optim/fira.py"),
 ]  # fmt: skip
-FAULTS: dict[str, list[Fault]] = {"norm_rows": NORM_ROWS}
+FLOATS = "kernels/floats.py"
+CROSS_ENTROPY_ROWS = [
+    # stats_of_row
+    Fault("tl.where(x == largest, 0.0, x - largest)", "x - largest"),
+    Fault("tl.exp(-tl.abs(step))", "tl.exp(step)"),
+    Fault("total * smaller + 1.0", "total + smaller"),
+    Fault("total * smaller + 1.0", "total * smaller"),
+    Fault("return tl.maximum(largest, x), total", "return largest, total"),
+    Fault("row = tl.program_id(0).to(tl.int64)\n    x", "row = tl.program_id(0).to(tl.int64) + 1\n    x"),
+    Fault("for first in range(0, whole, BLOCK):\n        largest", "for first in range(BLOCK, whole, BLOCK):\n        largest"),
+    Fault("inside = whole + lane < vocab", "inside = whole + lane <= vocab"),
+    Fault("tl.where(inside, last, float(\"-inf\"))", "last"),
+    Fault("tl.load(x + whole + lane, mask=inside, other=0)", "tl.load(x + whole + lane)"),
+    Fault("total * tl.exp(largest - top)", "total"),
+    Fault("(target >= 0) & (target < vocab)", "target >= 0"),
+    Fault("tl.load(x + target, mask=known, other=0)", "tl.load(logits + target, mask=known, other=0)"),
+    Fault("tl.where(target < 0, 0.0, (top", "tl.where(target == -100, 0.0, (top"),
+    Fault("(top - at_target) + log_total", "(top + log_total) - at_target"),
+    Fault("tl.store(lses + row, top + log_total)", "tl.store(lses + row, log_total)"),
+    # grad_of_row
+    Fault("tl.where(column == target, 1.0, 0.0)", "tl.where(column == target + 1, 1.0, 0.0)"),
+    Fault("tl.exp(x - lse) -", "tl.exp(lse - x) -"),
+    Fault("tl.where(target < 0, 0.0, error * grad)", "error * grad"),
+    Fault("tl.where(target < 0, 0.0, error * grad)", "tl.where((target < 0) | (grad == 0), 0.0, error * grad)"),
+    Fault("tl.where(target < 0, 0.0, error * grad)", "tl.where(target < 0, 0.0, error) * grad"),
+    Fault("tl.load(lses + row), tl.load(grads + row)", "tl.load(lses + row), tl.load(grads)"),
+    Fault("tl.load(lses + row), tl.load(grads + row)", "tl.load(grads + row), tl.load(lses + row)"),
+    Fault("first + lane, target, lse, grad)", "lane, target, lse, grad)"),
+    Fault("tl.store(x + first + lane, narrowed", "tl.store(x + lane, narrowed"),
+    Fault("column = whole + lane", "column = lane"),
+    Fault("inside = column < vocab", "inside = column < vocab - 1"),
+    Fault("narrowed(found, kind), mask=inside)", "narrowed(found, kind))"),
+    # launches
+    Fault("1 << (vocab.bit_length() - 1)", "1 << vocab.bit_length()", GATE),
+    Fault("targets.contiguous()", "targets"),
+    Fault("if rows:", "if True:"),
+    Fault("padded[:, vocab:] = 0", "padded[:, vocab:] = torch.nan", file="kernels/linear_cross_entropy.py"),
+    Fault("lse[rows], grad[rows])", "lse[: len(block)], grad[rows])", file="kernels/linear_cross_entropy.py"),
+    # floats.py
+    Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FLOATS),
+    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FLOATS),
+    Fault("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", file=FLOATS),
+]  # fmt: skip
+BRANCHES = [
+    # join
+    Fault("h / (1.0 + tl.exp(-h))", "h / (1.0 + tl.exp(h))"),
+    Fault("h * (0.5 + 0.5 * tl.erf", "h * (0.5 + tl.erf"),
+    Fault("tl.where(h < 0, 0.0, h * h)", "tl.where(h > 0, h * h, 0.0)"),
+    Fault("in_left = column < rank", "in_left = column <= rank"),
+    Fault("of_left = tl.load(left + row * left_stride + column, mask=here & in_left",
+          "of_left = tl.load(left + row * left_stride + column, mask=in_left"),
+    Fault("(column >= rank) & (column < rank + channels)", "column >= rank"),
+    Fault("(column >= rank) & (column < rank + channels)", "(column >= rank) & (column < rank + channels - 1)"),
+    Fault("source = column - rank", "source = column"),
+    Fault("    if CHOSEN:", "    if not CHOSEN:"),
+    Fault("row * right_stride + source", "row * left_stride + source"),
+    Fault("* left_scale", "* right_scale"),
+    Fault("widened(of_right) * right_scale", "widened(of_right)"),
+    Fault("row * width + column, narrowed", "row * rank + column, narrowed"),
+    Fault("mask=here & (column < width)", "mask=here & (column < rank + channels)"),
+    Fault("mask=here & (column < width)", "mask=column < width"),
+    # part
+    Fault("share * (1.0 + h * (1.0 - share))", "share * (1.0 + h * share)"),
+    Fault("+ h * DENSITY_AT_0", "+ DENSITY_AT_0"),
+    Fault("tl.exp(-0.5 * h * h)", "tl.exp(-h * h)"),
+    Fault("tl.where(h < 0, 0.0, 2.0 * h)", "tl.where(h < 0, 0.0, h)"),
+    Fault("tl.where(h < 0, 0.0, 2.0 * h)", "2.0 * h"),
+    Fault("tl.full(h.shape, 1.0, tl.float32)", "h"),
+    Fault("mask = here & (column < rank)", "mask = here & (column <= rank)"),
+    Fault("mask = here & (column < rank)", "mask = column < rank"),
+    Fault("row * (grad_stride // UNIT * UNIT)", "row * (grad_stride // ALIGN * ALIGN)"),
+    Fault("row * (grad_stride // UNIT * UNIT)", "row * grad_stride", GATE),
+    Fault("h + row * h_stride + column", "h + row * grad_stride + column"),
+    Fault("mask=mask, other=0)) * slope", "mask=mask, other=0)) + slope"),
+    # add_columns
+    Fault("mask = here & (column < channels)", "mask = here & (column < channels - 1)"),
+    Fault("mask = here & (column < channels)", "mask = column < channels"),
+    Fault("mask = here & (column < channels)", "mask = here"),
+    Fault("at = total + row * total_stride", "at = total + row * added_stride"),
+    Fault("tl.load(index + column, mask=column < channels, other=0)", "column"),
+    Fault("added + row * added_stride + column", "added + row * total_stride + column"),
+    Fault("added + row * added_stride + column", "added + row * added_stride"),
+    Fault("value += widened(tl.load(at, mask=mask, other=0))", "value += widened(tl.load(at))"),
+    Fault("value += widened(tl.load(at, mask=mask, other=0))", "value -= widened(tl.load(at, mask=mask, other=0))"),
+    Fault("value += widened(tl.load(at, mask=mask, other=0))", ""),
+    Fault("total.dtype.element_ty), mask=mask)", "total.dtype.element_ty))"),
+    # launches
+    Fault("triton.cdiv(rows, TILE // across)", "rows * across // TILE"),
+    Fault("tl.program_id(1) * COLUMNS", "0 * COLUMNS"),
+    Fault("if rows and columns:", "if rows:"),
+    Fault("gamma, 1 - gamma,", "1 - gamma, gamma,"),
+    Fault("columns + -columns % ALIGN.value", "columns"),
+    Fault("math.gcd(grad.stride(0), ALIGN.value)", "ALIGN.value"),
+]  # fmt: skip
+FAULTS: dict[str, list[Fault]] = {
+    "norm_rows": NORM_ROWS, "cross_entropy_rows": CROSS_ENTROPY_ROWS, "branches": BRANCHES
+}  # fmt: skip
 
 
 def command(kernels: str, by: str) -> list[str]:

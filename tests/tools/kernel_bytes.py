@@ -52,6 +52,48 @@ def scale_add() -> int:
     return entries()
 
 
+ROWS_OF_LOGITS, BF16, FP32 = 4, torch.bfloat16, torch.float32
+
+
+def cross_entropy(dtype: torch.dtype, vocab: int, backward: bool) -> int:
+    """Of rows that begin at multiples of 16 entries."""
+    from thriftlab.kernels.cross_entropy_rows import ce_grad_, ce_stats
+
+    logits = torch.zeros(ROWS_OF_LOGITS, vocab + -vocab % 16, dtype=dtype)[:, :vocab]
+    targets, one = torch.zeros(ROWS_OF_LOGITS, dtype=torch.int64), torch.ones(ROWS_OF_LOGITS)
+    ce_grad_(logits, targets, one, one) if backward else ce_stats(logits, targets)
+    return logits.numel()
+
+
+TOKENS, INNER, RANK, CHANNELS = 512, 512, 128, 8
+WIDTH = RANK + CHANNELS
+
+
+def lost(launch: Callable[..., object]) -> int:
+    """Of LLaMA-60M's layers; entries are those of [act(h) | x_I]. A channel of a token is a sector of 32 bytes of x."""
+    from thriftlab.kernels import branches
+
+    x, h = torch.zeros(TOKENS, INNER, dtype=BF16), torch.zeros(TOKENS, RANK, dtype=BF16)
+    launch(branches, x, h, torch.zeros(TOKENS, WIDTH, dtype=BF16), torch.arange(0, INNER, INNER // CHANNELS))
+    return TOKENS * WIDTH
+
+
+def joined(branches, x, h, grad, index) -> None:
+    branches.join_branches(x, h, index, "silu")
+
+
+def parted(branches, x, h, grad, index) -> None:
+    branches.part_branches_(grad, h, "silu")
+
+
+def added(branches, x, h, grad, index) -> None:
+    branches.add_channels_(x, grad[:, RANK:], index)
+
+
+def folded(branches, *_) -> None:
+    branches.fold(torch.zeros(TOKENS, RANK), torch.zeros(TOKENS, CHANNELS), 0.7, BF16)
+
+
 def entries() -> int:
     return sum(rows * columns for rows, columns in SHAPES)
 
@@ -62,4 +104,14 @@ CASES: dict[str, Case] = {
     "adam_small of fira: N and norms": Case(12 + 8 + 4, lambda: adam_small(True, True)),
     "adam_small of apollo: norms": Case(12 + 8, lambda: adam_small(False, True)),
     "scale_add": Case(8 + 4, scale_add),
+    "ce_stats: bf16": Case(2, lambda: cross_entropy(BF16, 50304, False)),
+    "ce_stats: bf16, 50257 columns": Case(2, lambda: cross_entropy(BF16, 50257, False)),
+    "ce_stats: fp32": Case(4, lambda: cross_entropy(FP32, 50304, False)),
+    "ce_grad_: bf16": Case(4, lambda: cross_entropy(BF16, 50304, True)),
+    "ce_grad_: bf16, 50257 columns": Case(4, lambda: cross_entropy(BF16, 50257, True)),
+    "ce_grad_: fp32": Case(8, lambda: cross_entropy(FP32, 50304, True)),
+    "join_branches: bf16": Case((2 * RANK + 32 * CHANNELS) / WIDTH + 2, lambda: lost(joined)),
+    "fold: fp32 to bf16": Case(4 + 2, lambda: lost(folded)),
+    "part_branches_: bf16": Case((2 + 2 + 2) * RANK / WIDTH, lambda: lost(parted)),
+    "add_channels_: bf16": Case((32 + 32 + 2) * CHANNELS / WIDTH, lambda: lost(added)),
 }

@@ -121,7 +121,7 @@ class TrainConfig(Section):
     matmul: Literal["fp32", "tf32"] = Field(
         "fp32",
         description="products of fp32 matrices in the model, on a GPU; tf32 is faster and keeps 10 bits of a factor. "
-        "Of the optimizer's only projections of a gradient and back take it, in GaLore, Fira and APOLLO",
+        "The optimizer's stay fp32, but for projections of a gradient to a low rank and back",
     )
     dropout: float = Field(
         0.0, ge=0, le=0.99, description="share of the outputs of embedding, attention and MLP that a step sets to zero"
