@@ -69,7 +69,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, targets, *kept = ctx.saved_tensors
         grad, labels = grad.masked_fill(targets < 0, 0)[:, None], targets.clamp(min=0)[:, None]
         head = weight.to(hidden.dtype)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for rows, log_probs in zip_longest(blocks(hidden, weight), kept):
             if log_probs is None:
                 log_probs = log_probabilities(hidden[rows], head)

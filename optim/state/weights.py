@@ -11,7 +11,7 @@ Patterns are in the order of magnitudes, so a border between exponents is no cas
 random, is 2010.06192's; bf16 with 8 bits has the 24 of FlashOptim (2602.23349); with 16 it is fp32.
 
 The surprise: `high` is made by this formula and never by a cast, for a tie of a cast goes to even, and 2^(b - 1) has no
-code in `low`. And nearest is not the safe choice: what is less than half a spacing never moves a weight, decay above all.
+code in `low`. And nearest is not the safe choice: what is below half a spacing never moves a weight, above all decay.
 """
 
 from typing import Any, Literal
@@ -68,6 +68,11 @@ def join(high: Tensor, low: Tensor | None) -> Tensor:
 def few_bits(weight: Tensor, group: dict[str, Any]) -> bool:
     """Whether a weight is kept in few bits; without `weight_dtype` in its group a bf16 weight is stepped as it is."""
     return weight.dtype == torch.bfloat16 and "weight_dtype" in group
+
+
+def dtype_of_step(weight: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """That of the weight which a rule sees, and for which it declares its state."""
+    return torch.float32 if few_bits(weight, group) else weight.dtype
 
 
 def low_spec(shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Spec:

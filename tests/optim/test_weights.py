@@ -1,4 +1,4 @@
-"""Weights in bf16 with 0, 8 or 16 low bits: what is kept of a number, held against float64 and bounds derived for it."""
+"""Weights in bf16 with 0, 8 or 16 low bits: what is kept of a number, against float64 and bounds derived for it."""
 
 import math
 
