@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
+from thriftlab.optim.core.few_bits import few_bits_fragment_step, few_bits_step, narrow
 from thriftlab.optim.core.fragments import Fragment, begin
 from thriftlab.optim.core.groups import named_tensors, refuse_set, refuse_switches, without_switches
 from thriftlab.optim.core.guard import guarded, refuse_kind
@@ -36,6 +37,8 @@ from thriftlab.optim.core.sharded import (
 from thriftlab.optim.state.counters import read
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 from thriftlab.optim.state.lists import refused
+from thriftlab.optim.state.storage import wide
+from thriftlab.optim.state.weights import Rounding, WeightDtype, begun, dtype_of_step, few_bits, low_spec
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -85,7 +88,11 @@ class Method(torch.optim.Optimizer):
 
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
         """The `spec` of one tensor of a group as things stand now."""
-        return self.spec(tuple(weight.shape), weight.dtype, **group)
+        return self.spec(tuple(weight.shape), dtype_of_step(weight, group), **group)
+
+    def declared(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
+        """The same with what is kept of a weight beside itself."""
+        return self.expected_spec(name, weight, group) | low_spec(tuple(weight.shape), weight.dtype, group)
 
     def idle(self, name: str, weight: Tensor, group: dict[str, Any], state: State) -> bool:
         """Whether a tensor with this state is to have no moments now."""
@@ -117,13 +124,20 @@ class Method(torch.optim.Optimizer):
         """Whether a tensor of this shape is stepped entry by entry, so that pieces of it can be (fragments.py)."""
         return False
 
+    def in_pieces(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        """Whether flat pieces of a whole tensor, of any number of 8-bit blocks, can be stepped by themselves, one after
+        the other, with the `spec` of its state at the beginning all zeros."""
+        return False
+
     def work(self, weight: Tensor, group: dict[str, Any]) -> int:
         """Operations of one tensor's step, up to a constant: here a walk over its entries."""
         return weight.numel()
 
     def cost(self, name: str, weight: Tensor, group: dict[str, Any]) -> Cost:
         """What one tensor costs the rank that owns it; an active one, where state comes and goes."""
-        return Cost(name, self.work(weight, group), spec_bytes(self.spec(tuple(weight.shape), weight.dtype, **group)))
+        shape, low = tuple(weight.shape), low_spec(tuple(weight.shape), weight.dtype, group)
+        spec = self.spec(shape, dtype_of_step(weight, group), **group) | low
+        return Cost(name, self.work(weight, group), spec_bytes(spec))
 
     def costs(self) -> list[Cost]:
         """Of the parameters of all groups that take gradients or have one left, in order."""
@@ -209,7 +223,7 @@ class Method(torch.optim.Optimizer):
         due = [p for p in weights if p.grad is not None]
         if not self.takes_applied or any(isinstance(p, DTensor) for p in due):
             return bool(due)
-        return any(not self.state.get(p) and self.spec(tuple(p.shape), p.dtype, **group) for p in due)
+        return any(not begun(self.state.get(p, {})) and self.spec(tuple(p.shape), p.dtype, **group) for p in due)
 
     # What is called in place of `update`: it knows how weights are stored and where a step is made by a kernel.
 
@@ -229,7 +243,12 @@ class Method(torch.optim.Optimizer):
             scale: 0-dim; the gradients count so many times. They may be multiplied in place.
             skip: 0-dim; where it is 1 and not 0 weights and states keep every bit, as where `group["applied"]` is 0.
         """
-        self.update(names, weights, scaled(grads, scale), states, unless(group, skip))
+        here = unless(group, skip)
+        for i in (few := [i for i, weight in enumerate(weights) if few_bits(weight, group)]):
+            few_bits_step(self, names[i], weights[i], grads[i], states[i], here, scale)
+        if few:
+            names, weights, grads, states = without(few, names, weights, grads, states)
+        self.update(names, weights, scaled(grads, scale), states, here)
 
     def apply_fragments(
         self,
@@ -242,7 +261,12 @@ class Method(torch.optim.Optimizer):
         skip: Tensor | None = None,
     ) -> None:
         """`update_fragments` in the same way."""
-        self.update_fragments(fragments, weights, scaled(grads, scale), states, unless(group, skip))
+        here = unless(group, skip)
+        for i in (few := [i for i, weight in enumerate(weights) if few_bits(weight, group)]):
+            few_bits_fragment_step(self, fragments[i], weights[i], grads[i], states[i], here, scale)
+        if few:
+            fragments, weights, grads, states = without(few, fragments, weights, grads, states)
+        self.update_fragments(fragments, weights, scaled(grads, scale), states, here)
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 
@@ -306,6 +330,24 @@ class Method(torch.optim.Optimizer):
         dist.broadcast(weight, group=ranks, group_src=owner)
         p.to_local().copy_(weight[slice(*rows_here(p.shape[0], p))])
 
+    # Weights in few bits.
+
+    def keep_weights(self, dtype: WeightDtype, rounding: Rounding = "random", seed: int = 0) -> None:
+        """Keeps the fp32 matrices that take gradients in bf16 from now on, with 0, 8 or 16 low bits in the state.
+
+        The parameters change their dtype in place; call it before anything else takes them. Parameters that are bf16
+        already begin with low bits of zero. ValueError for parameters that are cut.
+        """
+        for group in self.param_groups:
+            group.update(weight_dtype=dtype, weight_rounding=rounding, weight_seed=seed)
+            for name, p in zip(group["names"], group["params"], strict=True):
+                if isinstance(p, DTensor) and p.dtype == torch.float32:
+                    raise ValueError(
+                        f"{name} is a DTensor of fp32; call keep_weights before fully_shard, or make it bf16"
+                    )
+                if p.requires_grad and p.ndim > 1 and p.dtype == torch.float32:
+                    narrow(p, self.state[p], group)
+
     # Groups and state, by name.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -352,20 +394,27 @@ def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
     for `update` to refuse it by name."""
     if grad.layout is not torch.strided or grad.shape != weight.shape or grad.device != weight.device:
         return grad
-    grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
+    grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     return -grad if maximize else grad
 
 
 def scaled(grads: list[Tensor], scale: Tensor | None) -> list[Tensor]:
-    """The gradients, multiplied in place."""
-    if scale is not None and grads:
-        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+    """The gradients, multiplied in place; those of fewer bits than fp32 in fp32, for a rounded scale is another one."""
+    if scale is None or not grads:
+        return grads
+    grads = [grad.to(wide(grad.dtype)) for grad in grads]
+    torch._foreach_mul_(grads, scale.to(grads[0].dtype))
     return grads
 
 
 def unless(group: dict[str, Any], skip: Tensor | None) -> dict[str, Any]:
     """The group of a step that is refused where `skip` is 1."""
     return group if skip is None else {**group, "applied": refused(skip)}
+
+
+def without(places: list[int], *lists: list[Any]) -> list[list[Any]]:
+    """Lists without what is at some places."""
+    return [[value for i, value in enumerate(values) if i not in places] for values in lists]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -381,7 +430,7 @@ def predicted_state_bytes(optimizer: Method, keeps: Callable[[str], bool] = lamb
         keeps: whether the state of a parameter is counted, by its name.
     """
     return sum(
-        spec_bytes(optimizer.expected_spec(name, p, group))
+        spec_bytes(optimizer.declared(name, p, group))
         for group in optimizer.param_groups
         for name, p in zip(group["names"], group["params"], strict=True)
         if p.requires_grad and keeps(name)

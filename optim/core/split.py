@@ -171,6 +171,9 @@ class SplitOptimizer(Method):
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group) and not self.takes(shape, group)
 
+    def in_pieces(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return not self.takes(shape, group)
+
     def update_fragments(
         self,
         fragments: list[Fragment],

@@ -84,6 +84,11 @@ def low_spec(shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) 
     return low | ({STEP: ((), torch.int64)} if rounds_randomly(group) else {})
 
 
+def begun(state: State) -> bool:
+    """Whether a state has anything beside the low bits, which are there before the first step."""
+    return any(not key.startswith("weight.") for key in state)
+
+
 def rounds_randomly(group: dict[str, Any]) -> bool:
     return group["weight_dtype"] != "bf16+16" and group["weight_rounding"] == "random"
 
