@@ -34,6 +34,7 @@ from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.checkpoints.reader import opened, steps_in
 from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint, settled
 from thriftlab.train.evaluate import count_rows
+from thriftlab.train.few_bits import narrow, refuse_few_bits
 from thriftlab.train.memory import Peaks
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
@@ -91,6 +92,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     model, conversion = make_model(config, dataset)
     fill(model, config.seed, backend, Path(config.out) / "checkpoints")
     optimizer = make_optimizer(config, model)
+    narrow(config, model, optimizer)
     backend.prepare(model, optimizer, config.train.compile, config.train.precision)
     if config.train.layerwise:
         backend.update_in_backward()
@@ -118,6 +120,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
 def refuse(config: RunConfig, backend: Backend) -> None:
     """ConfigError for what this backend cannot do, known without data and model."""
     config.train.rows_per_rank(backend.world)
+    refuse_few_bits(config, backend)
     if config.train.matmul == "tf32" and backend.device.type == "cpu":
         raise ConfigError("train.matmul = tf32 is of GPUs, and this run is on a CPU; leave it out")
     if config.train.layerwise and not backend.can_layerwise:

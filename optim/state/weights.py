@@ -93,6 +93,12 @@ def rounds_randomly(group: dict[str, Any]) -> bool:
     return group["weight_dtype"] != "bf16+16" and group["weight_rounding"] == "random"
 
 
+def drop_low_bits(state: State) -> None:
+    """Of a weight that was written outside of a step, and is what the model sees of it."""
+    if LOW in state:
+        state[LOW].zero_()
+
+
 def begin(weight: Tensor, state: State, group: dict[str, Any]) -> None:
     """Low bits of zero, and the counter of random bits, for a weight that has none yet."""
     for key, (shape, dtype) in low_spec(tuple(weight.shape), weight.dtype, group).items():

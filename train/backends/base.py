@@ -20,6 +20,7 @@ from thriftlab.optim import Method
 from thriftlab.optim.core.method import scaled
 from thriftlab.train.backends.holdings import Holdings
 from thriftlab.train.backends.layerwise import Layerwise
+from thriftlab.train.backends.norms import total_norm
 
 
 class Backend(Holdings):
@@ -29,6 +30,8 @@ class Backend(Holdings):
     layerwise: Layerwise | None = None
     whole_weights = True  # whether every rank has every weight, uncut
     can_layerwise = True  # whether a gradient is whole inside of backward, see `update_in_backward`
+    one_dtype = False  # whether a gradient must have the dtype of its weight
+    why_fp32: str | None = None  # what keeps weights and gradients from few bits
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
@@ -92,7 +95,7 @@ class Backend(Holdings):
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm over all ranks; `grads` are what this rank has of the summed gradients."""
-        return nn.utils.get_total_norm(grads)
+        return total_norm(grads)
 
     def update(self, applied: Tensor | None = None) -> None:
         """Every rule runs once over all ranks, or alike on all, with `factor` times the summed gradients; afterwards

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from thriftlab.optim import Method
-from thriftlab.optim.core.fragments import Fragment, is_moment
+from thriftlab.optim.core.fragments import Fragment, is_cut
 from thriftlab.optim.core.method import downhill
+from thriftlab.train.backends.norms import norms_of, total_norm
 from thriftlab.train.backends.zero.exchange import CHUNK, Exchange, is_aligned, make_ownership
 
 ParamGroup = dict[str, Any]
@@ -39,7 +40,7 @@ class Sharding:
 
         Args:
             held: by rank, what it holds.
-            like: has the dtype and the device of every piece.
+            like: is on the device of every piece.
         """
         groups, rank = self.group_of(), dist.get_rank()
         ownership = make_ownership(
@@ -78,9 +79,9 @@ class Sharding:
         for name, group in self.group_of().items():
             fragment, shape = self.fragment(name), self.shapes[name]
             here = (fragment.stop - fragment.start) / torch.Size(shape).numel() if fragment else self.keeps(name)
-            for key, (size, dtype) in self.method.expected_spec(name, self.stand_ins[name], group).items():
+            for key, (size, dtype) in self.method.declared(name, self.stand_ins[name], group).items():
                 whole = torch.Size(size).numel() * dtype.itemsize if size else 0
-                total += whole * (here if is_moment(key, size) else here > 0)
+                total += whole * (here if is_cut(key, size) else here > 0)
         return round(total)
 
     # ------------------------------------------------------------------------------------------------------ stepping
@@ -88,9 +89,9 @@ class Sharding:
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """Of the gradients of all ranks; `grads` are what this rank has of them."""
         if self.fragments is None:
-            return nn.utils.get_total_norm(grads)
+            return total_norm(grads)
         square = torch.zeros((), dtype=torch.float64, device=self.like.device)
-        for norm in torch._foreach_norm(grads) if grads else []:
+        for norm in norms_of(grads):
             square += norm.double().square()
         dist.all_reduce(square)
         return square.sqrt()
@@ -111,7 +112,8 @@ class Sharding:
             self.update_cut(group, cut, weights, grads, scale)
             self.update_whole(group, [name for name in here if name not in cut], weights, grads, scale)
         for names in chunks:
-            self.update_chunk(groups, names, weights, grads, scale)
+            for alike in self.by_dtype(names):
+                self.update_chunk(groups, alike, weights, grads, scale)
 
     def update_cut(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat, scale: Tensor) -> None:
         """Steps pieces where they lie."""
@@ -136,11 +138,19 @@ class Sharding:
     ) -> None:
         """Makes some cut tensors whole at their owners, steps them there and takes the pieces back."""
         pieces = {name: (grads[name], weights[name]) for name in names if name in weights}
-        whole_grads, whole_weights = self.exchange.to_owners(names, pieces, self.like)
+        like = self.like.new_empty(0, dtype=self.stand_ins[names[0]].dtype)
+        whole_grads, whole_weights = self.exchange.to_owners(names, pieces, like)
         for group in groups:
             here = [name for name in group["names"] if name in whole_weights]
             self.run(group, here, whole_weights, whole_grads, scale)
-        self.exchange.to_holders(names, whole_weights, {name: weights[name] for name in pieces}, self.like)
+        self.exchange.to_holders(names, whole_weights, {name: weights[name] for name in pieces}, like)
+
+    def by_dtype(self, names: list[str]) -> list[list[str]]:
+        """Those of one dtype travel together."""
+        found: dict[torch.dtype, list[str]] = {}
+        for name in names:
+            found.setdefault(self.stand_ins[name].dtype, []).append(name)
+        return list(found.values())
 
     def run(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat, scale: Tensor) -> None:
         """`Method.apply` of whole tensors."""
