@@ -25,7 +25,6 @@ from thriftlab.optim.core.guard import guarded, refuse_kind
 from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.optim.core.saving import load_state, saved_state
 from thriftlab.optim.core.sharded import (
-    as_local,
     check_placement,
     closed,
     fragment_here,
@@ -415,23 +414,3 @@ def unless(group: dict[str, Any], skip: Tensor | None) -> dict[str, Any]:
 def without(places: list[int], *lists: list[Any]) -> list[list[Any]]:
     """Lists without what is at some places."""
     return [[value for i, value in enumerate(values) if i not in places] for values in lists]
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state that is allocated now, 0-dim counters apart."""
-    tensors = (value for state in optimizer.state.values() for value in as_local(state).values())
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor) and t.ndim)
-
-
-def predicted_state_bytes(optimizer: Method, keeps: Callable[[str], bool] = lambda name: True) -> int:
-    """The same from the declared `spec`, before or after it is allocated, for the parameters that take gradients.
-
-    Args:
-        keeps: whether the state of a parameter is counted, by its name.
-    """
-    return sum(
-        spec_bytes(optimizer.declared(name, p, group))
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"], strict=True)
-        if p.requires_grad and keeps(name)
-    )

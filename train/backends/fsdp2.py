@@ -85,6 +85,9 @@ class FSDP2(Sharded):
         grads = self.flat_gradients()
         self.sharded.update({name: flat(self.rows[name]) for name in grads}, grads, self.factor, applied)
 
+    def entries(self, name: str, p: Tensor) -> int:
+        return self.places[name].stop - self.places[name].start if name in self.places else 0
+
     def weights(self) -> Pieces:
         return self.placed({name: flat(self.rows[name]) for name in self.places})
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thriftlab.optim import Method, predicted_state_bytes
+from thriftlab.optim import Method
+from thriftlab.optim.core.bill import predicted_state_parts
 from thriftlab.optim.state.storage import prune
 from thriftlab.optim.state.weights import drop_low_bits
 from thriftlab.train.backends.optim_state import pack_optimizer, unpack_optimizer
@@ -74,10 +75,21 @@ class Holdings(Ranks):
                     prune(self.optimizer.state.get(p, {}), shares[name])
                     drop_low_bits(self.optimizer.state.get(p, {}))
 
-    def predicted_state_bytes(self) -> int:
-        """Bytes of state that this rank keeps, by the method's `spec`."""
+    def predicted_state_parts(self) -> dict[str, int]:
+        """Bytes of state that this rank keeps, by part, by the method's `spec`."""
         assert isinstance(self.optimizer, Method)
-        return predicted_state_bytes(self.optimizer)
+        return predicted_state_parts(self.optimizer)
+
+    def predicted_state_bytes(self) -> int:
+        return sum(self.predicted_state_parts().values())
+
+    def entries(self, name: str, p: Tensor) -> int:
+        """Of a parameter, how many this rank holds."""
+        return p.numel()
+
+    def summed_entries(self, name: str, p: Tensor) -> int:
+        """Of its gradient, after backward."""
+        return self.entries(name, p)
 
 
 @contextmanager

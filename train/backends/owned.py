@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thriftlab.optim import predicted_state_bytes
+from thriftlab.optim.core.bill import predicted_state_parts
 from thriftlab.optim.core.owners import assign
 from thriftlab.optim.state.storage import wide
 from thriftlab.train.backends.base import Backend, as_method
@@ -183,8 +183,11 @@ class Owned(Distributed, Backend):
     def load_states(self, states: TensorReader, options: dict[str, Any]) -> None:
         unpack_optimizer(self.optimizer, states, options, self.owns)
 
-    def predicted_state_bytes(self) -> int:
-        return predicted_state_bytes(self.method, self.owns)
+    def predicted_state_parts(self) -> dict[str, int]:
+        return predicted_state_parts(self.method, self.owns)
+
+    def summed_entries(self, name: str, p: Tensor) -> int:
+        return p.numel() if self.owns(name) else 0
 
 
 def make_buckets(owned: list[tuple[int, Tensor]]) -> list[Bucket]:

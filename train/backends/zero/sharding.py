@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thriftlab.optim import Method
+from thriftlab.optim.core.bill import PARTS, part_of
 from thriftlab.optim.core.fragments import Fragment, is_cut
 from thriftlab.optim.core.method import downhill
 from thriftlab.train.backends.norms import norms_of, total_norm
@@ -73,16 +74,17 @@ class Sharding:
     def state_of(self, name: str) -> dict[str, Tensor]:
         return self.method.state[self.stand_ins[name]]
 
-    def predicted_state_bytes(self) -> int:
-        """Bytes of state on this rank, by the method's spec; of entries chosen within pieces the expected number."""
-        total = 0.0
+    def predicted_state_parts(self) -> dict[str, int]:
+        """Bytes of state on this rank, by part, by the method's spec; of entries chosen within pieces the expected
+        number."""
+        total = dict.fromkeys(PARTS, 0.0)
         for name, group in self.group_of().items():
             fragment, shape = self.fragment(name), self.shapes[name]
             here = (fragment.stop - fragment.start) / torch.Size(shape).numel() if fragment else self.keeps(name)
             for key, (size, dtype) in self.method.declared(name, self.stand_ins[name], group).items():
                 whole = torch.Size(size).numel() * dtype.itemsize if size else 0
-                total += whole * (here if is_cut(key, size) else here > 0)
-        return round(total)
+                total[part_of(key)] += whole * (here if is_cut(key, size) else here > 0)
+        return {part: round(size) for part, size in total.items()}
 
     # ------------------------------------------------------------------------------------------------------ stepping
 
