@@ -186,8 +186,8 @@ def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dic
             predicted_state_bytes=backend.predicted_state_bytes(),
             peak_bytes=max(trained.values()) if trained else peak_bytes(),
             phases=phases,
-            predicted=expected and {"parts": expected},
-            measured=found_parts and {"parts": found_parts},
+            predicted={"parts": expected} if expected else None,
+            measured={"parts": found_parts} if found_parts else None,
         ),
         speed=Throughput(
             speed,

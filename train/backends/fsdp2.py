@@ -40,6 +40,7 @@ class FSDP2(Sharded):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
     ) -> None:
         method = as_method(optimizer, self.name)
+        begun = {name: method.state.pop(p, {}) for name, p in model.named_parameters()}  # low bits
         self.shard(model, compiled)
         super().prepare(model, optimizer, compiled)
         self.rows: dict[str, DTensor] = dict(model.named_parameters())  # type: ignore[arg-type]
@@ -50,6 +51,7 @@ class FSDP2(Sharded):
         self.places = {name: place for name, place in self.places.items() if place.start < place.stop}
         trained = [place for name, place in self.places.items() if self.rows[name].requires_grad]
         self.sharded.assign_owners(self.share(trained), like=flat(next(iter(self.rows.values()))))
+        self.sharded.take_low_bits(begun)
 
     def shard(self, model: nn.Module, compiled: bool) -> None:
         """Cuts each block, and then what is left; gradients are to be sums, and zero where there are none. A block is

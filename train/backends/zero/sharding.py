@@ -14,6 +14,7 @@ from thriftlab.optim import Method
 from thriftlab.optim.core.bill import PARTS, part_of
 from thriftlab.optim.core.fragments import Fragment, is_cut
 from thriftlab.optim.core.method import downhill
+from thriftlab.optim.state.weights import LOW
 from thriftlab.train.backends.norms import norms_of, total_norm
 from thriftlab.train.backends.zero.exchange import CHUNK, Exchange, is_aligned, make_ownership
 
@@ -52,6 +53,16 @@ class Sharding:
         )
         self.fragments = {fragment.name: fragment for fragment in held[rank]}
         self.exchange, self.like = Exchange(ownership, rank, dist.get_world_size()), like
+
+    def take_low_bits(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """Of the states of whole tensors, by name, what this rank keeps of their low bits."""
+        for name, state in states.items():
+            if LOW not in state:
+                continue
+            if fragment := self.fragment(name):
+                self.state_of(name)[LOW] = state[LOW].view(-1)[fragment.start : fragment.stop].clone()
+            elif self.keeps(name):
+                self.state_of(name)[LOW] = state[LOW]
 
     def group_of(self) -> dict[str, ParamGroup]:
         """By the parameters' names."""

@@ -1,0 +1,245 @@
+"""Weights and gradients in few bits in training: gradients, several ranks, checkpoints, the bill, what is refused."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tools import gang
+from tests.tools.methods import MAKERS
+from tests.tools.scale import CONFIG, SEQ, batch, make, one_step
+from thriftlab.optim import AdamW
+from thriftlab.optim.state.weights import join
+from thriftlab.train.backends import make_backend
+from thriftlab.train.model import GPT
+from thriftlab.train.windows import autocast
+from thriftlab.train.witness import WitnessError, witness
+
+STEPS = 5
+LINEARS = (".attn.", ".mlp.")
+
+
+def few(name, weights, gradients, layer=None, rounding="random", **hyper):
+    """Model and optimizer as a run makes them."""
+    model, optimizer = make(MAKERS[name], layer=layer, **hyper)
+    optimizer.keep_weights(weights, rounding, 0)
+    for p in model.parameters():
+        if p.ndim > 1 and p.requires_grad and gradients == "fp32":
+            p.grad_dtype = torch.float32
+    return model, optimizer
+
+
+def stepped(model, optimizer):
+    """What is stepped of every parameter, fp32."""
+    lows = {p: optimizer.state.get(p, {}).get("weight.low") for p in model.parameters()}
+    return {
+        name: join(p.detach(), lows[p]).numpy() if p.dtype == torch.bfloat16 else p.detach().numpy()
+        for name, p in model.named_parameters()
+    }
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+def gradients_of(model, parts):
+    for inputs, targets in parts:
+        with autocast(torch.device("cpu"), "bf16"):
+            loss = model(inputs, targets).sum()
+        loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_bf16_weights_are_those_of_the_same_weights_in_fp32(micro_batches, tied):
+    model, wide = (GPT(CONFIG.model_copy(update={"tied": tied, "vocab_size": 300})) for _ in range(2))
+    model.init_weights(0)
+    optimizer = AdamW(model.named_parameters())
+    optimizer.keep_weights("bf16")
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    wide.load_state_dict(model.state_dict())
+    parts = [batch(t, 0, 1) for t in range(micro_batches)]
+    ours, theirs = gradients_of(model, parts), gradients_of(wide, parts)
+    assert {grad.dtype for grad in ours.values()} == {torch.float32}
+    for name, grad in ours.items():
+        assert torch.equal(grad, theirs[name]), name
+    if micro_batches == 1:
+        for p in model.parameters():
+            p.grad, p.grad_dtype = None, p.dtype
+        for name, grad in gradients_of(model, parts).items():
+            if name not in ("embed.weight",) or not tied:  # there two sums are added in bf16
+                assert torch.equal(grad, theirs[name].to(grad.dtype)), name
+
+
+def test_the_norm_of_bf16_gradients_and_what_is_clipped():
+    draw = torch.Generator().manual_seed(0)
+    grads = {}
+    steps = []
+    for narrow in (False, True):
+        model, optimizer = few("adamw", "bf16+16", "bf16" if narrow else "fp32")
+        backend = make_backend("single")
+        backend.prepare(model, optimizer)
+        for name, p in model.named_parameters():
+            if name not in grads:
+                grads[name] = torch.randn(p.shape, generator=draw).to(p.dtype)
+            p.grad = grads[name].to(p.grad_dtype, copy=True)
+        norm, _ = backend.step(torch.tensor(0.1234, dtype=torch.float64), 0.5)
+        steps.append((norm, stepped(model, optimizer)))
+    exact = 0.1234 * torch.cat([grad.double().flatten() for grad in grads.values()]).norm()
+    assert all(abs(norm / exact - 1) < 1e-6 for norm, _ in steps)
+    assert equal(steps[0][1], steps[1][1])
+
+
+# ----------------------------------------------------------------------------------------------------- several ranks
+
+RULES = ["adamw", "columns", "galore", "badam", "muon", "apollo", "adam mini", "8bit"]
+MAKERS = {**MAKERS, "8bit": functools.partial(MAKERS["columns"], state_dtype="8bit")}
+CASES = {  # backend: (method, weights, gradients, layer)
+    "owned": [
+        *((name, "bf16+8", "fp32", None) for name in RULES),
+        ("fira", "bf16", "fp32", "lost"),
+        ("adamw", "bf16+16", "fp32", "sltrain"),
+        ("columns", "bf16+8", "bf16", None),
+        ("muon", "bf16", "bf16", None),
+    ],
+    "ddp": [("adamw", "bf16+8", "bf16", None), ("galore", "bf16", "bf16", "cola")],
+    "fsdp2": [*((name, "bf16+8", "bf16", None) for name in RULES), ("adamw", "bf16", "bf16", "lowrank")],
+}
+
+
+def together(world, cases):
+    """Of each case what is stepped after some steps, as this rank has it, and what it keeps."""
+    found = []
+    for name, some in cases.items():
+        backend = make_backend(name)
+        for rule, weights, gradients, layer in some:
+            model, optimizer = few(rule, weights, gradients, layer)
+            backend.prepare(model, optimizer, precision="bf16")
+            norms = [one_step(backend, [batch(t, backend.rank, world)], precision="bf16")[0] for t in range(STEPS)]
+            held = {**backend.weights(), **backend.states()}
+            pieces = {key: (p.start, p.tensor.view(torch.int16).numpy() if p.tensor.dtype == torch.bfloat16 else
+                            p.tensor.numpy()) for key, p in held.items()}  # fmt: skip
+            kept = sum(p.tensor.nbytes for key, p in backend.states().items() if p.shape and "diagnostic" not in key)
+            found.append((pieces, norms, kept == backend.predicted_state_bytes()))
+        backend.close()
+    return found
+
+
+def alone(world, rule, weights, gradients, layer):
+    """The same of one process: gradients of the ranks are summed in fp32, and rounded once where they are bf16."""
+    model, optimizer = few(rule, weights, gradients, layer)
+    backend = make_backend("single")
+    backend.prepare(model, optimizer)
+    norms = []
+    for t in range(STEPS):
+        parts = [batch(t, r, world) for r in range(world)]
+        count = sum((targets >= 0).sum() for _, targets in parts).double()
+        sums = {}
+        for inputs, targets in parts:
+            gradients_of(model, [(inputs, targets)])
+            for p in model.parameters():
+                if p.grad is not None:
+                    sums[p] = sums[p] + p.grad.float() if p in sums else p.grad.float()
+                    p.grad = None
+        for p, total in sums.items():
+            p.grad = total.to(p.grad_dtype)
+        norms.append(backend.step(1 / count, None)[0].item())
+    return {**backend.weights(), **backend.states()}, norms
+
+
+@pytest.fixture(scope="module")
+def ranks_of_two():
+    return gang.ranks(2, functools.partial(together, 2), CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "backend", "case"),
+    [(i, name, case) for i, (name, case) in enumerate((n, c) for n, some in CASES.items() for c in some)],
+    ids=lambda value: str(value),
+)
+def test_two_ranks_are_one_process(ranks_of_two, number, backend, case):
+    expected, norms = alone(2, *case)
+    low_at = {}
+    for rank, results in enumerate(ranks_of_two):
+        pieces, got, as_planned = results[number]
+        assert got == (norms if backend != "fsdp2" else pytest.approx(norms, rel=1e-6))
+        assert as_planned
+        for key, (start, tensor) in pieces.items():
+            if key.rpartition("/")[2] in ("whole.first", "whole.size", "owner") or "diagnostic" in key:
+                continue
+            right = expected[key].tensor
+            right = right.view(torch.int16).numpy() if right.dtype == torch.bfloat16 else right.numpy()
+            assert np.array_equal(tensor, right[start : start + tensor.size], equal_nan=tensor.dtype.kind == "f"), key
+            if key.endswith("weight.low"):
+                low_at.setdefault(key, []).append((rank, tensor.size))
+    if backend == "owned":
+        assert all(len(places) == 1 for places in low_at.values())
+    if backend == "fsdp2" and case[0] in ("adamw", "columns"):
+        assert all(len(places) == 2 for places in low_at.values())
+
+
+# --------------------------------------------------------------------------------------------------------- the witness
+
+
+def another_key(backend, optimizer):
+    optimizer.param_groups[0]["weight_seed"] += 1
+
+
+def no_low_bits(backend, optimizer):
+    plain = optimizer.apply
+
+    def apply(names, weights, grads, states, *rest):
+        for state in states:
+            state.pop("weight.low", None)
+        plain(names, weights, grads, states, *rest)
+
+    optimizer.apply = apply
+
+
+def no_gradient(backend, optimizer):
+    first = next(p for p in backend.parameters if p.ndim > 1 and p.requires_grad)
+    first.register_hook(torch.zeros_like)
+
+
+FAULTS = [another_key, no_low_bits, no_gradient]
+
+
+def examined(cases):
+    said = []
+    tokens = torch.randint(CONFIG.vocab_size, (2, 2, SEQ + 1), generator=torch.Generator().manual_seed(9))
+    for name, gradients, fault in cases:
+        backend = make_backend(name)
+        model, optimizer = few("adamw", "bf16+8", gradients)
+        if fault == "no_gradient" and backend.rank:
+            next(p for p in model.parameters() if p.ndim > 1).register_hook(torch.zeros_like)
+        backend.prepare(model, optimizer, precision="bf16")
+        one_step(backend, [batch(0, backend.rank, 2)], precision="bf16")
+        if fault == "another_key" and backend.rank:
+            another_key(backend, optimizer)
+        elif fault == "no_low_bits" and backend.rank:
+            no_low_bits(backend, optimizer)
+        before = {key: p.tensor.clone() for key, p in {**backend.weights(), **backend.states()}.items()}
+        try:
+            said.append(witness(backend, tokens, "bf16", 1.0)[:8])
+        except WitnessError as error:
+            said.append(str(error))
+        after = {**backend.weights(), **backend.states()}
+        assert all(torch.equal(tensor.nan_to_num(), after[key].tensor.nan_to_num()) for key, tensor in before.items())
+        backend.close()
+    return said
+
+
+@pytest.mark.slow
+def test_the_witness_is_content_and_finds_faults():
+    cases = [(name, "bf16", None) for name in CASES] + [("owned", "fp32", None)]
+    cases += [(name, "bf16", fault.__name__) for name in ("owned", "ddp") for fault in FAULTS]
+    for said in gang.ranks(2, examined, cases):
+        for (name, _, fault), words in zip(cases, said, strict=True):
+            assert (words == "witness:") == (fault is None), (name, fault, words)
