@@ -14,12 +14,14 @@ from thriftlab.optim.adam_mini import AdamMini
 from thriftlab.optim.adamw import AdamW
 from thriftlab.optim.apollo import Apollo
 from thriftlab.optim.badam import BAdam
+from thriftlab.optim.conda import Conda
 from thriftlab.optim.core.bill import predicted_state_bytes, state_bytes
 from thriftlab.optim.core.groups import split_groups
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search
 from thriftlab.optim.core.listing import left_to_adamw
 from thriftlab.optim.core.method import METHODS, Method
 from thriftlab.optim.core.split import SplitOptimizer
+from thriftlab.optim.dion2 import Dion2
 from thriftlab.optim.fira import Fira
 from thriftlab.optim.frugal import Frugal
 from thriftlab.optim.galore import GaLore
@@ -35,17 +37,18 @@ from thriftlab.optim.rmnp import RMNP
 from thriftlab.optim.scale import Scale
 from thriftlab.optim.signsgd import SignSGD
 from thriftlab.optim.sinkgd import SinkGD
+from thriftlab.optim.soap import SOAP
 from thriftlab.optim.stable_spam import StableSPAM
 from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.subspaces import Subspace
 from thriftlab.optim.subtrack import SubTrack
 
 __all__ = [
-    "LAYERS", "METHODS", "RMNP", "AdamMini", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conversion",
-    "Dense", "Fira", "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method", "Muon", "NorMuon",
-    "ReLoRA", "SLTrain", "Scale", "Search", "SignSGD", "SinkGD", "Spec", "SplitOptimizer", "StableSPAM", "State",
-    "SubTrack", "Subspace", "convert", "convert_lost", "keyed_generator", "left_to_adamw", "predicted_state_bytes",
-    "split_groups", "state_bytes",
+    "LAYERS", "METHODS", "RMNP", "AdamMini", "AdamW", "Apollo", "BAdam", "BelowOne", "Betas", "CoLA", "Conda",
+    "Conversion", "Dense", "Dion2", "Fira", "Frugal", "GaLore", "Layer", "LoRA", "LostLinear", "LowRank", "Method",
+    "Muon", "NorMuon", "ReLoRA", "SLTrain", "SOAP", "Scale", "Search", "SignSGD", "SinkGD", "Spec",
+    "SplitOptimizer", "StableSPAM", "State", "SubTrack", "Subspace", "convert", "convert_lost", "keyed_generator",
+    "left_to_adamw", "predicted_state_bytes", "split_groups", "state_bytes",
 ]  # fmt: skip
 
 for _package in (sys.modules[__name__], layers):

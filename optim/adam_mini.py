@@ -17,8 +17,7 @@ from thriftlab.optim.core.due import kept_of
 from thriftlab.optim.core.entry_blocks import blocks_of, found, mean_squares, spread
 from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.core.method import Method
-from thriftlab.optim.core.normalised import count_step
-from thriftlab.optim.state.counters import begin_counting
+from thriftlab.optim.state.counters import begin_counting, count_step
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import batches, kept_unless
 from thriftlab.optim.state.rules import decay

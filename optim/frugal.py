@@ -6,8 +6,8 @@ Every `gap` steps a new subspace P is drawn and the moments start from zero. In 
     W <- W - lr up(N(R))                            N: Adam, Lion or momentum SGD
     W <- W - lr free_lr_scale sign(G - up(R))       the rest: signSGD (or plain SGD, or nothing)
 
-The rest of the model (embeddings, head, norms) is trained by AdamW. Blocks, which the paper uses for pretraining, make
-whole matrices state-full or state-free by turns.
+The rest of the model (embeddings, head, norms) is trained by AdamW, or with `plain="rule"` by N, as the published code
+does it. Blocks, which the paper uses for pretraining, make whole matrices state-full or state-free by turns.
 
 One surprise: for coordinates the residual is zero inside the subspace and G outside, so neither `up` is ever computed:
 the chosen entries take their step apart, and are written back over what the free step did to the whole matrix.
@@ -15,19 +15,23 @@ the chosen entries take their step apart, and are written back over what the fre
 
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from thriftlab.optim.core.hyper import Betas, Search, arguments
+from thriftlab.optim.core.due import kept_of
+from thriftlab.optim.core.guard import REMEDY
+from thriftlab.optim.core.hyper import Betas, Later, Search, arguments
 from thriftlab.optim.core.split import COUNTERS, OnRefresh, SplitOptimizer, has_moments, zero_moments
 from thriftlab.optim.state.blocks import Balance, BlockOrder, Blocks, BlockUnit
 from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable
 from thriftlab.optim.state.counters import Age, most
 from thriftlab.optim.state.keys import Spec, State
-from thriftlab.optim.state.lists import pick
-from thriftlab.optim.state.rules import RULES, add_scaled, add_signs, decay
-from thriftlab.optim.state.storage import StateDtype, by_entry, drop, rounding_spec
+from thriftlab.optim.state.lists import batches, kept_unless, pick
+from thriftlab.optim.state.rules import RULES, Rule, add_scaled, add_signs, decay
+from thriftlab.optim.state.storage import StateDtype, by_entry, drop, kept_spec, make_zero, rounding_spec
 from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, is_split, splits, subspace_of
+from thriftlab.optim.state.torch_adamw import MOMENTS
 
 
 class Frugal(SplitOptimizer, name="frugal"):
@@ -47,6 +51,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         unit: a block is one matrix, as in the published code, or all matrices of a layer, as in the paper.
         balance: what the density of blocks is a fraction of: their number, or the bytes of their state.
         rule: the state-full rule.
+        plain: who steps what is not split: AdamW, or the state-full rule, as the published code does.
         free: the state-free rule.
         split_lr_scale: factor of lr for the matrices, both parts.
         free_lr_scale: further factor of lr for the state-free part.
@@ -76,6 +81,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         unit: Annotated[BlockUnit, Field()] = "tensor",
         balance: Annotated[Balance, Field()] = "count",
         rule: Annotated[Literal["adam", "lion", "sgdm"], Field()] = "adam",
+        plain: Annotated[Literal["adamw", "rule"], Field(), Later()] = "adamw",
         free: Annotated[Literal["sign", "sgd", "none"], Field()] = "sign",
         split_lr_scale: Annotated[float, Field(ge=0)] = 1.0,
         free_lr_scale: Annotated[float, Field(ge=0), Search(0.1, 1.0)] = 1.0,
@@ -87,6 +93,32 @@ class Frugal(SplitOptimizer, name="frugal"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()))
+
+    def update_plain(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        if (rule := plain_rule(group)) is None:
+            super().update_plain(weights, grads, states, group)
+            return
+        for weight, state in zip(weights, states, strict=True):
+            if rule.buffers[0] not in state:
+                make_zero(rule.buffers, weight, state, group)
+        for some in batches(weights):
+            with kept_unless(group.get("applied"), [*weights[some], *kept_of(states[some])]):
+                decay(weights[some], {**group, "applied": None})
+                rule.descend(weights[some], grads[some], states[some], 0, group, group["lr"])
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
+        group = {**self.defaults, **overrides}
+        rule = None if splits(shape, group) else plain_rule(group)
+        if rule is None:
+            return super().spec(shape, dtype, **overrides)
+        return {**kept_spec(rule.buffers, shape, dtype, group), **rounding_spec(group)}
+
+    def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+        super().check_kind(name, weight, state, group)
+        if plain_rule(group) and not is_split(weight, group) and MOMENTS[1] in state:
+            raise ValueError(f"{name}: plain='rule' of rule={group['rule']!r}, and the state is AdamW's; {REMEDY}")
 
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
@@ -155,6 +187,11 @@ class Frugal(SplitOptimizer, name="frugal"):
 
     def remarks(self) -> list[str]:
         return [*super().remarks(), *(idle_blocks(group) for group in self.param_groups if never_active(group))]
+
+
+def plain_rule(group: dict[str, Any]) -> Rule | None:
+    """The rule of what is not split; None: AdamW's own step, which that of `rule="adam"` is, too."""
+    return RULES[group["rule"]] if group["plain"] == "rule" and group["rule"] != "adam" else None
 
 
 def free_step(weights: list[Tensor], grads: list[Tensor], group: dict[str, Any], lr) -> None:

@@ -26,7 +26,20 @@ from thriftlab.optim.state.storage import StateDtype
 from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, subspace_of
 
 
-class GaLore(Projected, name="galore"):
+class Within(Projected):
+    """The step of GaLore, in whatever subspaces."""
+
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        subspace, bases = subspace_of(group), [basis_of(state) for state in states]
+        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+        normalized = directions(smalls, states, age, group)
+        for weight, direction, basis in zip(weights, normalized, bases, strict=True):
+            add_up(weight, direction, subspace, basis, -group["lr"] * group["scale"])
+
+
+class GaLore(Within, name="galore"):
     """GaLore: Adam in the span of the gradient's leading singular vectors.
 
     Args:
@@ -62,12 +75,3 @@ class GaLore(Projected, name="galore"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()))
-
-    def descend_all(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
-    ) -> None:
-        subspace, bases = subspace_of(group), [basis_of(state) for state in states]
-        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
-        normalized = directions(smalls, states, age, group)
-        for weight, direction, basis in zip(weights, normalized, bases, strict=True):
-            add_up(weight, direction, subspace, basis, -group["lr"] * group["scale"])

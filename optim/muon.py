@@ -13,7 +13,7 @@ bf16 does no harm either).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
 from thriftlab.optim.core.split import SplitOptimizer, kept_of
+from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import batches, kept_unless
 from thriftlab.optim.state.rules import adamw_spec, add_scaled, decay
@@ -39,7 +40,8 @@ class Orthogonalised(SplitOptimizer):
 
     def __init__(self, params, **defaults: Any):
         super().__init__(params, **defaults)
-        del self.defaults["betas"]  # by which schedulers that cycle the momentum would know it from SGD's
+        if "momentum" in self.defaults:
+            del self.defaults["betas"]  # by which schedulers that cycle the momentum would know it from SGD's
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         first = {"betas": self.param_groups[0]["betas"]} if self.param_groups else {}
@@ -58,7 +60,12 @@ class Orthogonalised(SplitOptimizer):
                 make_zero(BUFFERS, weight, state, group)
         for some in batches(weights):
             with kept_unless(group.get("applied"), [*weights[some], *kept_of(states[some])]):
-                descend(weights[some], grads[some], states[some], {**group, "applied": None}, self.shaped)
+                self.descend_all(weights[some], grads[some], states[some], {**group, "applied": None}, 0)
+
+    def descend_all(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
+    ) -> None:
+        descend(weights, grads, states, group, self.shaped)
 
     def shaped(self, updates: list[Tensor], states: list[State], group: dict[str, Any]) -> list[Tensor]:
         """What becomes of orthogonal matrices; they may be changed in place."""
@@ -157,10 +164,14 @@ def orthogonalise(
 ) -> Tensor:
     """Newton-Schulz: the matrix [m, n] with its singular values sent near 1, in its own dtype; `norm`, if it is
     known, is its norm or `eps`."""
-    a, b, c = coefficients
+    norm = matrix.norm().clamp(min=eps) if norm is None else norm
+    return newton_schulz(matrix / norm, [coefficients] * steps)  # no singular value is above 1
+
+
+def newton_schulz(matrix: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """a X + b (X X^T) X + c (X X^T)^2 X of the matrix, and of what that makes, for each (a, b, c)."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller Gram matrix
-    x = x / (x.norm().clamp(min=eps) if norm is None else norm)  # no singular value is above 1
-    for _ in range(steps):
+    for a, b, c in polynomials:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if matrix.shape[0] > matrix.shape[1] else x

@@ -20,6 +20,7 @@ from torch import Tensor
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
 from thriftlab.optim.core.normalised import Normalised, descend_rows, moved_momenta
 from thriftlab.optim.core.projected import correction
+from thriftlab.optim.core.tables import Tables
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.rules import decay
@@ -37,7 +38,7 @@ class RMNP(Normalised, name="rmnp"):
         momentum: share of the momentum in that look; null: beta.
         adjust_lr: factor of lr for an m x n matrix, sqrt(max(1, m/n)), as in the published code.
         eps: least norm that a row is divided by.
-        tables: who steps embedding and head: AdamW, or RMNP itself (RMNP-All).
+        tables: who steps embedding and head: AdamW, in 8 bits or not, Ember, or RMNP itself (own, RMNP-All).
         plain_lr_scale: factor of lr for AdamW.
         plain_decay: factor of AdamW's decay: lr, or lr with Adam's bias correction, as in some published code.
         betas: decay of AdamW's moments.
@@ -55,7 +56,7 @@ class RMNP(Normalised, name="rmnp"):
         momentum: Annotated[BelowOne | None, Field()] = None,
         adjust_lr: Annotated[bool, Field()] = False,
         eps: Annotated[float, Field(gt=0)] = 1e-12,
-        tables: Annotated[Literal["adamw", "own"], Field()] = "adamw",
+        tables: Annotated[Tables, Field()] = "adamw",
         plain_lr_scale: Annotated[float, Field(ge=0)] = 1.0,
         plain_decay: Annotated[Literal["lr", "reference"], Field()] = "lr",
         betas: Annotated[Betas, Field()] = (0.9, 0.95),
@@ -66,9 +67,6 @@ class RMNP(Normalised, name="rmnp"):
         maximize: bool = False,
     ):
         super().__init__(**arguments(locals()))
-
-    def own_roles(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("matrix", "input", "output") if group["tables"] == "own" else ("matrix",)
 
     def update_plain(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -65,9 +65,6 @@ class SinkGD(Normalised, name="sinkgd"):
     ):
         super().__init__(**arguments(locals()))
 
-    def own_roles(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("matrix",)
-
     def keeps(self, role: str) -> bool:
         return False
 

@@ -23,7 +23,7 @@ from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
-from thriftlab.optim.core.groups import by_reason
+from thriftlab.optim.core.groups import by_reason, table_patterns
 from thriftlab.optim.core.products import EXACT
 from thriftlab.optim.layers.base import Layer, changing, check_patterns
 from thriftlab.train.attention import why_no_flash
@@ -221,10 +221,14 @@ def make_optimizer(config: RunConfig, model: GPT) -> Method:
     method = METHODS[config.optim.name]
     known = {"seed": config.seed, "head_dim": model.config.dim // model.config.heads}
     given = {key: value for key, value in known.items() if key in inspect.signature(method).parameters}
+    include, exclude = list(config.optim.include), list(config.optim.exclude)
+    chosen = {key: value for key in ("tables", "row_floor") if (value := getattr(config.optim, key))}
+    if config.optim.tables == "own" and not method.roles:  # then they are matrices among the others
+        include += table_patterns(model)
+        del chosen["tables"]
     with options_of("optim"):
-        groups = split_groups(model, list(config.optim.include), list(config.optim.exclude), method.roles)
-    with options_of("optim"):
-        optimizer = method(groups, **config.optim.hyperparameters(), **given)
+        groups = split_groups(model, include, exclude, method.roles or "tables" in chosen)
+        optimizer = method(groups, **config.optim.hyperparameters(), **chosen, **given)
     refuse_unprunable(model, optimizer)
     return optimizer
 

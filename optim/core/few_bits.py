@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftlab.optim.core.fragments import Fragment, locate
+from thriftlab.optim.core.fragments import LOCAL, Fragment, locate
 from thriftlab.optim.state.counters import count_on, counts_on_host
 from thriftlab.optim.state.keys import State
-from thriftlab.optim.state.storage import BLOCK, by_entry, key_rounding
+from thriftlab.optim.state.storage import BLOCK
 from thriftlab.optim.state.torch_adamw import PIECE
 from thriftlab.optim.state.weights import (
     LOW,
@@ -44,13 +44,13 @@ def few_bits_step(
     begin(weight, state, group)
     count(weight, state, group)
     if method.in_pieces(tuple(weight.shape), group) and weight.is_contiguous():
-        begin_moments(method, name, weight, state, group)
+        begin_moments(method, weight, state, group)
         flat, flat_grad = weight.view(-1), grad.reshape(-1)
         for start, stop, part in pieces(weight, state, group):
             args = flat[start:stop], flat_grad[start:stop], part
             in_full(lambda w, g, s: method.update([name], [w], [g], [s], group), name, *args, group, scale, start)
-        for key in [key for key, value in state.items() if not value.ndim]:
-            state[key].copy_(part[key])
+        for key in [key for key, value in part.items() if not value.ndim and key not in LOCAL]:
+            state.setdefault(key, part[key]).copy_(part[key])
     else:
         in_full(lambda w, g, s: method.update([name], [w], [g], [s], group), name, weight, grad, state, group, scale)
 
@@ -88,18 +88,18 @@ def count(weight: Tensor, state: State, group: dict[str, Any]) -> None:
         count_on([state[STEP]], group.get("applied"))
 
 
-def begin_moments(method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+def begin_moments(method: Any, weight: Tensor, state: State, group: dict[str, Any]) -> None:
     """The state of a new tensor, whole, so that there are views of it."""
-    key_rounding([name], [state], group)
     spec = method.spec(tuple(weight.shape), dtype_of_step(weight, group), **group)
     for key, (shape, dtype) in spec.items():
-        if key not in state:
+        if key not in state and key != "rounding":
             state[key] = torch.zeros(shape, dtype=dtype, device=weight.device)
 
 
 def pieces(weight: Tensor, state: State, group: dict[str, Any]) -> Iterator[tuple[int, int, State]]:
     """(start, stop, state) of pieces of a tensor: views of what has an entry for each of its own, and counters that
     every piece counts on from where they are."""
+    by_blocks = any(value.dtype == torch.uint8 for value in state.values())
     entries, most = weight.numel(), PIECE if weight.device.type in ("cpu", "meta") else DEVICE_PIECE
     for start in range(0, max(entries, 1), most):
         stop = min(start + most, entries)
@@ -108,7 +108,7 @@ def pieces(weight: Tensor, state: State, group: dict[str, Any]) -> Iterator[tupl
             if value.ndim:
                 scales = key.endswith(".scale")
                 part[key] = value[start // BLOCK : -(-stop // BLOCK)] if scales else value.view(-1)[start:stop]
-        if by_entry(group):
+        if not by_blocks:
             locate(part, start, entries)
         yield start, stop, part
 

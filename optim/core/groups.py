@@ -68,6 +68,12 @@ def embedding_and_head(model: nn.Module) -> dict[int, str]:
     return found | {id(module.weight): "output" for module in heads[-1:]}
 
 
+def table_patterns(model: nn.Module) -> list[str]:
+    """Regular expressions of the names of these weights, with which they are matrices among the others."""
+    tables = embedding_and_head(model)
+    return [f"^{re.escape(name)}$" for name, p in model.named_parameters() if id(p) in tables]
+
+
 def role_of(group: dict[str, Any]) -> str:
     """The role of a group's matrices; without one, those that are split are matrices."""
     return group.get("role") or ("matrix" if group["split"] else "vector")

@@ -22,7 +22,7 @@ from thriftlab.optim.state.storage import BLOCK, convert
 from thriftlab.optim.state.torch_adamw import MOMENTS, is_dense
 from thriftlab.optim.state.weights import dtype_of_step
 
-MOMENT_NAMES = (*MOMENTS, "momentum_buffer", "exp_avg_sq_row")
+MOMENT_NAMES = (*MOMENTS, "momentum_buffer", "exp_avg_sq_row", "row_sq", "column_sq")
 REMEDY = "load the state of this tensor, or begin anew with optimizer.state[parameter].clear()"
 
 

@@ -45,6 +45,12 @@ class Search:
             raise ValueError(f"{self}: give low < high (both above 0 on a log scale) or choices")
 
 
+@dataclass(frozen=True)
+class Later:
+    """Marks a hyper-parameter that is younger than runs without it: a configuration does not write its default down,
+    and so the fingerprints of those runs stay."""
+
+
 def hyperparameters(factory: Callable) -> dict[str, inspect.Parameter]:
     """The parameters of `factory` that are annotated with `Annotated[...]`, in the order of its signature."""
     signature = inspect.signature(factory, eval_str=True)

@@ -4,6 +4,7 @@ import torch
 
 from thriftlab.optim.core.groups import by_reason
 from thriftlab.optim.core.method import Method
+from thriftlab.optim.core.tables import RULES, table_rule, tables_line
 from thriftlab.optim.state.subspaces import subspace_of
 
 
@@ -14,7 +15,7 @@ def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     found = {}
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
-            if optimizer.takes(tuple(p.shape), group):  # type: ignore[attr-defined]
+            if table_rule(group) is RULES["ember"] or optimizer.takes(tuple(p.shape), group):  # type: ignore
                 continue
             if p.ndim != 2:
                 found[name] = f"{p.ndim}-D"
@@ -27,8 +28,8 @@ def left_to_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 
 def listing(optimizer: Method) -> str:
-    """What is left to AdamW, by reason, in one line, and `remarks`, a line each; or nothing."""
-    return "\n".join(line for line in (left_line(optimizer), *optimizer.remarks()) if line)
+    """What is left to AdamW, by reason, in one line, who steps the tables, and `remarks`, a line each; or nothing."""
+    return "\n".join(line for line in (left_line(optimizer), tables_line(optimizer), *optimizer.remarks()) if line)
 
 
 def left_line(optimizer: torch.optim.Optimizer) -> str:

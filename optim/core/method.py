@@ -33,9 +33,11 @@ from thriftlab.optim.core.sharded import (
     rows_here,
     show,
 )
+from thriftlab.optim.core.tables import ask_tables_first, settled, with_tables
 from thriftlab.optim.state.counters import read
 from thriftlab.optim.state.keys import Spec, State, spec_bytes
 from thriftlab.optim.state.lists import refused
+from thriftlab.optim.state.rules import ADAMW, adamw
 from thriftlab.optim.state.storage import wide
 from thriftlab.optim.state.weights import Rounding, WeightDtype, begun, dtype_of_step, few_bits, low_spec
 
@@ -60,16 +62,17 @@ class Method(torch.optim.Optimizer):
             raise ValueError(f"there is already a method {name!r}: {METHODS[name].__qualname__}")
         if name is not None:
             METHODS[name] = cls
+        ask_tables_first(cls)
         for verb in ("update", "update_fragments"):
             if verb in vars(cls):
                 setattr(cls, verb, guarded(vars(cls)[verb]))
         if "__init__" in vars(cls):
-            cls.__init__ = without_switches(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = with_tables(without_switches(cls.__init__))  # type: ignore[method-assign]
 
     def __init__(self, params: Iterable[Any], **defaults: Any):
         self.fit: dict[Any, list] = {}  # what the guard has found fit
         refuse_set(params)
-        super().__init__(params, {"maximize": False, **defaults})
+        super().__init__(params, {"maximize": False, **vars(self).pop("tables", {}), **defaults})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -80,6 +83,12 @@ class Method(torch.optim.Optimizer):
     ) -> None:
         """Steps `weights` in place. `states` are empty at first; `group` is a parameter group, or a copy of one."""
         raise NotImplementedError
+
+    def update_plain(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> None:
+        """Steps tensors that are AdamW's."""
+        adamw(weights, grads, states, **{**ADAMW, **group})
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         """Names, shapes and dtypes of one tensor's state, under the defaults and what overrides them."""
@@ -358,6 +367,7 @@ class Method(torch.optim.Optimizer):
         refuse_switches(type(self), {key: value for key, value in group.items() if key not in self.defaults})
         group.update(hyper.check(type(self), {**self.defaults, **group}))
         self.check_group({**self.defaults, **group})
+        group.update(settled(self, {**self.defaults, **group}))
         own_names = group.pop("param_names", None)  # torch wants them in all groups or in none
         held = [other.pop("param_names", None) for other in self.param_groups]
         try:

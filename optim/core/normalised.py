@@ -18,7 +18,7 @@ from thriftlab.optim.core.due import kept_of
 from thriftlab.optim.core.groups import check_role, role_of
 from thriftlab.optim.core.projected import adam_with_early_eps, norms
 from thriftlab.optim.core.split import SplitOptimizer
-from thriftlab.optim.state.counters import begin_counting, count_on, counts_on_host
+from thriftlab.optim.state.counters import begin_counting, count_step
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import batches, kept_unless
 from thriftlab.optim.state.rules import adamw_spec, decay, row_chunks
@@ -49,7 +49,7 @@ class Normalised(SplitOptimizer):
 
     def own_roles(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The roles of which the method's own step is."""
-        raise NotImplementedError
+        return ("matrix", "input", "output") if group.get("tables") == "own" else ("matrix",)
 
     def keeps(self, role: str) -> bool:
         """Whether there is a momentum of tensors of this role."""
@@ -106,14 +106,6 @@ class Normalised(SplitOptimizer):
                 "make groups with split_groups(..., roles=True)"
             )
         return said
-
-
-def count_step(weights: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
-    counters = [state["step"] for state in states]
-    if counts_on_host(weights[0], group):
-        counters[0] += 1  # of one tensor, as on a CPU they are stepped one by one
-    else:
-        count_on(counters, group.get("applied"))
 
 
 def moved_momenta(grads: list[Tensor], states: list[State], beta: float) -> list[Tensor]:

@@ -19,6 +19,7 @@ from thriftlab.optim.core import hyper
 from thriftlab.optim.core.groups import match_groups
 from thriftlab.optim.core.guard import fitting_spec, settle
 from thriftlab.optim.core.sharded import states_here
+from thriftlab.optim.core.tables import settled
 from thriftlab.optim.state.keys import State
 
 
@@ -65,6 +66,7 @@ def load_state(optimizer: Any, state_dict: dict[str, Any], load: Callable[[dict[
         load({**state_dict, "state": others, "param_groups": groups})
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group.update(options)
+        group.update(settled(optimizer, group))
     optimizer.state.update(states)
     for hook in [*optimizer._optimizer_load_state_dict_post_hooks.values()]:
         hook(optimizer)
@@ -90,7 +92,8 @@ def merged(optimizer: Any, saved: dict[str, Any], options: dict[str, Any]) -> di
     if saved.get("amsgrad"):
         raise ValueError(f"the saved state is one of amsgrad=True, which {type(optimizer).__name__} does not have")
     group = {**saved, **options}
-    return {**group, **hyper.check(type(optimizer), group)}
+    group |= hyper.check(type(optimizer), group)
+    return {**group, **settled(optimizer, group)}
 
 
 def restored(optimizer: Any, name: str, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> State:

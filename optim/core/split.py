@@ -24,7 +24,7 @@ from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable, 
 from thriftlab.optim.state.counters import Age, begin_counting, most
 from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.lists import batches, each, kept_unless
-from thriftlab.optim.state.rules import RULES, Rule, adamw, adamw_spec, decay
+from thriftlab.optim.state.rules import RULES, Rule, adamw_spec, decay
 from thriftlab.optim.state.storage import by_entry, kept_spec, key_rounding, make_zero, rounding_spec
 from thriftlab.optim.state.subspaces import (
     basis_of,
@@ -87,12 +87,6 @@ class SplitOptimizer(Method):
         for weight, state in zip(weights, states, strict=True):
             begin_counting(tuple(COUNTERS), weight, state, group)
         return group if group.get("applied") is None else ask(names, weights, states, group)
-
-    def update_plain(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
-    ) -> None:
-        """Steps the tensors that are not split."""
-        adamw(weights, grads, states, **group)
 
     def update_matrices(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -58,6 +58,15 @@ def count_on(counters: list[Tensor], applied: Tensor | None) -> None:
             know(counter, known.most + 1, known.exact and applied is None)
 
 
+def count_step(weights: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """One step more of some tensors, wherever it is counted."""
+    counters = [state["step"] for state in states]
+    if counts_on_host(weights[0], group):
+        torch._foreach_add_(counters, 1)
+    else:
+        count_on(counters, group.get("applied"))
+
+
 def count_together(counters: list[Tensor], applied: Tensor | None) -> None:
     """The same of any counters of one dtype on a device."""
     if applied is None:

@@ -26,6 +26,8 @@ from thriftlab.optim.state.torch_adamw import (
     subtract,
 )
 
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # where a method has none of its own
+
 
 def adamw(
     weights: list[Tensor], grads: list[Tensor], states: list[State], *, lr, betas, eps, weight_decay, **group: Any
@@ -183,10 +185,10 @@ def add_sign(weight: Tensor, grad: Tensor, scale: float | Tensor) -> None:
         add_scaled([w], [g.sign()], scale)
 
 
-def row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of tensors of one shape, some rows of each at a time, with at most PIECE entries or one row."""
+def row_chunks(*tensors: Tensor, most: int = PIECE) -> Iterator[tuple[Tensor, ...]]:
+    """Views of tensors of one shape, some rows of each at a time, with at most so many entries or one row."""
     whole = tensors[0]
-    if whole.numel() <= PIECE:
+    if whole.numel() <= most:
         yield tensors
     else:
-        yield from zip(*(t.split(max(len(whole) * PIECE // whole.numel(), 1)) for t in tensors), strict=True)
+        yield from zip(*(t.split(max(len(whole) * most // whole.numel(), 1)) for t in tensors), strict=True)

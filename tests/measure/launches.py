@@ -24,6 +24,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sinkgd": ("sinkgd", {}),
     "adam-mini": ("adam_mini", {}),
     "stable_spam": ("stable_spam", {}),
+    "soap": ("soap", {}),
+    "conda": ("conda", {}),
+    "dion2": ("dion2", {}),
     "galore": ("galore", dict(rank=RANK)),
     "fira": ("fira", dict(rank=RANK)),
     "fira, exact": ("fira", dict(rank=RANK, residual="exact")),
@@ -110,7 +113,7 @@ def table(rows: dict[str, tuple[Row, Row]]) -> str:
     for name, (row, small) in rows.items():
         lines.append(
             f"| {name} | {row.launches():,} | {row.launches() / row.matrices:.1f} | {small.launches():,} | "
-            f"{waits(row.plain)} | {waits(row.first)} |"
+            f"{waits(row.plain)} | {waits(small.first)} |"
         )
     return "\n".join(lines)
 

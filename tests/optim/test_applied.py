@@ -60,7 +60,7 @@ def test_a_refused_step_leaves_every_bit_and_does_not_count(make):
 @pytest.mark.parametrize(
     "name",
     ["adamw", "columns", "galore", "fira", "muon", "scale", "rmnp, all", "sinkgd", "adam mini", "normuon",
-     "stable_spam", "subtrack"],
+     "stable_spam", "subtrack", "soap", "conda", "dion2"],
 )  # fmt: skip
 def test_so_does_state_in_few_bits(name, kept):
     refused, left_out = refused_and_left_out(MAKERS[name], **kept)
@@ -113,11 +113,14 @@ def test_a_first_step_that_is_refused_begins_no_state():
         "subtrack",
         "apollo",
         "blocks",
+        "soap",
+        "conda",
+        "dion2",
     ],  # fmt: skip
 )
 def test_a_plain_step_does_not_read_it(name, monkeypatch):
     """On no path of Python; tests/optim/test_launches.py looks at all operations."""
-    refreshed = name in ("columns", "galore", "fira", "subtrack", "apollo", "blocks")
+    refreshed = name in ("columns", "galore", "fira", "subtrack", "apollo", "blocks", "soap", "conda")
     params, optimizer = made(MAKERS[name], **({"gap": 100} if refreshed else {}))
     feed(params, 0)
     applied = torch.tensor(1.0)

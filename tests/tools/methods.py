@@ -7,10 +7,13 @@ import torch
 
 from thriftlab.optim import (
     RMNP,
+    SOAP,
     AdamMini,
     AdamW,
     Apollo,
     BAdam,
+    Conda,
+    Dion2,
     Fira,
     Frugal,
     GaLore,
@@ -87,6 +90,15 @@ MAKERS = {
     "stable_spam": lambda params, **k: StableSPAM(params, **{"lr": 0.01, "gap": GAP, "total": 30, **k}),
     "stable_spam, reference": lambda params, **k: StableSPAM(
         params, **{"lr": 0.01, "gap": GAP, "reset": "reference", **k}
+    ),
+    "soap": lambda params, **k: SOAP(params, **{"lr": 0.01, "gap": GAP, **k}),
+    "soap, one side": lambda params, **k: SOAP(
+        params, **{"lr": 0.01, "gap": GAP, "max_precond_dim": 6, "normalize_grads": True, "shampoo_beta": 0.9, **k}
+    ),
+    "conda": lambda params, **k: Conda(params, **{"gap": GAP, **k}),
+    "dion2": lambda params, **k: Dion2(params, **k),
+    "dion2, ns5": lambda params, **k: Dion2(
+        params, **{"fraction": 0.5, "coefficients": "ns5", "adjust_lr_fn": "rms_norm", **k}
     ),
     "own": lambda params, **k: frugal(params, subspace=Halves(), **k),
     "frugal, svd": lambda params, **k: frugal(params, **{"subspace": "svd", "density": 0.5, "stagger": True, **k}),

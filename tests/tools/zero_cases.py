@@ -9,10 +9,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from thriftlab.data.loader import Batch
 from thriftlab.optim import (
     RMNP,
+    SOAP,
     AdamMini,
     AdamW,
     Apollo,
     BAdam,
+    Conda,
+    Dion2,
     Fira,
     Frugal,
     GaLore,
@@ -61,6 +64,9 @@ METHODS = {
     "adam mini": functools.partial(AdamMini, lr=3e-3, weight_decay=0.1, heads=("up",), head_dim=41),
     "normuon": functools.partial(NorMuon, lr=3e-3, iteration="fp32"),
     "stable_spam": functools.partial(StableSPAM, lr=3e-3, gap=5),
+    "soap": functools.partial(SOAP, lr=3e-3, gap=5, max_precond_dim=50),
+    "conda": functools.partial(Conda, lr=3e-3, gap=7),
+    "dion2": functools.partial(Dion2, lr=3e-3, iteration="fp32"),
     "muon, bf16 iteration": functools.partial(Muon, lr=3e-3),
 }
 MATRICES = [r"up|gate|mix|down"]

@@ -41,6 +41,9 @@ KINDS = [
     ("sinkgd", {}),
     ("adam_mini", {"head_dim": 8}),
     ("stable_spam", {"gap": 3}),
+    ("soap", {"gap": 3}),
+    ("conda", {"gap": 3}),
+    ("dion2", {}),
 ]
 
 

@@ -19,13 +19,14 @@ from pydantic import (
     GetCoreSchemaHandler,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    model_serializer,
 )
 from pydantic_core import PydanticCustomError
 
 from thriftlab.data.errors import DataError
 from thriftlab.data.paths import FilePath
 from thriftlab.data.plugins import load_plugin
-from thriftlab.optim.core.hyper import model_of
+from thriftlab.optim.core.hyper import Later, model_of
 
 T = TypeVar("T")
 Plumbing = Annotated[T, "plumbing"]
@@ -50,6 +51,11 @@ class Choice(Section):
     """A section whose `name` picks an entry of a registry and whose further keys are that entry's hyper-parameters."""
 
     name: str
+
+    @model_serializer(mode="wrap")
+    def without_what_came_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields.items()
+        return without_off(self, dump, *(key for key, field in fields if Later() in field.metadata))
 
     def hyperparameters(self) -> dict[str, Any]:
         """What the chosen thing takes, without what every choice of this kind has."""

@@ -37,19 +37,11 @@ from thriftlab.train.config.choice import (
 from thriftlab.train.config.data import DataConfig
 from thriftlab.train.config.help import is_model
 from thriftlab.train.config.measured import EvalConfig, ProbesConfig
+from thriftlab.train.config.optim import OptimConfig
 from thriftlab.train.model import ModelConfig
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.base import asks_for_statistics, has_state
 from thriftlab.train.signals.reference import read_reference
-
-
-class OptimConfig(Choice):
-    """The method, and the parameters that it treats as matrices."""
-
-    include: tuple[Pattern, ...] = Field(
-        (r"\.(attn|mlp)\.",), description="regular expressions: matrices with a matching name are split by the method"
-    )
-    exclude: tuple[Pattern, ...] = Field((), description="regular expressions: names that are never split")
 
 
 class LayerConfig(Choice):
