@@ -1,0 +1,3 @@
+from tests.tools.interpreted import INTERPRETED
+
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
