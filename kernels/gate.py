@@ -9,7 +9,7 @@ compiled for four GPUs, and is refused where
 - it loads or stores 8 or 16 bits at a time, and does not say so;
 - it promises exact bits, and the compiler fused a product with a sum, or flushes subnormals to zero.
 
-The surprise: ptxas is asked nothing. Which one triton takes depends on its version and on the GPU; what that one printed
+The surprise: ptxas is not called here. Which one triton takes depends on its version and on the GPU; what that one said
 is read from triton's own log.
 """
 

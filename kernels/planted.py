@@ -1,4 +1,4 @@
-"""A kernel that no GPU should run: a product in tiles of 128 x 256, whose sums alone fill every register of its threads.
+"""A kernel that no GPU should run: a product in tiles of 128 x 256, whose sums alone fill all registers of a thread.
 
 gate.py must refuse it; else it would let pass anything.
 """

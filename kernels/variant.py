@@ -1,4 +1,4 @@
-"""A way in which a Triton kernel is compiled: each file of kernels lists its own in `variants()`, and gate.py compiles them.
+"""A way in which a Triton kernel is compiled: each file of kernels lists its own in `variants()`, for gate.py.
 
 Data alone: what the launcher would hand to the compiler, and what may be expected of the result.
 """

@@ -254,9 +254,13 @@ def curate(argv: list[str]) -> None:
 
 
 def bench_keys(argv: list[str]) -> str:
-    parts = {"optim": "thriftlab.launch.bench:OptimBench", "step": "thriftlab.launch.bench_step:StepBench"}
+    parts = {
+        "optim": "thriftlab.launch.bench:OptimBench",
+        "step": "thriftlab.launch.bench_step:StepBench",
+        "kernels": "thriftlab.launch.bench_kernels:KernelBench",
+    }
     keys = [keys_of(model, f"thriftlab bench {name}:\n\n")(argv) for name, model in parts.items()]
-    more = "Besides these, all keys of `thriftlab train` and METHOD.KEY, as for `thriftlab compare`."
+    more = "bench step takes all keys of `thriftlab train` and METHOD.KEY too, as `thriftlab compare` does."
     return "\n\n".join([*keys, more])
 
 
@@ -264,7 +268,10 @@ def bench_keys(argv: list[str]) -> str:
     """thriftlab bench optim [--methods NAME,NAME] [--rounds 7] [--preset llama-60m] [--out FILE.json]
 thriftlab bench step METHOD ... [--rounds 7] [--out FILE.json] [key=value ...]
     What a step costs in seconds and bytes: of each update rule alone, beside torch's optimizers, or
-    with forward and backward. On a GPU its own seconds are counted.""",
+    with forward and backward. On a GPU its own seconds are counted.
+thriftlab bench kernels [--compile-only] [--out FILE.json]
+    Whether the Triton kernels compile for four GPUs, of which none is needed, are right, and how fast
+    they are on this machine's.""",
     bench_keys,
     alone=True,
 )
@@ -272,8 +279,8 @@ def bench(argv: list[str]) -> None:
     from thriftlab.data.errors import ConfigError
 
     what, *rest = argv or [""]
-    if what not in ("optim", "step"):
-        raise ConfigError("thriftlab bench measures one of two things: thriftlab bench optim, thriftlab bench step")
+    if what not in ("optim", "step", "kernels"):
+        raise ConfigError("thriftlab bench measures one of three things: thriftlab bench optim, step or kernels")
 
     from thriftlab.train.config.parse import load, read
 
@@ -281,6 +288,10 @@ def bench(argv: list[str]) -> None:
         from thriftlab.launch.bench import OptimBench, bench_methods
 
         bench_methods(load(OptimBench, rest))
+    elif what == "kernels":
+        from thriftlab.launch.bench_kernels import FLAGS, KernelBench, bench_kernels
+
+        bench_kernels(load(KernelBench, [FLAGS.get(word, word) for word in rest]))
     else:
         from thriftlab.launch.bench_step import bench_steps
 
