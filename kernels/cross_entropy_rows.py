@@ -124,7 +124,14 @@ def launch_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         block = block_of(vocab)
         stats_of_row[(rows,)](
-            stored(logits), targets, loss, lse, logits.stride(0), vocab, BLOCK=block, num_warps=warps_of(block)
+            stored(logits),
+            targets.contiguous(),
+            loss,
+            lse,
+            logits.stride(0),
+            vocab,
+            BLOCK=block,
+            num_warps=warps_of(block),
         )
     return loss, lse
 
@@ -140,7 +147,14 @@ def launch_grad_(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> 
     if rows:
         block = block_of(vocab)
         grad_of_row[(rows,)](
-            stored(logits), targets, lse, grad, logits.stride(0), vocab, BLOCK=block, num_warps=warps_of(block)
+            stored(logits),
+            targets.contiguous(),
+            lse.contiguous(),
+            grad.contiguous(),
+            logits.stride(0),
+            vocab,
+            BLOCK=block,
+            num_warps=warps_of(block),
         )
 
 
