@@ -8,10 +8,17 @@ import torch
 
 from tests.tools import gang
 from tests.tools.methods import MAKERS
+from tests.tools.runs import stop_at
 from tests.tools.scale import CONFIG, SEQ, batch, make, one_step
+from tests.tools.tiny import tiny_config
 from thriftlab.optim import AdamW
 from thriftlab.optim.state.weights import join
 from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.channel import Channel
+from thriftlab.train.checkpoints.reader import latest, load
+from thriftlab.train.checkpoints.writer import Writer
+from thriftlab.train.export import joined_weights
+from thriftlab.train.loop import run
 from thriftlab.train.model import GPT
 from thriftlab.train.windows import autocast
 from thriftlab.train.witness import WitnessError, witness
@@ -183,6 +190,105 @@ def test_two_ranks_are_one_process(ranks_of_two, number, backend, case):
         assert all(len(places) == 1 for places in low_at.values())
     if backend == "fsdp2" and case[0] in ("adamw", "columns"):
         assert all(len(places) == 2 for places in low_at.values())
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+TRAVELLERS = [("columns", "bf16+8"), ("galore", "bf16"), ("8bit", "bf16+16")]
+
+
+def leg(backend_name, folder, first, last):
+    """Steps first to last of every traveller, from a checkpoint and into the next one; what is stepped on this rank."""
+    backend, ends = make_backend(backend_name), {}
+    channel = backend.channel()
+    for name, weights in TRAVELLERS:
+        model, optimizer = few(name, weights, "bf16" if backend_name == "fsdp2" else "fp32")
+        backend.prepare(model, optimizer, precision="bf16")
+        if first:
+            found = latest(folder / name, Channel(backend.rank, backend.share))
+            backend.load(found.reader("model"), found.reader("optim"), found.meta["optim"])
+        for t in range(first, last):
+            one_step(backend, [batch(t, r, 2) for r in range(2)[backend.rank :: backend.world]], precision="bf16")
+        groups = {"model": backend.weights(), "optim": backend.states()}
+        ours = {group: {k: p for k, p in pieces.items() if backend.saves(k)} for group, pieces in groups.items()}
+        writer = Writer(folder / name, 9, False, channel)
+        writer.save(last + (first == last), ours, {"optim": backend.options()})
+        ends[name] = stepped(model, optimizer) if backend_name == "single" else None
+    backend.close()
+    return ends
+
+
+@pytest.mark.slow
+def test_checkpoints_of_any_backend_go_on_in_any_other(tmp_path):
+    """Two ranks, one process, two ranks; and then through FSDP2 on three, which loads and saves the same bits."""
+    gang.ranks(2, leg, "owned", tmp_path, 0, 2)
+    leg("single", tmp_path, 2, 4)
+    gang.ranks(2, leg, "owned", tmp_path, 4, 6)
+    ends = leg("single", tmp_path, 6, 7)
+    gang.ranks(3, leg, "fsdp2", tmp_path, 7, 7)
+    gang.ranks(3, leg, "owned", tmp_path, 8, 8)
+    for name, weights in TRAVELLERS:
+        model, optimizer = few(name, weights, "fp32")
+        backend = make_backend("single")
+        backend.prepare(model, optimizer)
+        for t in range(7):
+            one_step(backend, [batch(t, r, 2) for r in range(2)], precision="bf16")
+        assert equal(ends[name], stepped(model, optimizer))
+        saved = [load(tmp_path / name / f"step-{step:08d}") for step in (7, 8, 9)]
+        assert equal({k: w.numpy() for k, w in joined_weights(saved[2]).items()}, ends[name])
+        for group, tensors in saved[0].tensors.items():
+            for key, tensor in tensors.items():
+                others = [one.tensors[group].get(key) for one in saved[1:]]
+                assert "diagnostic" in key or all(torch.equal(tensor, other) for other in others), key
+
+
+def test_a_run_is_resumed_to_the_bit_and_exported(tiny_data, tmp_path):
+    train = {"precision": "bf16", "weights": "bf16+8", "gradients": "bf16", "micro_batch_size": 8}
+    optim = {"name": "frugal", "gap": 3, "subspace": "columns", "state_dtype": "8bit"}
+    configs = [tiny_config(tiny_data, tmp_path / out, train=train, optim=optim) for out in ("whole", "parts")]
+    entry = run(configs[0])
+    stop_at(configs[1], 3)
+    assert run(configs[1])["results"] == entry["results"]
+    assert entry["memory"]["predicted"] == entry["memory"]["measured"]
+    found, other = (latest(tmp_path / out / "checkpoints") for out in ("whole", "parts"))
+    for group, tensors in found.tensors.items():
+        assert tensors.keys() == other.tensors[group].keys()
+        assert all(torch.equal(t.nan_to_num(), other.tensors[group][key].nan_to_num()) for key, t in tensors.items())
+    seen, joined = found.tensors["model"], joined_weights(found)
+    assert all(weight.dtype == torch.float32 for weight in joined.values())
+    for name, weight in seen.items():
+        assert (joined[name] - weight.float()).abs().max() <= 2**-8 * weight.abs().max()
+        assert torch.equal(joined[name], weight.float()) == (weight.ndim == 1)
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("bf16", 2**-8), ("bf16+8", 2**-16), ("bf16+16", 0)])
+def test_first_weights_come_back_from_a_checkpoint_before_the_first_step(tmp_path, weights, bound):
+    first, _ = make(MAKERS["adamw"])
+    model, optimizer = few("adamw", weights, "fp32")
+    backend = make_backend("single")
+    backend.prepare(model, optimizer)
+    Writer(tmp_path, 1, False).save(0, {"model": backend.weights(), "optim": backend.states()}, {})
+    back = joined_weights(latest(tmp_path))
+    for name, p in first.named_parameters():
+        assert bool(((back[name] - p).abs() <= bound * p.abs()).all()), name
+
+
+def test_who_writes_a_weight_outside_of_a_step_drops_its_low_bits():
+    model, optimizer = few("adamw", "bf16+8", "fp32", layer="relora")
+    backend = make_backend("single")
+    backend.prepare(model, optimizer)
+    for t in range(3):
+        one_step(backend, [batch(t, 0, 2)], precision="bf16")
+    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+    factor, table = next(name for name in states if name.endswith("lr_in")), "embed.weight"
+    moments = {name: states[name]["exp_avg"].clone() for name in (factor, table)}
+    assert all(states[name]["weight.low"].any() for name in (factor, table))
+    backend.forget({factor: 0.5})  # a share of its moments, and all low bits, for the factor was written anew
+    assert not states[factor]["weight.low"].any() and states[table]["weight.low"].any()
+    kept = states[factor]["exp_avg"] == moments[factor]
+    assert 0.4 < kept.float().mean() < 0.6
+    backend.put_weights(lambda name, piece: piece.tensor.clone())
+    assert not states[table]["weight.low"].any() and torch.equal(states[table]["exp_avg"], moments[table])
 
 
 # --------------------------------------------------------------------------------------------------------- the witness
