@@ -1,6 +1,7 @@
 """Weights and gradients in few bits in training: gradients, several ranks, checkpoints, the bill, what is refused."""
 
 import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -11,15 +12,23 @@ from tests.tools.methods import MAKERS
 from tests.tools.runs import stop_at
 from tests.tools.scale import CONFIG, SEQ, batch, make, one_step
 from tests.tools.tiny import tiny_config
-from thriftlab.optim import AdamW
+from thriftlab.data.errors import BackendError, UserError
+from thriftlab.optim import METHODS, AdamW, split_groups
+from thriftlab.optim.core.bill import predicted_state_parts, state_parts
 from thriftlab.optim.state.weights import join
 from thriftlab.train.backends import make_backend
+from thriftlab.train.backends.base import Backend as Single
 from thriftlab.train.backends.channel import Channel
+from thriftlab.train.backends.ddp import DDP
+from thriftlab.train.backends.fsdp2 import FSDP2, vectors_in
+from thriftlab.train.backends.zero.engine import DeepSpeed
 from thriftlab.train.checkpoints.reader import latest, load
 from thriftlab.train.checkpoints.writer import Writer
+from thriftlab.train.config.schema import RunConfig, settled
 from thriftlab.train.export import joined_weights
+from thriftlab.train.few_bits import refuse_few_bits
 from thriftlab.train.loop import run
-from thriftlab.train.model import GPT
+from thriftlab.train.model import GPT, ModelConfig
 from thriftlab.train.windows import autocast
 from thriftlab.train.witness import WitnessError, witness
 
@@ -342,3 +351,68 @@ def test_the_witness_is_content_and_finds_faults():
     for said in gang.ranks(2, examined, cases):
         for (name, _, fault), words in zip(cases, said, strict=True):
             assert (words == "witness:") == (fault is None), (name, fault, words)
+
+
+# --------------------------------------------------------------------------------------------------- bill and refusals
+
+
+@pytest.mark.parametrize(
+    ("backend", "train", "message"),
+    [
+        (Single, {"weights": "bf16"}, "train.weights = bf16 .* set train.precision=bf16"),
+        (Single, {"gradients": "bf16"}, "train.gradients = bf16 .* set train.precision=bf16"),
+        (Single, {"precision": "bf16", "gradients": "bf16"}, "one micro-batch .* set train.micro_batch_size=8"),
+        (DDP, {"precision": "bf16", "weights": "bf16+8"}, "'ddp' a gradient has .* set train.gradients=bf16, or use"),
+        (FSDP2, {"precision": "bf16", "weights": "bf16"}, "'fsdp2' a gradient has .* backend.name=owned"),
+        (DDP, {"precision": "bf16", "gradients": "bf16", "micro_batch_size": 8}, "set train.weights, too"),
+        (DeepSpeed, {"precision": "bf16", "weights": "bf16+8"}, "DeepSpeed takes fp32 parameters only.*name=owned"),
+        (DeepSpeed, {"precision": "bf16", "gradients": "bf16", "micro_batch_size": 8}, "use backend.name=owned"),
+    ],
+)
+def test_refusals_say_what_to_do(backend, train, message):
+    config = RunConfig(train={"batch_size": 8, **train})
+    with pytest.raises(UserError, match=message) as refused:
+        refuse_few_bits(settled(config, "fp32"), backend)  # class attributes say what a backend can
+    assert "\n" not in str(refused.value)
+
+
+def test_fsdp2_refuses_a_module_that_has_both_kinds():
+    model, _ = few("adamw", "bf16", "bf16", layer="sltrain")
+    with pytest.raises(BackendError, match="attn.q has matrices in few bits and vectors in fp32"):
+        list(vectors_in(model.layers[0]))
+
+
+@pytest.mark.parametrize("maker", METHODS.values(), ids=METHODS)
+def test_the_bill_of_every_method(maker):
+    """Predicted from shapes on the meta device, measured on tensors after a step; the refreshing ones have begun."""
+    for weights, hyper in (("bf16+8", {"state_dtype": "8bit"}), ("bf16", {})):
+        known = {k: v for k, v in hyper.items() if k in inspect.signature(maker).parameters}
+        model, optimizer = make(maker, **known)
+        optimizer.keep_weights(weights)
+        expected = predicted_state_parts(optimizer)
+        backend = make_backend("single")
+        backend.prepare(model, optimizer)
+        one_step(backend, [batch(0, 0, 1)], precision="bf16")
+        assert predicted_state_parts(optimizer) == state_parts(optimizer)
+        assert expected["low bits"] == (weights == "bf16+8") * sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        assert backend.gradient_bytes == sum(p.numel() * p.grad_dtype.itemsize for p in model.parameters())
+
+
+def test_the_table_of_bytes_a_parameter():
+    """Of llama-60m, from the methods' own declarations: the specification's columns A, D and G."""
+    with torch.device("meta"):
+        model = GPT(ModelConfig(preset="llama-60m"))
+    count = sum(p.numel() for p in model.parameters())
+    rows = {
+        "adamw": (16.00, 7.03, 14.00, {}),
+        "galore": (13.64, 6.62, 11.64, {"rank": 128}),
+        "frugal": (13.39, 6.37, 11.39, {"subspace": "columns", "density": 0.25}),
+        "muon": (14.26, 6.59, 12.26, {}),
+        "signsgd": (8.00, 5.00, 6.00, {}),
+    }
+    for name, (a, d, g, hyper) in rows.items():
+        groups = split_groups(model, [r"\.(attn|mlp)\."])
+        for total, other, state_dtype in ((a, 8, "fp32"), (d, 5, "8bit"), (g, 6, "fp32")):
+            known = {"state_dtype": state_dtype} if "state_dtype" in inspect.signature(METHODS[name]).parameters else {}
+            state = sum(predicted_state_parts(METHODS[name](groups, **hyper, **known)).values())
+            assert state / count + other == pytest.approx(total, abs=0.006), name
