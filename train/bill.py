@@ -2,7 +2,7 @@
 the tensors that are there.
 
     weights     what the model has, of a matrix in few bits the bf16 that it sees
-    low bits    what is kept of such a matrix beside that
+    low_bits    what is kept of such a matrix beside that
     gradients   between the last backward and the update; of several micro-batches their sums
     moments     of the optimizer's state what its rule keeps
     scales      of 8-bit blocks
@@ -20,7 +20,7 @@ from thriftlab.train.backends.base import Backend
 from thriftlab.train.build import Run
 from thriftlab.train.records.record import Record
 
-PARTS = ("weights", "low bits", "gradients", *(part for part in STATE if part != "low bits"))
+PARTS = ("weights", "low_bits", "gradients", *(part for part in STATE if part != "low_bits"))
 
 
 def predicted(run: Run) -> dict[str, int] | None:
@@ -61,6 +61,6 @@ def bill_of(record: Record) -> str:
     if not (memory.measured and memory.predicted):
         return ""
     found, expected = memory.measured["parts"], memory.predicted["parts"]
-    each = " + ".join(f"{part} {size / parameters:.2f}" for part, size in found.items() if size)
+    each = " + ".join(f"{part.replace('_', ' ')} {size / parameters:.2f}" for part, size in found.items() if size)
     totals = (f"{sum(parts.values()) / parameters:.2f}" for parts in (found, expected))
     return "bytes a parameter: {} = {}, predicted {}\n".format(each, *totals)

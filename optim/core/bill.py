@@ -11,14 +11,14 @@ from thriftlab.optim.core.sharded import as_local
 from thriftlab.optim.state.keys import spec_bytes
 from thriftlab.optim.state.weights import LOW
 
-PARTS = ("low bits", "moments", "scales", "bases")
+PARTS = ("low_bits", "moments", "scales", "bases")
 Everything = Callable[[str], bool]
 
 
 def part_of(key: str) -> str:
     """Of the state, 0-dim counters apart; moments are all that a rule keeps and that is none of the others."""
     if key == LOW:
-        return "low bits"
+        return "low_bits"
     return "bases" if key.startswith("basis.") else "scales" if key.endswith(".scale") else "moments"
 
 

@@ -26,9 +26,9 @@ from thriftlab.train.checkpoints.reader import latest, load
 from thriftlab.train.checkpoints.writer import Writer
 from thriftlab.train.config.schema import RunConfig, settled
 from thriftlab.train.export import joined_weights
-from thriftlab.train.few_bits import refuse_few_bits
 from thriftlab.train.loop import run
 from thriftlab.train.model import GPT, ModelConfig
+from thriftlab.train.refuse import refuse_few_bits
 from thriftlab.train.windows import autocast
 from thriftlab.train.witness import WitnessError, witness
 
@@ -394,7 +394,7 @@ def test_the_bill_of_every_method(maker):
         backend.prepare(model, optimizer)
         one_step(backend, [batch(0, 0, 1)], precision="bf16")
         assert predicted_state_parts(optimizer) == state_parts(optimizer)
-        assert expected["low bits"] == (weights == "bf16+8") * sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        assert expected["low_bits"] == (weights == "bf16+8") * sum(p.numel() for p in model.parameters() if p.ndim > 1)
         assert backend.gradient_bytes == sum(p.numel() * p.grad_dtype.itemsize for p in model.parameters())
 
 

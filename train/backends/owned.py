@@ -88,9 +88,9 @@ class Owned(Distributed, Backend):
         self.owners = assign(self.method.costs(), self.world)
         named = dict(model.named_parameters())
         self.buckets = make_buckets([(self.owners[name], p) for name, p in named.items() if name in self.owners])
-        for name, p in named.items():
+        for name in named:
             if not self.owns(name):
-                self.method.state.pop(p, None)  # its low bits
+                self.method.state.pop(named[name], None)  # its low bits
         self.mine = {p for name, p in named.items() if self.owners.get(name) == self.rank}
         self.has_gradient: set[Tensor] = {p for name, p in named.items() if name in self.owners}  # in the last step
         self.sums: Travel | None = None  # of gradients, during the last backward of a step
