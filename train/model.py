@@ -106,10 +106,12 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """A table whose rows are read in fp32, see kernels/embedding.py."""
+    """A table whose gradients are summed in fp32, see kernels/embedding.py; of bf16 its rows are fp32 under autocast,
+    as all that is no product."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return embedding(input, self.weight)
+        rows = embedding(input, self.weight)
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(self.weight.dtype)
 
 
 def rotary(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:

@@ -4,10 +4,14 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.tools import gang
 from tests.tools.methods import GAP, MAKERS, SHAPES, every_method, gradient, parameters, same, through_a_file, train
-from thriftlab.optim import AdamW, SignSGD, predicted_state_bytes, state_bytes
+from tests.tools.scale import batch, distance, make
+from thriftlab.optim import AdamW, SignSGD, predicted_state_bytes, split_groups, state_bytes
 from thriftlab.optim.core import few_bits
+from thriftlab.optim.core.method import downhill
 from thriftlab.optim.state.weights import join, split
 
 STEPS = 2 * GAP + 2
@@ -164,3 +168,104 @@ def test_rounding_and_seed_decide_the_bits():
         assert ("weight.step" in optimizer.state[params["a"]]) == (rounding == "random")
     assert not same(ends[0], ends[1]) and same(ends[2], ends[3]) and not same(ends[0], ends[2])
     assert set(ends[0]) == set(SHAPES)
+
+
+def test_a_gradient_in_another_layout_is_not_rounded():
+    weight = torch.nn.Parameter(torch.zeros(3, 5).T)
+    optimizer = AdamW([("w", weight)])
+    optimizer.keep_weights("bf16+8")
+    assert weight.stride() == (1, 5)
+    grad = torch.randn(5, 3)
+    assert torch.equal(downhill(weight.detach(), grad, maximize=True), -grad)
+
+
+@pytest.mark.parametrize("tables", ["ember", "8bit", "adamw"])
+def test_tables_by_their_own_rule_in_pieces_too(monkeypatch, tables):
+    ends = []
+    for piece, bits in ((768, "bf16+16"), (10**6, "bf16+16"), (0, "fp32")):
+        monkeypatch.setattr(few_bits, "PIECE", piece)
+        weight = torch.nn.Parameter(torch.randn(70, 61, generator=torch.Generator().manual_seed(0)) * 0.02)
+        group = {"params": [weight], "names": ["w"], "role": "input"}
+        optimizer = MAKERS["columns"]([group], tables=tables, state_dtype="bf16")
+        if bits != "fp32":
+            optimizer.keep_weights(bits)
+        for t in range(3):
+            weight.grad_dtype = torch.float32
+            weight.grad = torch.randn(70, 61, generator=torch.Generator().manual_seed(t + 1))
+            optimizer.step()
+        state = {key: value.clone() for key, value in optimizer.state[weight].items() if not key.startswith("weight.")}
+        ends.append({"w": joined({"w": weight}, optimizer)["w"], **state})
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
+
+
+def test_low_bits_of_two_bytes_and_foreign_states_come_through_a_file():
+    params, optimizer = kept(MAKERS["adamw"], "bf16+16")
+    feed(params, optimizer, range(2))
+    same_weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.items()}
+    copies, resumed = kept(MAKERS["adamw"], "bf16+16", params=same_weights)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert same(everything(params, optimizer), everything(copies, resumed))
+    plain = parameters()
+    wide = MAKERS["adamw"](plain.items())
+    train(plain, wide, range(2))
+    other, narrowed = kept(MAKERS["adamw"], "bf16+8")
+    narrowed.load_state_dict(through_a_file(wide.state_dict()))  # of a run in fp32: moments, and no low bits
+    for name, p in other.items():
+        assert torch.equal(narrowed.state[p]["exp_avg"], wide.state[plain[name]]["exp_avg"])
+    feed(other, narrowed, range(2, 4))
+    assert state_bytes(narrowed) == predicted_state_bytes(narrowed)
+
+
+# ------------------------------------------------------------------------------------------------------------- FSDP2
+
+FOREIGN = [("adamw", "bf16+8"), ("columns", "bf16"), ("galore", "bf16+8")]
+
+
+def foreign(name, weights, shard=None):
+    """A loop of one's own on a model that is bf16 throughout; what is stepped at the end, whole."""
+    model, _ = make(MAKERS[name])
+    model.bfloat16()
+    for module in [] if shard is None else [*model.layers, model]:
+        shard(module)
+    optimizer = MAKERS[name](split_groups(model, [r"\.(attn|mlp)\."]))
+    optimizer.keep_weights(weights, "random", 3)
+    for step in range(5):
+        if step == 3:  # through a file of each rank
+            saved = through_a_file(optimizer.rank_state_dict())
+            optimizer = MAKERS[name](split_groups(model, [r"\.(attn|mlp)\."]))
+            optimizer.load_state_dict(saved)
+        if shard is None:
+            sums = {}
+            for rank in range(2):
+                model(*batch(step, rank, 2)).sum().backward()
+                for key, p in model.named_parameters():
+                    sums[key] = sums.get(key, 0) + p.grad.float()
+                    p.grad = None
+            for key, p in model.named_parameters():
+                p.grad = (sums[key] / 2).bfloat16()
+        else:
+            model(*batch(step, dist.get_rank(), 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = {key: p.detach() if shard is None else p.full_tensor().detach() for key, p in model.named_parameters()}
+    return {key: tensor.float().numpy() for key, tensor in whole.items()}
+
+
+def on_ranks():
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    found = [foreign(*case, shard=fully_shard) for case in FOREIGN]
+    with pytest.raises(ValueError, match="DTensor of fp32; call keep_weights before fully_shard"):
+        model, _ = make(MAKERS["adamw"])
+        fully_shard(model)
+        AdamW(model.named_parameters()).keep_weights("bf16")
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.slow
+def test_a_foreign_loop_with_fully_shard_is_one_process():
+    for found in gang.ranks(2, on_ranks):
+        for case, weights in zip(FOREIGN, found, strict=True):
+            assert distance(weights, foreign(*case)) == 0, case

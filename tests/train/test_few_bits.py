@@ -112,6 +112,26 @@ def test_the_norm_of_bf16_gradients_and_what_is_clipped():
     assert equal(steps[0][1], steps[1][1])
 
 
+@pytest.mark.parametrize("gradients", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["columns", "signsgd"])
+def test_layerwise_is_the_normal_update(name, gradients):
+    ends = []
+    for layerwise in (False, True):
+        model, optimizer = few(name, "bf16+8", gradients)
+        backend = make_backend("single")
+        backend.prepare(model, optimizer)
+        if layerwise:
+            backend.update_in_backward()
+        norms = []
+        for t in range(STEPS):
+            parts = [batch(t, 0, 2)]
+            backend.begin(sum((targets >= 0).sum() for _, targets in parts).double())
+            norms.append(one_step(backend, parts, precision="bf16")[0])
+        ends.append((norms, stepped(model, optimizer)))
+        assert backend.gradient_bytes == 0 or not layerwise
+    assert ends[0][0] == ends[1][0] and equal(ends[0][1], ends[1][1])
+
+
 # ----------------------------------------------------------------------------------------------------- several ranks
 
 RULES = ["adamw", "columns", "galore", "badam", "muon", "apollo", "adam mini", "8bit"]
@@ -296,6 +316,8 @@ def test_who_writes_a_weight_outside_of_a_step_drops_its_low_bits():
     assert not states[factor]["weight.low"].any() and states[table]["weight.low"].any()
     kept = states[factor]["exp_avg"] == moments[factor]
     assert 0.4 < kept.float().mean() < 0.6
+    backend.forget({factor: 1})
+    assert not optimizer.state.get(dict(model.named_parameters())[factor])
     backend.put_weights(lambda name, piece: piece.tensor.clone())
     assert not states[table]["weight.low"].any() and torch.equal(states[table]["exp_avg"], moments[table])
 
