@@ -41,18 +41,21 @@ def few_bits_step(
     method: Any, name: str, weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], scale: Tensor | None
 ) -> None:
     """Steps one whole tensor; `scale` multiplies the gradient, in fp32."""
+
+    def update(wide: Tensor, slope: Tensor, state: State) -> None:
+        method.update([name], [wide], [slope], [state], group)
+
     begin(weight, state, group)
     count(weight, state, group)
-    if method.in_pieces(tuple(weight.shape), group) and weight.is_contiguous():
-        begin_moments(method, weight, state, group)
-        flat, flat_grad = weight.view(-1), grad.reshape(-1)
-        for start, stop, part in pieces(weight, state, group):
-            args = flat[start:stop], flat_grad[start:stop], part
-            in_full(lambda w, g, s: method.update([name], [w], [g], [s], group), name, *args, group, scale, start)
-        for key in [key for key, value in part.items() if not value.ndim and key not in LOCAL]:
-            state.setdefault(key, part[key]).copy_(part[key])
-    else:
-        in_full(lambda w, g, s: method.update([name], [w], [g], [s], group), name, weight, grad, state, group, scale)
+    if not (method.in_pieces(tuple(weight.shape), group) and weight.is_contiguous()):
+        in_full(update, name, weight, grad, state, group, scale)
+        return
+    begin_moments(method, weight, state, group)
+    flat, flat_grad = weight.view(-1), grad.reshape(-1)
+    for start, stop, part in pieces(weight, state):
+        in_full(update, name, flat[start:stop], flat_grad[start:stop], part, group, scale, start)
+    for key in [key for key, value in part.items() if not value.ndim and key not in LOCAL]:
+        state.setdefault(key, part[key]).copy_(part[key])
 
 
 def few_bits_fragment_step(
@@ -60,9 +63,12 @@ def few_bits_fragment_step(
     scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Steps one fragment of a tensor that is stepped entry by entry."""
+
+    def update(wide: Tensor, slope: Tensor, state: State) -> None:
+        method.update_fragments([fragment], [wide], [slope], [state], group)
+
     begin(weight, state, group)
     count(weight, state, group)
-    update = lambda w, g, s: method.update_fragments([fragment], [w], [g], [s], group)  # noqa: E731
     in_full(update, fragment.name, weight, grad, state, group, scale, fragment.start)
 
 
@@ -96,7 +102,7 @@ def begin_moments(method: Any, weight: Tensor, state: State, group: dict[str, An
             state[key] = torch.zeros(shape, dtype=dtype, device=weight.device)
 
 
-def pieces(weight: Tensor, state: State, group: dict[str, Any]) -> Iterator[tuple[int, int, State]]:
+def pieces(weight: Tensor, state: State) -> Iterator[tuple[int, int, State]]:
     """(start, stop, state) of pieces of a tensor: views of what has an entry for each of its own, and counters that
     every piece counts on from where they are."""
     by_blocks = any(value.dtype == torch.uint8 for value in state.values())
