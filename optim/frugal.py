@@ -193,7 +193,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         subspace = subspace_of(group)
         if not (isinstance(subspace, Blocks) and is_split(weight, group)):
             return False
-        steps = most(state["step"]) if state else 0
+        steps = most(state["step"]) if "step" in state else 0
         return name not in subspace.active(group, max(steps - 1, 0) // group["gap"])
 
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:

@@ -86,7 +86,10 @@ def kept_of(states: list[State]) -> list[Tensor]:
 
 
 def is_written(key: str, value: Tensor) -> bool:
-    return (value.ndim > 0 and not key.startswith(("basis.", "whole."))) or key in ("limiter", "diagnostic.limiter")
+    return (value.ndim > 0 and not key.startswith(("basis.", "whole.", "weight."))) or key in (
+        "limiter",
+        "diagnostic.limiter",
+    )
 
 
 def lame_of(grads: list[Tensor], due: list[int | None], group: dict[str, Any]) -> set[int]:

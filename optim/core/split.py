@@ -38,6 +38,7 @@ from thriftlab.optim.state.subspaces import (
     subspace_of,
     uses_gradient,
 )
+from thriftlab.optim.state.weights import dtype_of_step
 
 OnRefresh = Literal["reset", "keep", "project"]
 COUNTERS: Spec = {"step": ((), torch.int64), "start": ((), torch.int64)}
@@ -184,6 +185,9 @@ class SplitOptimizer(Method):
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group) and not self.takes(shape, group)
 
+    def in_pieces(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return not self.takes(shape, group)
+
     def update_fragments(
         self,
         fragments: list[Fragment],
@@ -239,7 +243,7 @@ class SplitOptimizer(Method):
         if "subspace" not in group or not is_split(weight, group) or not hasattr(subspace_of(group), "spec"):
             return {}
         stays = {**COUNTERS, **rounding_spec(group)}
-        spec = self.spec(tuple(weight.shape), weight.dtype, **group)
+        spec = self.spec(tuple(weight.shape), dtype_of_step(weight, group), **group)
         return {key: entry for key, entry in spec.items() if key not in stays}
 
     def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:

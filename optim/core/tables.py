@@ -28,7 +28,7 @@ from thriftlab.optim.state.torch_adamw import piece_of
 Tables = Literal["adamw", "ember", "own", "8bit"]
 ROLES = ("input", "output")
 OPTIONS = ("tables", "row_floor")  # of every method
-VERBS = ("update", "spec", "elementwise", "check_kind", "takes", "kernel_step")
+VERBS = ("update", "spec", "elementwise", "in_pieces", "check_kind", "takes", "kernel_step")
 TINY = 1e-30
 
 
@@ -58,6 +58,9 @@ class TableRule:
 
     def elementwise(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry({**group, **self.changes})
+
+    def in_pieces(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return True
 
     def check_kind(self, method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         """The spec says all there is to say."""
@@ -94,6 +97,9 @@ class Ember(TableRule):
 
     def elementwise(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return len(shape) != 2 and super().elementwise(method, shape, group)
+
+    def in_pieces(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return len(shape) != 2
 
 
 def factored_spec(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:

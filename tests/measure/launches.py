@@ -61,13 +61,18 @@ class Row(NamedTuple):
         return sum(self.plain.launches.values())
 
 
-def count(name: str, preset: str, layers: int | None, deferred: bool) -> Row:
-    """Steps of a method; in the process that believes in a device."""
+def count(name: str, preset: str, layers: int | None, deferred: bool, weights: str = "fp32") -> Row:
+    """Steps of a method, with weights kept so; in the process that believes in a device."""
     import torch
 
     from tests.fake_cuda.counts import Counts
 
     model, optimizer = made(name, preset, layers)
+    if weights != "fp32":
+        optimizer.keep_weights(weights)
+        for p in model.parameters():
+            p.grad = None
+            p.grad = torch.empty_like(p)
     applied = dict(applied=torch.ones((), device="cuda")) if deferred else {}
     steps = []
     for _ in range(2):
@@ -123,12 +128,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=KEPT_WIDE, metavar="NAME")
     parser.add_argument("--preset", default="llama-1b")
     parser.add_argument("--plain", action="store_true", help="without `applied`, as in a loop of one's own")
+    parser.add_argument("--weights", default="fp32", help="how weights are kept: train.weights")
     parser.add_argument("--why", action="store_true", help="also operations and lines")
     options = parser.parse_args()
     rows = {}
     with tempfile.TemporaryDirectory() as folder, process(Path(folder)) as call:
         for name in options.names:
-            sizes = [call(count, name, options.preset, layers, not options.plain) for layers in (None, LAYERS)]
+            how = not options.plain, options.weights
+            sizes = [call(count, name, options.preset, layers, *how) for layers in (None, LAYERS)]
             rows[name] = sizes[0], sizes[1]
             print(name, sizes[0].launches(), file=sys.stderr)
             if options.why:

@@ -45,6 +45,14 @@ def test_all_tensors_of_the_whole_model_take_few(fake_cuda, name):
         assert fake_cuda(count, name, "llama-1b", None, deferred).launches() <= IN_ALL
 
 
+@pytest.mark.parametrize("name", ["adamw", "frugal, columns"])
+def test_weights_in_few_bits_do_not_make_the_host_wait(fake_cuda, name):
+    """Nor a first step more often than it does for fp32."""
+    row, plain = (fake_cuda(count, name, "llama-1b", 1, True, weights) for weights in ("bf16+8", "fp32"))
+    assert waits(row.plain) == 0 and not row.plain.to_device
+    assert waits(row.first) == waits(plain.first)
+
+
 def few(name):
     """Hyper-parameters for a small model."""
     return {"rank": 8} if "rank" in METHODS[name][1] else {}

@@ -75,8 +75,8 @@ def test_the_trajectory_of_swan_where_its_direction_is_no_accident():
 
 
 def test_the_trajectory_of_swan_outside_of_the_null_direction():
-    """Rows of a centred matrix sum to 0, so with n <= m its rank is n - 1. The trajectory's polar factor has one further
-    direction, which moves each row along a vector of ones; so its norm is sqrt(n), and not sqrt(n - 1)."""
+    """Rows of a centred matrix sum to 0, so with n <= m its rank is n - 1. The trajectory's polar factor has one
+    more direction, which moves each row along a vector of ones; so its norm is sqrt(n), and not sqrt(n - 1)."""
     with np.load(GOLDEN / "swan.npz") as file:
         golden = dict(file)
     names = ("q", "o", "up")
