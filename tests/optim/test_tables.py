@@ -164,7 +164,8 @@ def test_state_is_as_declared_and_comes_back_through_a_file_to_the_bit(name, tab
         optimizer = made(name, params, tables=tables, **setting)
         declared = predicted(optimizer)
         train(params, optimizer, range(4))
-        assert state_bytes(optimizer) == predicted(optimizer) and declared <= 2 * 4 * sum(map(np.prod, SHAPES.values()))
+        assert state_bytes(optimizer) == predicted(optimizer)
+        assert name in ("soap", "conda") or declared <= 2 * 4 * sum(map(np.prod, SHAPES.values())), "more than Adam's"
         saved = through_a_file(optimizer.state_dict())
         with torch.no_grad():
             for key, p in others.items():
