@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import pkgutil
 import subprocess
 import sys
