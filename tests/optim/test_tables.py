@@ -4,6 +4,8 @@ What is held of every method (resuming, dtypes of the state, refused steps, rank
 tests/tools/methods.py.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,13 @@ from tests.tools.methods import same, through_a_file
 from tests.tools.peers import farthest, groups_of
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import ConfigError
+from thriftlab.launch.studies import compare
 from thriftlab.optim import METHODS, AdamW, Frugal, Method, Muon, Scale, SignSGD, SinkGD, split_groups, state_bytes
 from thriftlab.optim import predicted_state_bytes as predicted
 from thriftlab.optim.core.hyper import hyperparameters
 from thriftlab.optim.core.listing import listing
 from thriftlab.optim.core.tables import Tables
+from thriftlab.train.config import parse as settings
 from thriftlab.train.config.schema import RunConfig, fingerprint
 from thriftlab.train.loop import run
 from thriftlab.train.model import GPT, ModelConfig
@@ -342,6 +346,20 @@ def test_a_run_by_its_configuration(tiny_data, tmp_path, capsys, optim, words):
     memory = run(tiny_config(tiny_data, tmp_path / "out", optim=optim))["memory"]
     assert memory["state_bytes"] == memory["predicted_state_bytes"]
     assert words in capsys.readouterr().err
+
+
+def test_a_comparison_gives_each_method_its_own_rule():
+    words = ["adamw", "muon", "rmnp", "frugal", "--budget", "tokens=1e5"]
+    given = ["optim.tables=8bit", "muon.tables=ember", "muon.row_floor=0.1", "rmnp.tables=own", "frugal.plain=rule"]
+    arms = {arm.name: arm.tree["optim"] for arm in compare.make_request(settings.read([*words, *given])).arms}
+    assert arms["adamw"] == {"name": "adamw", "tables": "8bit"} and arms["rmnp"]["tables"] == "own"
+    assert arms["muon"] == {"name": "muon", "tables": "ember", "row_floor": 0.1} and arms["frugal"]["plain"] == "rule"
+    for wrong, said in (
+        ("muon.plain=rule", "unknown key 'muon.plain'"),
+        ("muon.tables=adam", "it takes adamw | ember"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            compare.make_request(settings.read([*words, wrong]))
 
 
 def test_a_floor_without_ember_is_one_line(tiny_data, tmp_path):
