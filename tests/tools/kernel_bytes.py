@@ -27,16 +27,24 @@ class Case(NamedTuple):
         return moved, entries
 
 
-def step(method: str, **hyper: Any) -> int:
-    """The second step of a method; the first one, which makes its state, is plain torch's."""
+def step(method: str, dtype: torch.dtype = torch.float32, low: torch.dtype | None = None, **hyper: Any) -> int:
+    """The second step of a method; the first one, which makes its state, is plain torch's. Weights and gradients have a
+    dtype; `low`: a bf16 weight has low bits of this dtype beside it."""
     draw = torch.Generator().manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(16, 1024, generator=draw)) for _ in range(2)]
+    weights = [torch.nn.Parameter(torch.randn(16, 1024, generator=draw).to(dtype)) for _ in range(2)]
     optimizer = METHODS[method](list(zip("ab", weights, strict=True)), lr=1e-3, weight_decay=0.1, **hyper)
     for weight in weights:
-        weight.grad = torch.randn(16, 1024, generator=draw)
-    for way in ("torch", "triton"):
-        with patch.dict(os.environ, {VARIABLE: way}):
-            optimizer.step()
+        weight.grad = torch.randn(16, 1024, generator=draw).to(dtype)
+    with patch.dict(os.environ, {VARIABLE: "torch"}):
+        optimizer.step()
+    if low:
+        for weight in weights:
+            beside = {"weight.low": torch.zeros(weight.shape, dtype=low), "weight.step": torch.tensor(1)}
+            optimizer.state[weight].update(beside)
+        few = {"weight_dtype": f"bf16+{8 * low.itemsize}", "weight_rounding": "random", "weight_seed": 0}
+        optimizer.param_groups[0].update(few)
+    with patch.dict(os.environ, {VARIABLE: "triton"}):
+        optimizer.step()
     return sum(weight.numel() for weight in weights)
 
 
@@ -125,6 +133,11 @@ CASES: dict[str, Case] = {
     "AdamW, fp32": Case(12 + 16, lambda: step("adamw")),
     "AdamW, bf16 moments": Case(12 + 8, lambda: step("adamw", state_dtype="bf16")),
     "AdamW, 8-bit moments": Case(12 + CODES, lambda: step("adamw", state_dtype="8bit")),
+    "AdamW, bf16+8 weights, 8-bit moments": Case(
+        6 + 2 + CODES, lambda: step("adamw", torch.bfloat16, torch.int8, state_dtype="8bit")
+    ),
+    "AdamW, bf16+16 weights, fp32 moments": Case(8 + 2 + 16, lambda: step("adamw", torch.bfloat16, torch.int16)),
+    "signs, bf16+8 weights": Case(6 + 2, lambda: step("signsgd", torch.bfloat16, torch.int8)),
     "signs": Case(12, lambda: step("signsgd")),
     "FRUGAL, half of the blocks": Case(12 + 16 / 2, frugal("blocks", density=0.5)),
     "FRUGAL, a quarter of the columns": Case(12 + 16 / 4, frugal("columns")),
