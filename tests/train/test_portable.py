@@ -26,6 +26,9 @@ CASES = [
     "scale",
     "rmnp",
     "adam mini",
+    "normuon",
+    "stable_spam",
+    "subtrack",
     "8bit",
     "frozen+columns",
 ]
