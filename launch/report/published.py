@@ -12,10 +12,7 @@ from thriftlab.launch.report.words import number
 
 HEAD = ("arm", "published", "published, corrected", "here", "here, as they count")
 NOTE = "Perplexity of held-out text; here: e to the mean loss over seeds."
-COUNTED = (
-    "They divide the sum of the losses of about {} batches by one more than their number; corrected is what that stands "
-    "for."
-)
+COUNTED = "They divide the sum of the losses of about {} batches by one more than their number, which is corrected."
 
 
 def section(study: Study) -> tuple[str, Table, str] | None:

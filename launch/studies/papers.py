@@ -1,7 +1,7 @@
 """`thriftlab study papers/PAPER-SIZE`: what a paper ran, as a study, from the table papers.yaml.
 
-As it is, a study needs C4 in prepared/c4 and a cluster. `mini` keeps the protocol and gives up the reproduction: a small
-model, a small corpus and 500 steps, in which warm-up, gap and rank are the same fractions of the run and of the width.
+As it is, a study needs C4 in prepared/c4 and a cluster. `mini` keeps the protocol and gives up the reproduction: a
+small model, another corpus and 500 steps, with warm-up, gap and rank as the same fractions of the run and the width.
 """
 
 import functools
