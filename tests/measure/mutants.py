@@ -154,8 +154,41 @@ BRANCHES = [
     Fault("columns + -columns % ALIGN.value", "columns"),
     Fault("math.gcd(grad.stride(0), ALIGN.value)", "ALIGN.value"),
 ]  # fmt: skip
+FEW_BITS = "kernels/few_bits.py"
+FUSED_STEP = [
+    Fault("m = m + rest1 * (g - m)", "m = m + rest1 * g"),
+    Fault("rest2 * g * g", "rest2 * g"),
+    Fault("tl.sqrt_rn(v) * root + eps", "tl.sqrt_rn(v + eps) * root"),
+    Fault("w * decay - step, LOW_BITS", "w - step, LOW_BITS"),
+    Fault("tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g))", "tl.where(g > 0, 1.0, -1.0)"),
+    Fault("return g * tl.load(SCALE)", "return g"),
+    Fault("if tl.load(APPLIED) == 0:", "if tl.load(APPLIED) == 2:"),
+    Fault("applied = (tl.load(APPLIED) != 0).to(tl.int64)", "applied = 1"),
+    Fault("age = before + 1 - tl.load(start", "age = before - tl.load(start"),
+    Fault("hash63(seed_v + rounds_v)", "hash63(seed_v + rounds)"),
+    Fault("tl.load(T + t * FIELDS + FIRST_W) + at", "at"),
+    Fault("tl.load(T + t * FIELDS + FIRST_V) + at", "at"),
+    Fault("(kept - (high << 8)).to(tl.int8)", "(kept - (high << 8) + 1).to(tl.int8)"),
+    Fault("high = (kept + 128) >> 8", "high = (kept + 127) >> 8"),
+    Fault("kept += (1 << (15 - LOW_BITS)) - 1 + ((kept >> (16 - LOW_BITS)) & 1)", "kept += 1 << (15 - LOW_BITS)"),
+    Fault("broken = tl.max(", "broken = 0 * tl.max("),
+    Fault("tl.where(scale > 0, scale, 1.0)", "scale"),
+    Fault("mask = mask & (tl.load(index + chosen + line", "mask = mask | (tl.load(index + chosen + line"),
+    Fault("step = tl.where(own, step, free(", "step = tl.where(mask, step, free("),
+    Fault("entry = row * chosen + slot", "entry = row * chosen + column"),
+    Fault("mask = (row < rows) & (column < columns)", "mask = (row <= rows) & (column < columns)"),
+    Fault("block = (slot * columns + tile % tiles * ACROSS)", "block = (slot * columns)"),
+    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FEW_BITS),
+    Fault("(key >> 31)", "(key >> 32)", file=FEW_BITS),
+    Fault("near - (x <= tl.load(", "near - (x < tl.load(", file=FEW_BITS),
+    Fault("tl.where(place > 0, place, 0.0)", "place", file=FEW_BITS),
+    Fault("tl.where(x != x, 0x7FC00000,", "tl.where(x != x, 0x7FFFFFFF,", file=FEW_BITS),
+    Fault("m = m + rest1 * (g - m)", "m = tl.fma(g - m, tl.zeros_like(m) + rest1, m)", GATE),
+    Fault("tl.div_rn(length * m, tl.sqrt_rn(v) * root + eps)", "length * m / (tl.sqrt_rn(v) * root + eps)", GATE),
+    Fault(".to(tl.pointer_type(dtype)), ALIGN)", ".to(tl.pointer_type(dtype)), 4)", GATE),
+]  # fmt: skip
 FAULTS: dict[str, list[Fault]] = {
-    "norm_rows": NORM_ROWS, "cross_entropy_rows": CROSS_ENTROPY_ROWS, "branches": BRANCHES
+    "fused_step": FUSED_STEP, "cross_entropy_rows": CROSS_ENTROPY_ROWS, "norm_rows": NORM_ROWS, "branches": BRANCHES
 }  # fmt: skip
 
 
