@@ -66,12 +66,11 @@ def step_fused(
     if not takes_kernels(method, weights, group):
         return everything
     plans = method.plans.get((parts[0], len(parts)))
-    if plans is None or not all(plan.fits(parts, weights, grads, states, group) for plan in plans):
+    if plans is None or not all([plan.fits(parts, weights, grads, states, group) for plan in plans]):
         plans = plan_step(method, parts, weights, grads, states, group)
     for plan in plans:
         plan.step(weights, grads, group, scale)
-    done = {i for plan in plans for i in plan.places}
-    return [i for i in everything if i not in done] if len(done) < len(weights) else []
+    return sorted(set(everything).difference(*(plan.places for plan in plans)))
 
 
 def plan_step(
@@ -123,7 +122,7 @@ class Plan:
     def __init__(self, parts: Parts, rows: list[tuple], places: list[int], kinds: list[Kind], group: dict[str, Any]):
         self.parts, self.places, self.kinds = list(parts), places, kinds
         mine, weights, grads, states = (list(values) for values in zip(*(rows[i] for i in places), strict=True))
-        self.looks, self.group = looks(weights, grads), lasting(group)
+        self.looks, self.group = looks(weights) + looks(grads), lasting(group)
         self.device = weights[0].device
         held = [(i, key) for i, state in enumerate(states) for key in STATE if key in state]
         self.keys, self.held = [(places[i], key) for i, key in held], [states[i][key] for i, key in held]
@@ -155,12 +154,12 @@ class Plan:
             return False
         if [len(states[i]) for i in self.places] != self.sizes:
             return False
-        if not all(map(operator.is_, (states[i].get(key) for i, key in self.keys), self.held)):
+        if not all(map(operator.is_, [states[i].get(key) for i, key in self.keys], self.held)):
             return False
-        return looks(self.mine(weights), self.mine(grads)) == self.looks
+        return looks(self.mine(weights)) + looks(self.mine(grads)) == self.looks
 
     def mine(self, values: list[Tensor]) -> list[Tensor]:
-        return [values[i] for i in self.places]
+        return values if len(values) == len(self.places) else [values[i] for i in self.places]
 
     def step(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any], scale: Tensor | None) -> None:
         from thriftlab.kernels import fused_step as kernels
@@ -240,9 +239,10 @@ def kinds_in(items: np.ndarray) -> int:
     return kinds.pop() if len(kinds) == 1 else 2
 
 
-def looks(*lists: list[Tensor]) -> list[Any]:
+def looks(tensors: list[Tensor]) -> list[list[Any]]:
     """What has to be as it was, of every tensor."""
-    return [(t.shape, t.dtype, t.device, t.is_contiguous()) for tensors in lists for t in tensors]
+    shapes, dtypes, devices = [t.shape for t in tensors], [t.dtype for t in tensors], [t.device for t in tensors]
+    return [shapes, dtypes, devices, [t.is_contiguous() for t in tensors]]
 
 
 def lasting(group: dict[str, Any]) -> dict[str, Any]:

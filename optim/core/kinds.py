@@ -72,7 +72,7 @@ def may_launch(method: Any, weight: Tensor, group: dict[str, Any]) -> bool:
     """Whether the tensors of a call can be any for kernels. A CUDA graph repeats numbers, and so takes plain torch."""
     if "update" in vars(method) or not speaks_for(type(method), "kernel_step") or capturing():
         return False
-    if any(isinstance(x, Tensor) and x.is_cuda for x in (group["lr"], *group.get("betas", ()))):
+    if any([isinstance(x, Tensor) and x.is_cuda for x in (group["lr"], *group.get("betas", ()))]):
         return False
     return not weight.is_cuda or weight.device.index in (None, torch.cuda.current_device())
 
