@@ -64,9 +64,11 @@ def variants_of(file: str) -> list[Variant]:
 
 def compile_for(gpu: str, variant: Variant) -> Compiled:
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    knobs.nvidia.dump_ptxas_log = True
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(variant.kernel.params):
         value = variant.arguments[parameter.name]
@@ -179,9 +181,7 @@ def compile_all(processes: int = 2) -> list[dict[str, Any]]:
 
 def main(number: str, processes: str) -> None:
     import triton
-    from triton import knobs
 
-    knobs.nvidia.dump_ptxas_log = True
     table = read_table(triton.__version__)
     for i, job in enumerate(jobs()):
         if i % int(processes) == int(number):

@@ -4,7 +4,8 @@
 
 The surprise: the sum of two branches, as it is written, moves the output through memory five times (two products, two
 scalings, a sum). Side by side the branches are summed inside of one product, gamma falls on the small weights, and
-beside x only h = x A^T, of rank numbers a token, is kept for backward.
+beside x only h = x A^T, of rank numbers a token, is kept for backward. What lies between the products is one Triton
+kernel each way on a GPU (branches.py), and plain torch elsewhere.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from thriftlab.kernels.dispatch import path
 
 aten = torch.ops.aten
 ALIGN = 8  # columns of what is multiplied: tensor cores and vector units waste the rest of an uneven row
@@ -56,27 +59,39 @@ class LostLinearFunction(torch.autograd.Function):
         h = F.linear(x.to(dtype), lr_in.to(dtype))  # [tokens, rank]
         ctx.save_for_backward(x, h, lr_in, lr_out, sp_weight, sp_index)
         ctx.gamma, ctx.act = gamma, act
-        return F.linear(branches(x, h, sp_index, act), fold(lr_out, sp_weight, gamma, dtype))
+        ctx.by_kernel = sp_index is not None and x.stride(1) == 1 and path(h, "branches") == "triton"
+        join, fold, *_ = passes(ctx.by_kernel)
+        return F.linear(join(x, h, sp_index, act), fold(lr_out, sp_weight, gamma, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # [tokens, out]
         x, h, lr_in, lr_out, sp_weight, sp_index = ctx.saved_tensors
         rank, gamma, dtype = h.shape[1], ctx.gamma, h.dtype
+        join, fold, part_, add_ = passes(ctx.by_kernel)
         grad_branches = grad @ fold(lr_out, sp_weight, gamma, dtype)  # [tokens, rank + channels]
-        grad_h = ACTS[ctx.act][1](grad_branches[:, :rank], h)
+        grad_h = part_(grad_branches, h, ctx.act)
         grad_x = grad_h @ lr_in.to(dtype)
         grad_in = grad_h.T @ x.to(dtype)
-        grad_weight = (grad.T @ branches(x, h, sp_index, ctx.act)).to(lr_out.dtype)  # [out, rank + channels]
+        grad_weight = (grad.T @ join(x, h, sp_index, ctx.act)).to(lr_out.dtype)  # [out, rank + channels]
         grad_out, grad_sparse = grad_weight[:, :rank] * gamma, None
         if sp_index is not None:
             channels = slice(rank, rank + len(sp_index))
-            grad_x[:, sp_index] += grad_branches[:, channels]  # distinct: nothing is added twice, in any order
+            add_(grad_x, grad_branches[:, channels], sp_index)
             grad_sparse = grad_weight[:, channels] * (1 - gamma)
         return grad_x.to(x.dtype), grad_in.to(lr_in.dtype), grad_out, grad_sparse, None, None, None, None
 
 
-def branches(x: Tensor, h: Tensor, sp_index: Tensor | None, act: str) -> Tensor:
+def passes(by_kernel: bool) -> tuple[Callable[..., Tensor], ...]:
+    """What lies between the products: see branches.py."""
+    if by_kernel:
+        from thriftlab.kernels import branches
+
+        return branches.join_branches, branches.fold, branches.part_branches_, branches.add_channels_
+    return join_branches, fold, part_branches_, add_channels_
+
+
+def join_branches(x: Tensor, h: Tensor, sp_index: Tensor | None, act: str) -> Tensor:
     """[act(h) | x_I], [tokens, rank + channels]."""
     return beside(ACTS[act][0](h), None if sp_index is None else x.index_select(1, sp_index).to(h.dtype))
 
@@ -85,6 +100,16 @@ def fold(lr_out: Tensor, sp_weight: Tensor | None, gamma: float, dtype: torch.dt
     """[gamma B | (1 - gamma) S], [out, rank + channels]."""
     low = lr_out if gamma == 1 else gamma * lr_out
     return beside(low.to(dtype), None if sp_weight is None else ((1 - gamma) * sp_weight).to(dtype))
+
+
+def part_branches_(grad: Tensor, h: Tensor, act: str) -> Tensor:
+    """The gradient of h, [tokens, rank]."""
+    return ACTS[act][1](grad[:, : h.shape[1]], h)
+
+
+def add_channels_(grad_x: Tensor, grad: Tensor, sp_index: Tensor) -> Tensor:
+    grad_x[:, sp_index] += grad  # distinct: nothing is added twice, in any order
+    return grad_x
 
 
 def beside(low: Tensor, sparse: Tensor | None) -> Tensor:

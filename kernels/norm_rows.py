@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -200,36 +201,36 @@ def launch(
         matrices, channels: for the columns of the table, a tensor for each matrix; none where it is not asked for.
         tiles: whether a program has one tile, and not a walk along its channels.
     """
-    firsts = matrices[0]
+    firsts, count = matrices[0], len(matrices)
     shapes = tuple((tuple(matrix.shape), by_row) for matrix, by_row in zip(firsts, rows, strict=True))
-    fields = torch.zeros(len(firsts), FIELDS.value, dtype=torch.int64)
+    fields = np.zeros((len(firsts), FIELDS.value), np.int64)
     for column, tensors in enumerate([*matrices, *channels]):
         if tensors:
-            fields[:, column] = torch.tensor([tensor.data_ptr() for tensor in tensors])
-    fields[:, CHANNELS.value :] = torch.tensor([shape if by_row else shape[::-1] for shape, by_row in shapes])
-    wide = [shape[1] % 4 == 0 for shape, _ in shapes]  # and so is every address
-    wide = [yes and not row[: len(matrices)].bitwise_and(15).any() for yes, row in zip(wide, fields, strict=True)]
-    table = (fields.pin_memory() if firsts[0].is_cuda else fields).to(firsts[0].device, non_blocking=True)
-    for align in (16, 4):
-        chosen = tuple(yes == (align == 16) for yes in wide)
-        if len(programs := items(shapes, chosen, tiles, firsts[0].device)):
+            fields[:, column] = [tensor.data_ptr() for tensor in tensors]
+    fields[:, CHANNELS.value :] = [shape if by_row else shape[::-1] for shape, by_row in shapes]
+    even = (fields[:, :count] % 16 == 0).all(1) & np.array([shape[1] % 4 == 0 for shape, _ in shapes])
+    table, device = torch.from_numpy(fields), firsts[0].device
+    table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+    for align, chosen in ((16, even), (4, ~even)):
+        programs = items(shapes, tuple(chosen.tolist()), tiles, device, getattr(firsts[0], "fake_mode", None))
+        if len(programs):
             kernel[(len(programs),)](table, programs, *given, ALIGN=align, **TILE, **options)
 
 
 @functools.lru_cache(64)
 def items(
-    shapes: tuple[tuple[tuple[int, int], bool], ...], chosen: tuple[bool, ...], tiles: bool, device: torch.device
-) -> Tensor:
+    shapes: tuple[tuple[tuple[int, int], bool], ...], chosen: tuple[bool, ...], tiles: bool, device: torch.device,
+    fake_mode: Any,
+) -> Tensor:  # fmt: skip
     """The programs of a launch: matrix, block, side  # int32 [programs, 4]"""
-    found = [torch.zeros(0, 4, dtype=torch.int32)]
-    for t, ((shape, by_row), yes) in enumerate(zip(shapes, chosen, strict=True)):
+    found = [np.zeros((0, 4), np.int32)]
+    for t, (shape, by_row) in enumerate(shapes):
         many, steps = (TILE["SHORT"], TILE["LONG"]) if by_row else (TILE["LONG"], TILE["SHORT"])
         channels, length = shape if by_row else shape[::-1]
-        blocks = yes * -(-channels // many) * (-(-length // steps) if tiles else 1)
-        row = torch.tensor([[t, 0, int(by_row), 0]], dtype=torch.int32).repeat(blocks, 1)
-        row[:, 1] = torch.arange(blocks)
-        found.append(row)
-    return torch.cat(found).to(device)
+        blocks = chosen[t] * -(-channels // many) * (-(-length // steps) if tiles else 1)
+        found.append(np.full((blocks, 4), (t, 0, by_row, 0), np.int32))
+        found[-1][:, 1] = np.arange(blocks)
+    return torch.from_numpy(np.concatenate(found)).to(device)
 
 
 def variants() -> Iterator[Variant]:
@@ -238,6 +239,6 @@ def variants() -> Iterator[Variant]:
     for align, told in ((16, ""), (4, ", rows that begin anywhere")):
         yield Variant(f"norms{told}", norms_kernel, {**common, "ALIGN": align})
         yield Variant(f"scale_add{told}", scale_add_kernel, {**common, "keep": "fp32", "ALIGN": align})
-        for name, store, sizes in (("galore", True, False), ("fira", True, True), ("apollo", False, True)):
+        for what, store, sizes in (("N", True, False), ("N and norms", True, True), ("norms", False, True)):
             arguments = {**adam, "STORE": store, "SIZES": sizes, "ALIGN": align}
-            yield Variant(f"adam_small of {name}{told}", adam_kernel, arguments)
+            yield Variant(f"adam_small, {what}{told}", adam_kernel, arguments)

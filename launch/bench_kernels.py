@@ -1,23 +1,33 @@
 """thriftlab bench kernels: whether the Triton kernels compile as they should, are right, and how fast they are.
 
 With --compile-only the first of the three: for four GPUs, none of which is needed (kernels/gate.py). Registers and
-accesses are compared with a file that is kept for each version of triton, and that --write-registers writes.
+accesses are compared with a file that is kept for each version of triton, and that --write-registers writes. Without
+it the other two, on this machine's GPU: the tests of the kernels, the bits of the fused step beside the interpreter's,
+and each case of kernel_cases.py beside plain torch.
 """
 
 import json
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.data.paths import FilePath
 from thriftlab.kernels.gate import GPUS, PLANTED, compile_all, read_table, table_file
+from thriftlab.launch import kernel_bits, kernel_cases
+from thriftlab.launch.bench import name_of
+from thriftlab.train.backends.device import Device, choose_device, why_no_gpu
 from thriftlab.train.config.choice import Section
 
 FLAGS = {"--compile-only": "compile_only=true", "--write-registers": "write_registers=true"}
+ROOT, TESTS = Path(__file__).parents[1], "tests/kernels/interpreted"
 TRITON = version("triton")
 Row = dict[str, Any]
 
@@ -29,22 +39,62 @@ class KernelBench(Section):
     write_registers: bool = Field(
         False, description="--write-registers: keep what was compiled as what later ones are compared with"
     )
+    device: Device = Field("auto", description="auto, cuda or cuda:N: where kernels run, without --compile-only")
+    rounds: int = Field(20, ge=1, description="calls of each way that are timed")
     out: FilePath | None = Field(None, description="JSON file for every number; null: none")
 
 
 def bench_kernels(options: KernelBench) -> list[Row]:
-    rows = compile_all()
-    print(compiled_table(rows))
+    rows = compiled(options) if options.compile_only else run(options)
     if options.out:
         make_folder(Path(options.out).parent)
         replace_atomically(Path(options.out), json.dumps(rows, indent=1).encode())
     if options.write_registers:
         write_registers(rows)
-    elif bad := refused(rows):
+    elif bad := refused(rows) if options.compile_only else unlike(rows):
         error = UserError("\n".join(bad))
         error.code = 1
         raise error
     return rows
+
+
+def compiled(options: KernelBench) -> list[Row]:
+    rows = compile_all()
+    print(compiled_table(rows))
+    return rows
+
+
+def run(options: KernelBench) -> list[Row]:
+    """On a GPU the tests of the kernels, then a comparison with plain torch and times; else why not."""
+    device = choose_device(options.device)
+    if device.type == "cpu":
+        print(f"skipped: the tests on a device, the bits of a device, times: {why_no_gpu()}")
+        print(f"what needs no GPU: thriftlab bench kernels --compile-only, and TRITON_INTERPRET=1 pytest {TESTS}")
+        return []
+    rows = [on_device(), {"case": "bits", "wrong": kernel_bits.unlike(device)}]
+    for case in kernel_cases.cases(device, small=False):
+        print(f"{case.name} ...", file=sys.stderr, flush=True)
+        rows.append(kernel_cases.measured(case, device, options.rounds))
+    print(f"{name_of(device, {})}, torch {torch.__version__}, triton {TRITON}, median of {options.rounds} calls")
+    print(kernel_cases.times_table(rows[2:]))
+    for why in dict.fromkeys(why for row in rows[2:] for why in row["skipped"].values()):
+        print(f"skipped: {why}")
+    return rows
+
+
+def on_device() -> Row:
+    """The tests of the interpreter, on the device, where they are at hand."""
+    if not (ROOT / TESTS).is_dir():
+        print(f"skipped: the tests on a device: {ROOT / TESTS} is not here")
+        return {"case": "tests", "wrong": []}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the tests hide the GPU from themselves
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS], cwd=ROOT, env=environment)
+    return {"case": "tests", "wrong": [f"{TESTS} fail on the device"] if done.returncode else []}
+
+
+def unlike(rows: list[Row]) -> list[str]:
+    return [says for row in rows for says in row["wrong"]]
 
 
 def compiled_table(rows: list[Row]) -> str:
@@ -69,7 +119,7 @@ def cell(row: Row) -> str:
     mark = "!" if row["faults"] else ""
     if "registers" not in row:
         return f"{mark}error"
-    return f"{mark}{row['registers']:>3} {row['shared'] / 1024:>4.3g} {row['narrow']:>4}"
+    return f"{mark}{row['registers']:>3} {row['shared'] / 1024:>4.1f} {row['narrow']:>4}"
 
 
 def refused(rows: list[Row]) -> list[str]:
@@ -83,8 +133,9 @@ def refused(rows: list[Row]) -> list[str]:
         print(f"kernels/{table_file(TRITON).name} is not there: registers and accesses are compared with nothing")
         return bad
     again = "; the new numbers are written by thriftlab bench kernels --compile-only --write-registers"
-    bad += [f"{name}: nothing is known of its registers{again}" for name in sorted(found - kept)]
-    return bad + [f"{name}: there is no such variant any more{again}" for name in sorted(kept - found)]
+    for names, what in ((found - kept, "nothing is known of the registers of"), (kept - found, "gone are")):
+        bad += [f"{what} {', '.join(sorted(names))}{again}"] if names else []
+    return bad
 
 
 def write_registers(rows: list[Row]) -> None:

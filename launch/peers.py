@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.optim import METHODS
+from thriftlab.optim.muon import newton_schulz
 
 NO_REFRESH = 10**9  # steps between refreshes: more than are measured
 RANK = 128
@@ -20,6 +21,28 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "frugal": tuple({"subspace": name} for name in ("blocks", "columns", "rows", "coordinates")),
     "apollo": ({"rank": RANK}, {"rank": 1, "granularity": "tensor", "scale": 128.0}),
     "adamw": ({}, {"state_dtype": "bf16"}),
+}
+
+# Steps whose kernels are compared with plain torch, and how far they may be from it.
+KERNEL_STEPS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "adamw": ("adamw", {}, 1e-5),
+    "adamw, 8bit": ("adamw", {"state_dtype": "8bit"}, 2e-3),
+    "signsgd": ("signsgd", {}, 1e-5),
+    "frugal, blocks": ("frugal", {"subspace": "blocks"}, 1e-5),
+    "frugal, columns": ("frugal", {"subspace": "columns"}, 1e-5),
+    "frugal, rows": ("frugal", {"subspace": "rows"}, 1e-5),
+    "galore": ("galore", {"rank": RANK}, 1e-4),
+    "fira": ("fira", {"rank": RANK}, 1e-4),
+    "apollo": ("apollo", {"rank": RANK}, 1e-4),
+}
+# Steps whose bits on a device are those of triton's interpreter.
+KERNEL_BITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("adamw", {}),
+    "adamw, bf16": ("adamw", {"state_dtype": "bf16"}),
+    "adamw, 8bit": ("adamw", {"state_dtype": "8bit"}),
+    "signsgd": ("signsgd", {}),
+    "frugal, columns": ("frugal", {"subspace": "columns"}),
+    "frugal, rows, 8bit": ("frugal", {"subspace": "rows", "state_dtype": "8bit"}),
 }
 
 
@@ -67,7 +90,7 @@ def ruler(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
     return torch.optim.AdamW(split + plain, lr=1e-6, foreach=True)
 
 
-FLOOR, FLOOR_OF = "floor of GaLore: products and fused Adam", "galore"
+FLOOR = "floor of GaLore: products and fused Adam"
 
 
 class GaLoreFloor(torch.optim.Optimizer):
@@ -90,6 +113,33 @@ class GaLoreFloor(torch.optim.Optimizer):
             fused_adam([normalized], [down(p.grad, basis)], [moments])
             left, right = (normalized, basis.T) if p.shape[0] >= p.shape[1] else (basis, normalized)
             p.addmm_(left, right, alpha=-1e-6)
+
+
+class MuonFloor(torch.optim.Optimizer):
+    """What a step of Muon does not go below: its products in bf16, torch's fused Adam, and nothing around them."""
+
+    def __init__(self, split: Tensors, plain: Tensors):
+        super().__init__(split + plain, {})
+        self.starts = [(p.detach() / p.detach().norm()).bfloat16() for p in split]
+        self.plain, self.moments = plain, [adam_state(p) for p in plain]
+        self.state.update(zip(plain, self.moments, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        fused_adam(self.plain, [p.grad for p in self.plain], self.moments)
+        for start in self.starts:
+            newton_schulz(start, [(3.4445, -4.7750, 2.0315)] * 5)
+
+
+# Label -> the methods that it is the floor of, and its maker from (matrices, other tensors).
+FLOORS: dict[str, tuple[tuple[str, ...], Callable[[Tensors, Tensors], torch.optim.Optimizer]]] = {
+    FLOOR: (("galore",), GaLoreFloor),
+    "floor of Muon: products and fused Adam": (("muon", "normuon"), MuonFloor),
+    "floor of SCALE: fused SGD": (
+        ("scale", "signsgd"),
+        lambda split, plain: torch.optim.SGD(split + plain, lr=1e-6, fused=True),
+    ),
+}
 
 
 def down(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -22,19 +22,21 @@ from torch import Tensor
 from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.core.projected import (
     Projected,
+    adam_of_channels,
     all_norms,
+    coordinates,
     correction,
-    directions,
     growth_limits,
     lengths,
     quotients,
+    scale_add,
     without,
 )
 from thriftlab.optim.core.split import OnRefresh
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype
-from thriftlab.optim.state.subspaces import Subspace, basis_of, keeps_rows, subspace_of
+from thriftlab.optim.state.subspaces import Subspace, keeps_rows, subspace_of
 
 
 class Apollo(Projected, name="apollo"):
@@ -84,16 +86,15 @@ class Apollo(Projected, name="apollo"):
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
     ) -> None:
-        subspace = subspace_of(group)
-        smalls = [subspace.down(grad, basis_of(state)) for grad, state in zip(grads, states, strict=True)]
+        smalls = coordinates(grads, states, subspace_of(group))
         channels = group["granularity"] == "channel"
         dims = [int(keeps_rows(small, g)) if channels else None for small, g in zip(smalls, grads, strict=True)]
-        normalized = directions(smalls, states, age, group)
-        phis = quotients(all_norms(normalized, dims), all_norms(smalls, dims))
+        _, sizes_n, sizes_r = adam_of_channels(smalls, states, age, group, dims, directions_too=False)
+        phis = quotients(sizes_n, sizes_r)
         sizes = lengths(phis, all_norms(grads, dims))
         limits = growth_limits(without(correction(age, group), sizes), states, group["gamma"])
-        for weight, grad, phi, limit in zip(weights, grads, phis, limits, strict=True):
-            weight.addcmul_(grad, phi * (-group["lr"] * math.sqrt(group["scale"])) / limit)
+        rate = -group["lr"] * math.sqrt(group["scale"])
+        scale_add(weights, grads, [phi * rate / limit for phi, limit in zip(phis, limits, strict=True)], dims)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}

@@ -26,19 +26,22 @@ from torch import Tensor
 from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.core.projected import (
     Projected,
+    adam_of_channels,
+    add_back,
     all_norms,
+    coordinates,
     correction,
-    directions,
     growth_limits,
     lengths,
     quotients,
+    scale_add,
     without,
 )
 from thriftlab.optim.core.split import OnRefresh
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype, wide
-from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, keeps_rows, subspace_of
+from thriftlab.optim.state.subspaces import Subspace, keeps_rows, subspace_of
 
 
 class Recovered(Projected):
@@ -47,23 +50,21 @@ class Recovered(Projected):
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
     ) -> None:
-        subspace, bases, exact = subspace_of(group), [basis_of(state) for state in states], group["residual"] == "exact"
+        subspace, exact = subspace_of(group), group["residual"] == "exact"
         beta, lr = 1.0 if exact else group["alpha"], group["lr"]
-        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+        smalls = coordinates(grads, states, subspace)
         dims = [int(keeps_rows(small, grad)) for small, grad in zip(smalls, grads, strict=True)]
-        normalized = directions(smalls, states, age, group)
-        radii = all_norms(smalls, dims)
-        phis = quotients(all_norms(normalized, dims), radii)
-        sizes = lengths(phis, residual_norms(grads, smalls, radii, beta, subspace, bases))
+        normalized, sizes_n, radii = adam_of_channels(smalls, states, age, group, dims)
+        phis = quotients(sizes_n, radii)
+        sizes = lengths(phis, residual_norms(grads, smalls, radii, beta, subspace, states))
         limits = growth_limits(sizes if exact else without(correction(age, group), sizes), states, group["gamma"])
 
         free = [phi / limit for phi, limit in zip(phis, limits, strict=True)]
         torch._foreach_mul_(free, group["alpha"] if exact else 1.0)
         torch._foreach_mul_(normalized, group["alpha"])
-        for weight, grad, small, inside, f, basis in zip(weights, grads, smalls, normalized, free, bases, strict=True):
-            weight.addcmul_(grad, -lr * f)
-            inside.addcmul_(f, small, value=-beta)
-            add_up(weight, inside, subspace, basis, -lr)
+        scale_add(weights, grads, [-lr * f for f in free], dims)
+        scale_add(normalized, smalls, [-beta * f for f in free], dims)
+        add_back(weights, normalized, states, subspace, -lr)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {**super().spec(shape, dtype, **overrides), **self.limiter_spec(shape, dtype, overrides)}
@@ -112,7 +113,7 @@ class Fira(Recovered, name="fira"):
 
 
 def residual_norms(
-    grads: list[Tensor], smalls: list[Tensor], radii: list[Tensor], beta: float, subspace: Any, bases: list[State]
+    grads: list[Tensor], smalls: list[Tensor], radii: list[Tensor], beta: float, subspace: Any, states: list[State]
 ) -> list[Tensor]:
     """|G - beta up(R)| of each channel, by |G| and `radii`, |R|, alone where a basis is orthonormal to rounding."""
     dims = [int(keeps_rows(small, grad)) for small, grad in zip(smalls, grads, strict=True)]
@@ -124,6 +125,5 @@ def residual_norms(
         torch._foreach_sqrt_(squares)
         return squares
     residuals = [grad.clone() for grad in grads]
-    for residual, small, basis in zip(residuals, smalls, bases, strict=True):
-        add_up(residual, small, subspace, basis, -beta)
+    add_back(residuals, smalls, states, subspace, -beta)
     return all_norms(residuals, dims)

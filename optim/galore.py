@@ -18,12 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
-from thriftlab.optim.core.projected import Projected, directions
+from thriftlab.optim.core.projected import Projected, add_back, coordinates, directions
 from thriftlab.optim.core.split import OnRefresh
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.storage import StateDtype
-from thriftlab.optim.state.subspaces import Subspace, add_up, basis_of, subspace_of
+from thriftlab.optim.state.subspaces import Subspace, subspace_of
 
 
 class Within(Projected):
@@ -32,11 +32,9 @@ class Within(Projected):
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
     ) -> None:
-        subspace, bases = subspace_of(group), [basis_of(state) for state in states]
-        smalls = [subspace.down(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
-        normalized = directions(smalls, states, age, group)
-        for weight, direction, basis in zip(weights, normalized, bases, strict=True):
-            add_up(weight, direction, subspace, basis, -group["lr"] * group["scale"])
+        subspace = subspace_of(group)
+        normalized = directions(coordinates(grads, states, subspace), states, age, group)
+        add_back(weights, normalized, states, subspace, -group["lr"] * group["scale"])
 
 
 class GaLore(Within, name="galore"):

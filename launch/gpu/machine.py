@@ -1,7 +1,6 @@
 """Checks of the machine and of what is installed."""
 
 import platform
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -11,13 +10,10 @@ from typing import Any
 
 import torch
 
-from thriftlab.kernels import rms_norm
-from thriftlab.launch.gpu.setting import Finding, NotBuilt, Setting
+from thriftlab.launch.gpu.setting import Finding, Setting
 from thriftlab.train.backends.device import why_no_gpu
 from thriftlab.train.records.record import provenance
 from thriftlab.train.records.speed import peak_flops
-
-TRITON = re.compile(r"^\s*(?:import|from) triton\b", re.MULTILINE)
 
 
 def machine(setting: Setting) -> Iterator[Finding]:
@@ -77,13 +73,3 @@ def headers() -> bool:
 
 def nccl() -> str | None:
     return ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
-
-
-def kernels(setting: Setting) -> Iterator[Finding]:
-    """Kernels of this package that are written for GPUs."""
-    files = Path(rms_norm.__file__).parent.glob("*.py")
-    names = sorted(file.name for file in files if TRITON.search(file.read_text()))
-    if names:
-        raise NotBuilt(f"there are Triton kernels ({', '.join(names)}), and this check does not measure them yet")
-    raise NotBuilt("there are no Triton kernels in this version: kernels/ is plain PyTorch")
-    yield  # as every check, a generator

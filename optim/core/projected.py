@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thriftlab.kernels.dispatch import note, path
 from thriftlab.optim.core.kinds import Numbers, numbers_of_adamw
+from thriftlab.optim.core.products import model_products
 from thriftlab.optim.core.split import SplitOptimizer, splits
-from thriftlab.optim.state.counters import Age, count_together, counts_on_host
+from thriftlab.optim.state.counters import Age, capturing, count_together, counts_on_host
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import each
 from thriftlab.optim.state.rules import Adam, decay
 from thriftlab.optim.state.storage import make_zero, wide
+from thriftlab.optim.state.subspaces import add_up, basis_of
 from thriftlab.optim.state.torch_adamw import hyper_of, step_adamw
 
 ADAM = Adam()
@@ -79,6 +82,8 @@ def step_plain(weights: list[Tensor], grads: list[Tensor], states: list[State], 
 
 def directions(smalls: list[Tensor], states: list[State], age: Age, group: dict[str, Any]) -> list[Tensor]:
     """Adam's N of the gradient's coordinates, bias-corrected."""
+    if adam_by_kernel(smalls, states, by_row := [1] * len(smalls)):
+        return adam_small(smalls, states, age, group, by_row, directions=True, sizes=False)[0]
     if not isinstance(age, Tensor):
         return ADAM.directions(smalls, states, age, with_early_eps(group, age))
     normalized = ADAM.directions(smalls, states, never_young(age), group)
@@ -103,6 +108,73 @@ def correction(age: Age, group: dict[str, Any]) -> Any:
     return (1 - b2**age) ** 0.5 / (1 - b1**age)
 
 
+def by_kernel(matrices: list[Tensor], dims: Sequence[int | None]) -> bool:
+    """Whether kernels/norm_rows.py walks over these: fp32, without gaps, a norm or a factor for each channel."""
+    if None in dims or path(matrices[0], "norm_rows") != "triton" or capturing():
+        return False  # a CUDA graph would keep the addresses of this step
+    fit = all(matrix.dtype == torch.float32 and matrix.is_contiguous() for matrix in matrices)
+    if not fit:
+        note("norm_rows", "torch where matrices or moments are not fp32, or have gaps")
+    return fit
+
+
+def rows_of(dims: Sequence[int | None]) -> list[bool]:
+    """Whether the channels, along which norms are taken, are rows."""
+    return [dim == 1 for dim in dims]
+
+
+def coordinates(grads: list[Tensor], states: list[State], subspace: Any) -> list[Tensor]:
+    """R = down(G)"""
+    with model_products():
+        return [subspace.down(grad, basis_of(state)) for grad, state in zip(grads, states, strict=True)]
+
+
+def add_back(weights: list[Tensor], smalls: list[Tensor], states: list[State], subspace: Any, scale: Any) -> None:
+    """W += scale up(N)"""
+    with model_products():
+        for weight, small, state in zip(weights, smalls, states, strict=True):
+            add_up(weight, small, subspace, basis_of(state), scale)
+
+
+def adam_of_channels(
+    smalls: list[Tensor], states: list[State], age: Age, group: dict[str, Any], dims: Sequence[int | None],
+    directions_too: bool = True,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """(N, |N|, |R|) of the gradient's coordinates R; N may be left out."""
+    if adam_by_kernel(smalls, states, dims):
+        return adam_small(smalls, states, age, group, dims, directions_too, sizes=True)
+    normalized = directions(smalls, states, age, group)
+    return normalized, all_norms(normalized, dims), all_norms(smalls, dims)
+
+
+def adam_by_kernel(smalls: list[Tensor], states: list[State], dims: Sequence[int | None]) -> bool:
+    moments = [state[name] for name in ADAM.buffers for state in states]
+    fit = all(moment.shape == small.shape for moment, small in zip(moments, [*smalls, *smalls], strict=True))
+    return fit and by_kernel([*smalls, *moments], dims)
+
+
+def adam_small(
+    smalls: list[Tensor], states: list[State], age: Age, group: dict[str, Any], dims: Sequence[int | None],
+    directions: bool, sizes: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    from thriftlab.kernels import norm_rows
+
+    firsts, seconds = ([state[name] for state in states] for name in ADAM.buffers)
+    factors = correction(age, group) * torch.ones(len(smalls), device=smalls[0].device, dtype=torch.float64)
+    betas, eps, rows = group["betas"], group["eps"], rows_of(dims)
+    return norm_rows.adam_small(smalls, firsts, seconds, factors.float(), betas, eps, rows, directions, sizes)
+
+
+def scale_add(matrices: list[Tensor], others: list[Tensor], factors: list[Tensor], dims: Sequence[int | None]) -> None:
+    """W += f G, with a factor for each channel."""
+    if by_kernel([*matrices, *others], dims):
+        from thriftlab.kernels import norm_rows
+
+        return norm_rows.scale_add(matrices, others, factors, rows_of(dims))
+    for matrix, other, factor in zip(matrices, others, factors, strict=True):
+        matrix.addcmul_(other, factor)
+
+
 def norms(matrix: Tensor, dim: int | None) -> Tensor:
     """Norms along `dim`, or the one of all, in fp32 at least  # [m, 1], [1, n] or []"""
     if (
@@ -113,6 +185,10 @@ def norms(matrix: Tensor, dim: int | None) -> Tensor:
 
 
 def all_norms(matrices: list[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
+    if by_kernel(matrices, dims):
+        from thriftlab.kernels import norm_rows
+
+        return norm_rows.norms(matrices, rows_of(dims))
     return [norms(matrix, dim) for matrix, dim in zip(matrices, dims, strict=True)]
 
 

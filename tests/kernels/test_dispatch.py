@@ -46,6 +46,25 @@ def test_what_is_forced_and_impossible_is_one_line(monkeypatch):
         assert str(error.value).startswith(f"THRIFTLAB_KERNELS={choice}: ") and "\n" not in str(error.value)
 
 
+def test_a_dtype_without_kernel_takes_torch_and_says_so(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert way(monkeypatch, "triton", CPU.double()) == way(monkeypatch, "triton", CPU.half()) == "torch"
+    assert way(monkeypatch, "triton", CPU.bfloat16()) == "triton"
+    kinds = ["torch: there is no kernel for float64", "torch: there is no kernel for float16"]
+    assert dispatch.ran == {"fused_step": ["triton", *kinds]}
+
+
+@pytest.mark.slow
+def test_compiled_code_takes_it_as_a_constant():
+    torch.compiler.reset()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def twice(x):
+        return 2 * x if dispatch.path(x, "fused_step") == "torch" else x
+
+    assert twice(torch.ones(1)) == 2 and dispatch.ran == {"fused_step": ["torch"]}
+
+
 @pytest.mark.parametrize("version, fits", [("3.6.9", False), ("3.7.1", True), ("3.10.0", True), ("4.0.0+git1", True)])
 def test_an_old_triton_is_none(monkeypatch, version, fits):
     import triton

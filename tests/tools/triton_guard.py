@@ -11,7 +11,8 @@
   least integer, under the guard;
 - two programs write one byte, one reads what another writes, or one reads back what it wrote: the interpreter runs
   programs and their lanes in turn, a GPU in any order;
-- one store writes an address twice, or there is an atomic operation, whose sums depend on that order.
+- one store writes an address twice, or there is an atomic operation, whose sums depend on that order;
+- a number or an address is no multiple of what `tl.multiple_of` promises: wide accesses are made on its word.
 
 The interpreter follows pointers to the memory of the CPU only, so all tensors are CPU tensors.
 """
@@ -150,6 +151,7 @@ def guard(*tensors) -> Iterator[list[str]]:
     with ExitStack() as patches:
         replaced = {
             GridExecutor: {"__call__": guarded_call, "_init_args_hst": guarded_begin},
+            TensorHandle: {"set_attr": check_promise},
             InterpreterBuilder: {
                 "create_masked_load": guarded_load, "create_masked_store": guarded_store,
                 "set_grid_idx": guarded_turn, **dict.fromkeys(ATOMICS, refuse_atomics),
@@ -163,3 +165,8 @@ def guard(*tensors) -> Iterator[list[str]]:
 
 def refuse_atomics(*_):
     raise GuardError("an atomic operation")
+
+
+def check_promise(handle, name, values):
+    if name == "tt.divisibility" and handle.data.size == 1 and handle.data.item() % values[0]:
+        raise GuardError(f"{handle.data.item()} is promised to be a multiple of {values[0]}")

@@ -9,9 +9,10 @@ import torch
 
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import ConfigError
-from thriftlab.optim import ReLoRA
+from thriftlab.optim import Apollo, Fira, Frugal, GaLore, ReLoRA
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.layers.base import before_step
+from thriftlab.optim.state.dense import Orthogonal
 from thriftlab.train.backends.device import best_precision
 from thriftlab.train.build import set_torch, warn_of_slow_attention
 from thriftlab.train.config.schema import TrainConfig, settled
@@ -85,6 +86,46 @@ def test_the_products_of_an_update_stay_fp32(tf32, fails):
     with pytest.raises(ValueError) if fails else torch.no_grad():
         method.step()
     assert method.seen == "highest" and torch.get_float32_matmul_precision() == "high"
+
+
+class Seeing(Orthogonal):
+    """A subspace that writes down how exact products are when they are made."""
+
+    def __init__(self):
+        super().__init__(rank=2)
+        self.seen = []
+
+    def refresh(self, *given):
+        self.seen.append(("refresh", torch.get_float32_matmul_precision()))
+        return super().refresh(*given)
+
+    def down(self, *given):
+        self.seen.append(("down", torch.get_float32_matmul_precision()))
+        return super().down(*given)
+
+    def add_up(self, *given):
+        self.seen.append(("add_up", torch.get_float32_matmul_precision()))
+        return super().add_up(*given)
+
+
+@pytest.mark.parametrize("method", [GaLore, Fira, Apollo, Frugal])
+def test_coordinates_of_a_plain_step_are_products_as_the_models(tf32, method):
+    """GaLore, Fira and APOLLO: down and up. A refresh, and what it carries over, stays exact; so does FRUGAL, whose
+    rest has signs."""
+    subspace, p = Seeing(), torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = method([p], lr=0.1, subspace=subspace, on_refresh="project")
+    plain = "highest" if method is Frugal else "high"
+    for _ in range(2):
+        subspace.seen.clear()
+        p.grad = torch.randn(6, 4)
+        optimizer.step()
+    assert ("down", plain) in subspace.seen and {seen for _, seen in subspace.seen} == {plain}
+    assert method is Apollo or ("add_up", plain) in subspace.seen
+    optimizer.param_groups[0]["gap"] = 1
+    subspace.seen.clear()
+    optimizer.step()
+    assert ("refresh", "highest") in subspace.seen and ("down", "highest") in subspace.seen
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_the_products_of_a_merge_stay_fp32(tf32, monkeypatch):

@@ -75,6 +75,11 @@ def halves(x, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def promising(x, y, n, BLOCK: tl.constexpr):
+    tl.store(y + tl.arange(0, BLOCK), tl.multiple_of(n, 8))
+
+
+@triton.jit
 def atomic(x, y, n, BLOCK: tl.constexpr):
     tl.atomic_add(y, 1.0)
 
@@ -112,6 +117,7 @@ def test_a_right_kernel_passes_and_its_launch_is_named():
         (read_back, "reads back"),
         (twice, "twice"),
         (halves, "two programs write"),
+        (promising, "100 is promised to be a multiple of 8"),
         (atomic, "atomic"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
