@@ -26,20 +26,18 @@ from thriftlab.optim.core.kinds import (
     ALL,
     COLUMNS,
     KEPT,
-    LOW_BITS,
     NOTHING,
     ROWS,
     Kind,
-    kept_in_few_bits,
     kind_of,
     may_launch,
-    rounds_randomly,
 )
 from thriftlab.optim.state.counters import Ticks, follow
 from thriftlab.optim.state.keys import State, keyed_seed
 from thriftlab.optim.state.storage import BLOCK as CODE_BLOCK
 from thriftlab.optim.state.storage import codebook
 from thriftlab.optim.state.torch_adamw import MOMENTS
+from thriftlab.optim.state.weights import LOW_BITS, few_bits, rounds_randomly
 
 Parts = Sequence[str | Fragment]
 OPERATION = "fused_step"
@@ -257,7 +255,7 @@ def row_of(part: str | Fragment, weight: Tensor, state: State, kind: Kind, group
     row[FIRST_W] = part.start if isinstance(part, Fragment) else 0
     row[FIRST_V] = int(state.get("whole.first", 0))
     row[SEED_V] = int(state.get("rounding", 0))
-    if kept_in_few_bits(weight, group):
+    if few_bits(weight, group):
         row[SEED_W] = keyed_seed(group["weight_seed"], f"{guard.name_of(part)}/weight", 0)
     return row
 
@@ -268,7 +266,7 @@ def options_of(
     kept = [KEPT[state[MOMENTS[0]].dtype] for state in states if MOMENTS[0] in state]  # alike, as a rule
     found = []
     for weight, grad, state, kind in zip(weights, grads, states, kinds, strict=True):
-        few = kept_in_few_bits(weight, group)
+        few = few_bits(weight, group)
         own = KEPT[state[MOMENTS[0]].dtype] if kind.where != NOTHING else kept[0] if kept else 0
         tiles = kind.where in (ROWS, COLUMNS)
         if own == KEPT[torch.uint8]:
