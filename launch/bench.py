@@ -18,9 +18,10 @@ from thriftlab.data.errors import ConfigError
 from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.data.paths import FilePath
 from thriftlab.data.prepare.request import split_commas
-from thriftlab.launch.peers import FLOOR, FLOOR_OF, NO_REFRESH, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
+from thriftlab.launch.peers import FLOORS, NO_REFRESH, PEERS, RULER, held_bytes, ruler, variants
 from thriftlab.launch.timing import peak_allocation, timer
-from thriftlab.optim import METHODS, predicted_state_bytes, split_groups
+from thriftlab.optim import METHODS, Method, predicted_state_bytes, split_groups
+from thriftlab.optim.state.weights import Rounding, WeightDtype
 from thriftlab.train.backends.device import Device, choose_device, warn_of_idle_gpu
 from thriftlab.train.config.choice import Section
 from thriftlab.train.model import GPT, PRESETS, ModelConfig
@@ -40,6 +41,10 @@ class OptimBench(Section):
     preset: Literal[tuple(PRESETS)] = Field(  # type: ignore[valid-type]
         "llama-60m", description="whose shapes (model.preset)"
     )
+    weights: Annotated[tuple[WeightDtype, ...], BeforeValidator(split_commas)] = Field(
+        ("fp32",), description="how weights are kept (train.weights), with commas between them; of each method all"
+    )
+    rounding: Rounding = Field("random", description="of weights in bf16 and bf16+8")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU where torch sees one")
     out: FilePath | None = Field(None, description="JSON file for every number; null: none")
 
@@ -115,20 +120,25 @@ def name_of(device: torch.device, machine: dict[str, Any]) -> str:
 
 
 def make_timings(options: OptimBench, device: torch.device) -> list[Timing]:
-    """The ruler first, then the methods, GaLore's floor, and the peers that are installed."""
-    groups = tensors(ModelConfig(preset=options.preset), device)
+    """The ruler first, then the methods, floors, and the peers that are installed."""
+    sizes = ModelConfig(preset=options.preset)
+    groups = tensors(sizes, device)
     split = [p for group in groups if group["split"] for p in group["params"]]
     plain = [p for group in groups if not group["split"] for p in group["params"]]
     timings = [Timing(RULER, ruler(split, plain))]
     for label, (name, hyper) in variants().items():
-        if not options.methods or name in options.methods:
-            optimizer = METHODS[name](groups, lr=1e-6, **hyper)  # type: ignore[call-arg]
+        for kept in options.weights if not options.methods or name in options.methods else ():
+            own = groups if kept == "fp32" else tensors(sizes, device)  # which it changes in place
+            optimizer = METHODS[name](own, lr=1e-6, **hyper)  # type: ignore[call-arg]
+            if kept != "fp32":
+                keep(optimizer, kept, options.rounding)
             if "gap" in optimizer.defaults:
                 for group in optimizer.param_groups:
                     group["gap"] = NO_REFRESH
-            timings.append(Timing(label, optimizer))
-    if not options.methods or FLOOR_OF in options.methods:
-        timings.append(Timing(FLOOR, GaLoreFloor(split, plain)))
+            timings.append(Timing(label if kept == "fp32" else f"{label} weights={kept}", optimizer))
+    for label, (names, make) in FLOORS.items():
+        if not options.methods or set(names) & set(options.methods):
+            timings.append(Timing(label, make(split, plain)))
     for label, make in PEERS.items() if not options.methods else ():
         try:
             timings.append(Timing(label, make(split, plain)))
@@ -148,6 +158,16 @@ def tensors(sizes: ModelConfig, device: torch.device | str = "cpu") -> list[dict
         for p in group["params"]:
             p.grad = noise(p.shape, draw)
     return groups
+
+
+def keep(optimizer: Method, weights: WeightDtype, rounding: Rounding) -> None:
+    """Weights in few bits, with gradients that stay fp32."""
+    grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+    for p in grads:
+        p.grad = None
+    optimizer.keep_weights(weights, rounding)
+    for p, grad in grads.items():
+        p.grad_dtype, p.grad = torch.float32, grad
 
 
 def noise(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:

@@ -28,7 +28,7 @@ def unlike(device: torch.device) -> list[str]:
             environment = {**os.environ, VARIABLE: "triton", "TRITON_INTERPRET": interpreter}
             subprocess.run([sys.executable, "-m", __name__, where, str(file)], env=environment, check=True)
         one, two = (torch.load(file) for file in files)
-    same = {rule: all(map(torch.equal, found, two[rule], strict=True)) for rule, found in one.items()}
+    same = {rule: all(torch.equal(x, y) for x, y in zip(found, two[rule], strict=True)) for rule, found in one.items()}
     return [f"{rule}: the device's bits are not the interpreter's" for rule, yes in same.items() if not yes]
 
 

@@ -15,10 +15,11 @@ from thriftlab.optim.adamw import AdamW
 from thriftlab.optim.apollo import Apollo
 from thriftlab.optim.badam import BAdam
 from thriftlab.optim.conda import Conda
+from thriftlab.optim.core.bill import predicted_state_bytes, state_bytes
 from thriftlab.optim.core.groups import split_groups
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search
 from thriftlab.optim.core.listing import left_to_adamw
-from thriftlab.optim.core.method import METHODS, Method, predicted_state_bytes, state_bytes
+from thriftlab.optim.core.method import METHODS, Method
 from thriftlab.optim.core.split import SplitOptimizer
 from thriftlab.optim.dion2 import Dion2
 from thriftlab.optim.fira import Fira

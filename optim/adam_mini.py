@@ -22,6 +22,7 @@ from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.lists import batches, kept_unless
 from thriftlab.optim.state.rules import decay
 from thriftlab.optim.state.storage import StateDtype, kept_spec, load, make_zero, store, wide
+from thriftlab.optim.state.weights import dtype_of_step
 
 Patterns = tuple[str, ...]
 FIRST, BLOCKS = ("exp_avg",), "block_sq"
@@ -79,7 +80,7 @@ class AdamMini(Method, name="adam_mini"):
         return {"step": ((), torch.int64), **kept, BLOCKS: ((blocks_of(name, shape, group),), wide(dtype))}
 
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
-        return self.spec(tuple(weight.shape), weight.dtype, name, **group)
+        return self.spec(tuple(weight.shape), dtype_of_step(weight, group), name, **group)
 
     def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
         blocks = {BLOCKS: (tuple(state[BLOCKS].shape), wide(dtype))} if BLOCKS in state else {}

@@ -59,5 +59,8 @@ class AdamW(Method, name="adamw"):
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group)
 
+    def in_pieces(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return True
+
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return adamw_spec(shape, dtype, **{**self.defaults, **overrides})

@@ -14,12 +14,12 @@ One surprise: M is kept as down(M), and turned when Q changes. So a step has two
 
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.galore import Within
+from thriftlab.optim.state.asking import Asking
 from thriftlab.optim.state.dense import Svd
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.storage import StateDtype, load, store
@@ -30,8 +30,9 @@ from thriftlab.optim.state.torch_adamw import MOMENTS
 class AllVectors(Svd):
     """All singular vectors of the shorter side."""
 
-    def draw(self, grad: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-        return super().draw(grad, rank, generator) if grad.numel() else grad.new_zeros(rank, rank)
+    def search(self, grad: Tensor, old: State) -> Asking:
+        rank = self.size(tuple(grad.shape))
+        return (yield from super().search(grad, old)) if grad.numel() else {"vectors": grad.new_zeros(rank, rank)}
 
 
 WHOLE = AllVectors(density=1.0)
@@ -66,13 +67,20 @@ class Conda(Within, name="conda"):
     ):
         super().__init__(**arguments(locals()), subspace=WHOLE, on_refresh="keep")
 
-    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
-        """The singular vectors of M, as it will be after this step."""
-        if basis := basis_of(state):
-            kept = WHOLE.up(load(state, MOMENTS[0]), basis)
-            grad = kept.lerp(grad.to(kept.dtype), 1 - group["betas"][0]).to(grad.dtype)
-        super().refresh(name, grad.nan_to_num(0.0, 0.0, 0.0), state, group, count)
+    def next_basis(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> Asking:
+        return super().next_basis(name, momentum(grad, state, group), state, group, count)
+
+    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int, new: State) -> None:
+        super().refresh(name, momentum(grad, state, group), state, group, count, new)
 
     def carry_over(self, old: State, new: State, grad: Tensor, state: State, group: dict[str, Any]) -> None:
         first = load(state, MOMENTS[0])
         store(state, MOMENTS[0], first.copy_(WHOLE.down(WHOLE.up(first, old), new)))
+
+
+def momentum(grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    """M as it will be after this step, of which a subspace is made."""
+    if basis := basis_of(state):
+        kept = WHOLE.up(load(state, MOMENTS[0]), basis)
+        grad = kept.lerp(grad.to(kept.dtype), 1 - group["betas"][0]).to(grad.dtype)
+    return grad.nan_to_num(0.0, 0.0, 0.0)

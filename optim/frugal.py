@@ -167,10 +167,10 @@ class Frugal(SplitOptimizer, name="frugal"):
                 add_up(residual, small, subspace, basis, -1.0)
             free_step(weights, residuals, group, lr)
 
-    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
+    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int, new: State) -> None:
         subspace = subspace_of(group)
         if not isinstance(subspace, Blocks):
-            super().refresh(name, grad, state, group, count)
+            super().refresh(name, grad, state, group, count, new)
         elif name not in subspace.active(group, count):
             drop(RULES[group["rule"]].buffers, state)
         elif group["on_refresh"] == "reset" or not has_moments(state, group):
@@ -194,7 +194,7 @@ class Frugal(SplitOptimizer, name="frugal"):
         subspace = subspace_of(group)
         if not (isinstance(subspace, Blocks) and is_split(weight, group)):
             return False
-        steps = most(state["step"]) if state else 0
+        steps = most(state["step"]) if "step" in state else 0
         return name not in subspace.active(group, max(steps - 1, 0) // group["gap"])
 
     def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:

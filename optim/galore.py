@@ -33,8 +33,8 @@ class Within(Projected):
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
     ) -> None:
         subspace = subspace_of(group)
-        smalls = coordinates(grads, states, subspace)
-        add_back(weights, directions(smalls, states, age, group), states, subspace, -group["lr"] * group["scale"])
+        normalized = directions(coordinates(grads, states, subspace), states, age, group)
+        add_back(weights, normalized, states, subspace, -group["lr"] * group["scale"])
 
 
 class GaLore(Within, name="galore"):

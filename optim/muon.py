@@ -172,13 +172,14 @@ def orthogonalise(
     return newton_schulz(matrix / norm, [coefficients] * steps)  # no singular value is above 1
 
 
-def newton_schulz(matrix: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
-    """a X + b (X X^T) X + c (X X^T)^2 X of the matrix, and of what that makes, for each (a, b, c)."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller Gram matrix
+def newton_schulz(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """a X + b (X X^T) X + c (X X^T)^2 X of a matrix, and of what that makes, for each (a, b, c)."""
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x  # the smaller Gram matrix
     for a, b, c in polynomials:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.T if tall else x
 
 
 def ratio(adjust_lr_fn: AdjustLr | None, rows: int, columns: int) -> float:

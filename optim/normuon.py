@@ -101,8 +101,10 @@ class NorMuon(Orthogonalised, name="normuon"):
         factors = torch._foreach_reciprocal(lengths)
         exact = [math.sqrt(min(update.shape)) for update in updates]
         torch._foreach_mul_(factors, exact if group["form"] == "exact" else torch._foreach_norm(rows))
-        for update, root, factor in zip(updates, roots, factors, strict=True):
-            update.mul_((factor / root)[:, None])
+        counts = [len(root) for root in roots]
+        scales = torch.cat([factor.expand(m) for factor, m in zip(factors, counts, strict=True)]) / torch.cat(roots)
+        for update, scale in zip(updates, scales.split(counts), strict=True):
+            update.mul_(scale[:, None])
         return updates
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
 from thriftlab.optim.core.kinds import Kind, Numbers
-from thriftlab.optim.core.normalised import Normalised, descend_rows, moved_momenta
+from thriftlab.optim.core.normalised import Normalised, moved, step_rows
 from thriftlab.optim.core.projected import correction
 from thriftlab.optim.core.tables import Tables
 from thriftlab.optim.state.counters import Age
@@ -88,14 +88,10 @@ class RMNP(Normalised, name="rmnp"):
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
     ) -> None:
-        directions = moved_momenta(grads, states, group["beta"])
-        if group["nesterov"]:
-            share = group["beta"] if group["momentum"] is None else group["momentum"]
-            grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, directions, strict=True)]
-            directions = list(torch._foreach_lerp(grads, directions, share))
-        decay(weights, group)
+        share = group["beta"] if group["momentum"] is None else group["momentum"]
+        ahead = share if group["nesterov"] else None
         lrs = [group["lr"] * (ratio(*weight.shape) if group["adjust_lr"] else 1.0) for weight in weights]
-        descend_rows(weights, directions, lrs, group["eps"], rms=False)
+        step_rows(weights, grads, states, group, lrs, lambda g, m: moved(g, m, group["beta"], ahead))
 
 
 def ratio(rows: int, columns: int) -> float:

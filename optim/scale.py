@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thriftlab.optim.core.groups import role_of
 from thriftlab.optim.core.hyper import BelowOne, Betas, Search, arguments
-from thriftlab.optim.core.normalised import Normalised, descend_columns, descend_rows, moved_momenta
+from thriftlab.optim.core.normalised import Normalised, descend_columns, moved, step_rows
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.rules import decay
@@ -65,8 +65,10 @@ class Scale(Normalised, name="scale"):
     def descend_all(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], age: Age
     ) -> None:
-        role = role_of(group)
-        directions = moved_momenta(grads, states, group["momentum"]) if self.keeps(role) else grads
-        decay(weights, group)
-        descend = descend_columns if role == "input" else descend_rows
-        descend(weights, directions, [group["lr"]] * len(weights), group["eps"], group["length"] == "rms")
+        lrs, rms = [group["lr"]] * len(weights), group["length"] == "rms"
+        if role_of(group) == "input":
+            decay(weights, group)
+            descend_columns(weights, grads, lrs, group["eps"], rms)
+            return
+        keeps = self.keeps(role_of(group))
+        step_rows(weights, grads, states, group, lrs, lambda g, m: moved(g, m, group["momentum"]) if keeps else g, rms)

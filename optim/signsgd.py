@@ -50,6 +50,9 @@ class SignSGD(Method, name="signsgd"):
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return True
 
+    def in_pieces(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return True
+
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         return {}
 

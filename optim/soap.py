@@ -11,8 +11,8 @@ weight is moved. In each step k = 1, 2, ... from then on:
     Q_R likewise; M is expressed in the new bases
 
 A side longer than `max_precond_dim` has no basis, nor has what is split and no matrix. The rest is trained by Adam from
-the first step on. One surprise: where a gradient has a null space, as that of a matrix that is not square has, the
-first eigenvectors are arbitrary within it, and two right programs go different ways.
+the first step on. One surprise: a matrix that is not square has eigenvectors that its first gradient does not tell, and
+two right programs, which choose others, go different ways.
 """
 
 from typing import Annotated, Any

@@ -18,14 +18,28 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from thriftlab.optim.core.due import ask, due_refreshes, kept_of
 from thriftlab.optim.core.guard import REMEDY
 from thriftlab.optim.core.hyper import BelowOne, Betas, Count, Search, arguments
 from thriftlab.optim.core.method import Method
-from thriftlab.optim.core.spikes import STATISTICS, clean
+from thriftlab.optim.core.spikes import STATISTICS, clean, numbers
+from thriftlab.optim.state.counters import Age, begin_counting, count_on, counts_on_host
 from thriftlab.optim.state.keys import Spec, State
-from thriftlab.optim.state.lists import batches
-from thriftlab.optim.state.storage import StateDtype, kept_spec, key_rounding, make_zero, rounding_spec, wide
-from thriftlab.optim.state.torch_adamw import MOMENTS, hyper_of, step_adamw
+from thriftlab.optim.state.lists import batches, by_dtype, kept_unless
+from thriftlab.optim.state.rules import add_scaled, decay
+from thriftlab.optim.state.storage import (
+    StateDtype,
+    kept_spec,
+    key_rounding,
+    load,
+    make_zero,
+    rounding_spec,
+    store,
+    wide,
+)
+from thriftlab.optim.state.torch_adamw import MOMENTS, hyper_of, step_adamw, steps_before
+
+COUNTERS = ("step", "start")
 
 
 class StableSPAM(Method, name="stable_spam"):
@@ -43,6 +57,8 @@ class StableSPAM(Method, name="stable_spam"):
         eta_min: what they fall to, as a part of themselves.
         state_dtype: how the moments are kept, whatever the dtype of the parameters.
     """
+
+    takes_applied = True
 
     def __init__(
         self,
@@ -67,18 +83,22 @@ class StableSPAM(Method, name="stable_spam"):
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> None:
         key_rounding(names, states, group)
-        ages: dict[tuple[int, int], list[int]] = {}  # (steps before, those before the last reset) -> places
-        for i, (weight, state) in enumerate(zip(weights, states, strict=True)):
+        for weight, state in zip(weights, states, strict=True):
             if MOMENTS[0] not in state:
                 make_zero(MOMENTS, weight, state, group)
                 state.update({key: weight.new_zeros((), dtype=wide(weight.dtype)) for key in STATISTICS})
-                state.update({key: torch.tensor(0, device="cpu") for key in ("step", "start")})
+            begin_counting(COUNTERS, weight, state, group)
             state.update({key: state[key].to(weight.device) for key in STATISTICS})
-            ages.setdefault((int(state["step"]), int(state["start"])), []).append(i)
-        for (step, start), places in ages.items():
-            for some in batches([weights[i] for i in places]):
-                w, g, s = zip(*((weights[i], grads[i], states[i]) for i in places[some]), strict=True)
-                descend(list(w), list(g), list(s), group, step + 1, start)
+        known = group if group.get("applied") is None else ask(names, weights, states, group, due_reset)
+        if known is None:
+            return
+        due = due_refreshes(names, weights, states, known, due_reset)
+        for places in by_dtype(weights, range(len(weights))):
+            for resets in (False, True):
+                alike = [i for i in places if (due[i] is not None) == resets]
+                w, g = ([values[i] for i in alike] for values in (weights, grads))
+                for some in batches(w):
+                    descend(w[some], g[some], [states[i] for i in alike[some]], known, resets)
 
     def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         if MOMENTS[0] in state and STATISTICS[0] not in state:
@@ -90,27 +110,82 @@ class StableSPAM(Method, name="stable_spam"):
         return {**numbers, **dict.fromkeys(STATISTICS, ((), wide(dtype))), **kept_spec(MOMENTS, shape, dtype, group)}
 
 
+def due_reset(name: str, step: int, group: dict[str, Any]) -> int | None:
+    """The number of the reset that comes with the step after this many, or None."""
+    count, since = divmod(step + 1, group["gap"])
+    return count if since == 0 else None
+
+
 def descend(
-    weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], step: int, start: int
+    weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], resets: bool
 ) -> None:
-    """Step number `step`, from 1, of tensors whose moments were zero after step `start`."""
-    exact, resets, share = group["reset"] == "exact", step % group["gap"] == 0, 1.0
-    if group["total"] is not None:
-        angle = math.pi * min(step / (group["total"] + 1), 1)
-        share = group["eta_min"] + (1 - group["eta_min"]) / 2 * (1 + math.cos(angle))
+    """A step of tensors of one dtype; `resets`: with it their moments start from zero."""
+    exact, applied = group["reset"] == "exact", group.get("applied")
+    step, start = count_step(weights, states, applied, resets)
+    share = share_of(step, group)
     (g1, *others), (b1, b2) = group["gammas"], group["betas"]
-    cleaned = clean(grads, states, (g1 * share, *others), step if exact else step - start, group["eps"])
-    start = step - 1 if resets else start
+    with kept_unless(applied, [state[key] for state in states for key in STATISTICS]):
+        cleaned = clean(grads, states, (g1 * share, *others), step if exact else step - start, group["eps"])
     if resets and exact:
         forget(weights, states, group)
-    for state in states:
-        state["step"].fill_(step)
-        state["start"].fill_(start)
-    before = torch.full((len(weights),), step - start - 1.0, device=weights[0].device)  # [tensors]
-    hyper = hyper_of(group["lr"], (b1 * share, b2), group["eps"], group["weight_decay"])
-    step_adamw(weights, cleaned, states, list(before.unbind()), hyper)
+    age = step - (step - 1 if resets else start)
+    if isinstance(share, Tensor) and isinstance(age, Tensor):
+        step_by_hand(weights, cleaned, states, age, b1 * share, group)
+    else:
+        hyper = hyper_of(group["lr"], (b1 * share, b2), group["eps"], group["weight_decay"])
+        step_adamw(weights, cleaned, states, steps_before(age, weights), hyper, applied)
     if resets and not exact:
         forget(weights, states, group)
+
+
+def count_step(weights: list[Tensor], states: list[State], applied: Tensor | None, resets: bool) -> tuple[Age, Age]:
+    """The number of this step, from 1, and after which the moments were last zero before it; `start` moves on."""
+    steps, starts = ([state[key] for state in states] for key in COUNTERS)
+    if counts_on_host(weights[0], {"applied": applied}):
+        steps[0] += 1
+        counts: tuple[Age, Age] = int(steps[0]), int(starts[0])
+    else:
+        count_on(steps, applied)
+        counts = torch.stack(steps).double(), torch.stack(starts).double()  # [tensors]
+    if resets:
+        torch._foreach_copy_(starts, steps)
+        torch._foreach_sub_(starts, 1)
+    return counts
+
+
+def share_of(step: Age, group: dict[str, Any]) -> float | Tensor:
+    """What g1 and b1 are multiplied by."""
+    if group["total"] is None:
+        return 1.0
+    part = step / (group["total"] + 1)
+    wave = part.clamp(max=1).mul(math.pi).cos() if isinstance(part, Tensor) else math.cos(math.pi * min(part, 1))
+    return group["eta_min"] + (1 - group["eta_min"]) / 2 * (1 + wave)
+
+
+def step_by_hand(
+    weights: list[Tensor], grads: list[Tensor], states: list[State], age: Tensor, b1: Tensor, group: dict[str, Any]
+) -> None:
+    """AdamW with a b1 for each tensor, which torch's kernels do not take."""
+    b2, lr, plain = group["betas"][1], group["lr"], {**group, "applied": None}
+    with kept_unless(group.get("applied"), [*weights, *kept_of(states)]):
+        firsts, seconds = ([load(state, key) for state in states] for key in MOMENTS)
+        for first, grad, new in zip(firsts, grads, numbers(1 - b1, grads), strict=True):
+            first.lerp_(grad, new)
+        torch._foreach_mul_(seconds, b2)
+        torch._foreach_addcmul_(seconds, grads, grads, 1 - b2)
+        roots = torch._foreach_sqrt(seconds)
+        for root, size in zip(roots, numbers((1 - b2**age).sqrt(), grads), strict=True):
+            root.div_(size)
+        torch._foreach_add_(roots, group["eps"])
+        moved = [weight.to(grad.dtype) for weight, grad in zip(weights, grads, strict=True)]
+        decay(moved, plain)
+        add_scaled(moved, list(torch._foreach_div(firsts, roots)), -lr / (1 - b1**age))
+        for weight, new in zip(weights, moved, strict=True):
+            if new is not weight:
+                weight.copy_(new)
+        for key, moments in zip(MOMENTS, (firsts, seconds), strict=True):
+            for state, moment in zip(states, moments, strict=True):
+                store(state, key, moment)
 
 
 def forget(weights: list[Tensor], states: list[State], group: dict[str, Any]) -> None:

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from thriftlab.optim.core.hyper import Betas, Search, arguments
 from thriftlab.optim.fira import Recovered
+from thriftlab.optim.state.asking import Asking
 from thriftlab.optim.state.carry import transfer, turn
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.dense import is_tall, tracked
 from thriftlab.optim.state.keys import Spec, State
 from thriftlab.optim.state.storage import StateDtype, load, store
-from thriftlab.optim.state.subspaces import subspace_of
+from thriftlab.optim.state.subspaces import basis_of, subspace_of
 from thriftlab.optim.state.torch_adamw import MOMENTS
 
 
@@ -59,10 +60,10 @@ class SubTrack(Recovered, name="subtrack"):
         betas: Annotated[Betas, Field()] = (0.9, 0.999),
         eps: Annotated[float, Field(ge=0)] = 1e-6,
         weight_decay: Annotated[float, Field(ge=0), Search(choices=[0.0, 0.1])] = 0.0,
-        rank: Annotated[int, Field(ge=1), Search(choices=[32, 64, 128, 256])] = 128,
+        rank: Annotated[int, Field(ge=1)] = 128,
         gap: Annotated[int, Field(ge=1)] = 200,
         step_size: Annotated[float, Field(ge=0)] = 1e4,
-        alpha: Annotated[float, Field(ge=0)] = 0.25,
+        alpha: Annotated[float, Field(ge=0), Search(choices=[0.0625, 0.25, 1.0])] = 0.25,
         gamma: Annotated[float, Field(ge=1)] = 1.01,
         form: Annotated[Literal["exact", "reference"], Field()] = "exact",
         stagger: Annotated[bool, Field()] = False,
@@ -73,15 +74,16 @@ class SubTrack(Recovered, name="subtrack"):
     ):
         super().__init__(**arguments(locals()), subspace="svd", on_refresh="estimate")
 
-    def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> State:
+    def next_basis(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> Asking:
+        old = basis_of(state)
         wide_reference = group["form"] == "reference" and not is_tall(grad)
         _, declared = subspace_of(group).spec(tuple(grad.shape), grad.dtype)
         if not old or tuple(old["vectors"].shape) != declared["vectors"][0]:
-            new = super().next_basis(name, grad, {}, group, count)
+            new = yield from super().next_basis(name, grad, {}, group, count)
             return {**new, "first": new["vectors"].clone()} if wide_reference else new
         if group["form"] == "reference" and not wide_reference:
             return old
-        return {**old, "vectors": tracked(old["vectors"], grad, group["step_size"])}
+        return {**old, "vectors": (yield from tracked(old["vectors"], grad, group["step_size"]))}
 
     def carry_over(self, old: State, new: State, grad: Tensor, state: State, group: dict[str, Any]) -> None:
         if group["form"] == "exact" or old["vectors"].shape != new["vectors"].shape:

@@ -7,11 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what the tests compare is computed on the CPU
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 os.fsync = lambda descriptor: None  # nothing here outlives the machine, and a busy disk makes every run wait
 
 pytest.register_assert_rewrite("tests.tools")
+hypothesis.settings.register_profile("no clock", deadline=None)  # a busy machine takes longer, and nothing is wrong
+hypothesis.settings.load_profile("no clock")
 
 from tests.fake_cuda import fake_cuda  # noqa: E402, F401
 from tests.tools.tiny import prepare_tiny  # noqa: E402

@@ -183,3 +183,14 @@ def test_the_life_of_a_step_names_functions_where_they_are():
     for name, file in named:
         there = re.search(rf"\b(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(), re.M)
         assert there, f"{name} is not in {file}"
+
+
+FORM = ("State", "Needs", "What differs", "Published", "When")  # after what it is from, and its equation
+
+
+@pytest.mark.parametrize("name", own(METHODS))
+def test_every_method_has_its_section_in_one_form(name):
+    page = (DOCS / "methods.md").read_text()
+    [section] = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    said = re.findall(r"^- (\w[\w ]*?)(?: from its code)?:", section, re.MULTILINE)
+    assert said[0] in ("Paper", "Papers", "Source") and said[1] == "Equation" and tuple(said[2:7]) == FORM

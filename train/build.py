@@ -18,15 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from thriftlab.data.errors import BackendError, CheckpointError, ConfigError, UserError
+from thriftlab.data.errors import CheckpointError, ConfigError, UserError
 from thriftlab.data.mixture import Plan, Source, plan
 from thriftlab.data.repeated import repeated_plan
 from thriftlab.data.shards import Dataset, open_dataset
-from thriftlab.kernels import dispatch
 from thriftlab.optim import LAYERS, METHODS, Conversion, Method, convert, split_groups
 from thriftlab.optim.core.groups import by_reason, table_patterns
 from thriftlab.optim.core.products import EXACT
-from thriftlab.optim.layers.base import Layer, changing, check_patterns
+from thriftlab.optim.layers.base import changing, check_patterns
 from thriftlab.train.attention import why_no_flash
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.device import best_precision
@@ -35,10 +34,11 @@ from thriftlab.train.budget import SCHEDULES, Horizon
 from thriftlab.train.checkpoints.reader import opened, steps_in
 from thriftlab.train.config.schema import LAYER, RunConfig, TrainConfig, fingerprint, settled
 from thriftlab.train.evaluate import count_rows
+from thriftlab.train.few_bits import narrow
 from thriftlab.train.memory import Peaks
 from thriftlab.train.model import GPT
 from thriftlab.train.objective import Objective
-from thriftlab.train.probes.base import SHORTEST
+from thriftlab.train.refuse import refuse
 from thriftlab.train.signals import SIGNALS, Signal
 from thriftlab.train.signals.reference import open_reference
 from thriftlab.train.step import micro_batch_rows
@@ -92,6 +92,7 @@ def build(config: RunConfig, backend: Backend) -> Run:
     model, conversion = make_model(config, dataset)
     fill(model, config.seed, backend, Path(config.out) / "checkpoints")
     optimizer = make_optimizer(config, model)
+    narrow(config, model, optimizer)
     backend.prepare(model, optimizer, config.train.compile, config.train.precision)
     if config.train.layerwise:
         backend.update_in_backward()
@@ -114,30 +115,6 @@ def build(config: RunConfig, backend: Backend) -> Run:
         peaks=peaks,
         micro_batch_size=micro_batch_size(config, backend, objective.waits),
     )
-
-
-def refuse(config: RunConfig, backend: Backend) -> None:
-    """UserError for what this backend cannot do, known without data and model."""
-    config.train.rows_per_rank(backend.world)
-    if config.train.matmul == "tf32" and backend.device.type == "cpu":
-        raise ConfigError("train.matmul = tf32 is of GPUs, and this run is on a CPU; leave it out")
-    if why := dispatch.impossible(dispatch.choice(), backend.device.type, config.train.precision):
-        raise BackendError(why)
-    if config.train.layerwise and not backend.can_layerwise:
-        raise ConfigError(
-            f"train.layerwise = true needs backend.name=single: with {backend.name!r} a gradient is complete only when "
-            f"the ranks have met; start one process, or set train.layerwise=false"
-        )
-    if config.probes.every and config.data.sequence_length < SHORTEST:
-        raise ConfigError(
-            f"probes need windows of {SHORTEST} tokens at least, and data.sequence_length = "
-            f"{config.data.sequence_length}; raise it, or set probes.every=0"
-        )
-    if not backend.whole_weights and LAYERS[config.layer.name].before_step is not Layer.before_step:
-        raise ConfigError(
-            f"layers of layer.name = {config.layer.name} change whole weights between steps, which under backend "
-            f"{backend.name!r} no rank has; use backend.name=ddp or backend.name=owned"
-        )
 
 
 def warn_of_slow_attention(config: RunConfig, backend: Backend) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thriftlab.kernels import dispatch
 from thriftlab.optim import state_bytes
+from thriftlab.train import bill
 from thriftlab.train.build import Run
 from thriftlab.train.config.schema import method_name
 from thriftlab.train.late import Numbers
@@ -160,6 +161,7 @@ def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dic
     results: dict[str, Any] = found["eval"]
     model, backend, speed = run.model, run.backend, counters.tokens_per_second()
     phases = run.peaks.told()
+    expected, found_parts = bill.predicted(run), bill.measured(backend)
     trained = {phase: peak for phase, peak in (phases or {}).items() if phase != REHEARSAL}
     return Record(
         status="done",
@@ -185,6 +187,8 @@ def make_record(run: Run, counters: Counters, found: dict[str, Any], origin: dic
             predicted_state_bytes=backend.predicted_state_bytes(),
             peak_bytes=max(trained.values()) if trained else peak_bytes(),
             phases=phases,
+            predicted={"parts": expected} if expected else None,
+            measured={"parts": found_parts} if found_parts else None,
         ),
         speed=Throughput(
             speed,

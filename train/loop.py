@@ -30,6 +30,7 @@ from thriftlab.train.backends.device import generators
 from thriftlab.train.backends.pieces import whole
 from thriftlab.train.backends.rendezvous import named_losses, set_timeout
 from thriftlab.train.backends.replicas import buffers, take_up_buffers
+from thriftlab.train.bill import bill_of
 from thriftlab.train.build import Run, build
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.checkpoints.writer import Writer
@@ -317,6 +318,7 @@ def summary(entry: dict[str, Any]) -> str:
         f"held-out loss {decimals(results.loss)} nats/token, {decimals(results.bits_per_byte)} bits/byte\n"
         f"{spent.steps:,} steps, {spent.tokens:,} tokens, {spent.seconds:.1f} s{rate}; "
         f"optimizer state {record.memory.state_bytes:,} bytes\n"
+        f"{bill_of(record)}"
         f"record: {record.config['out']}/record.json"
     )
 

@@ -103,7 +103,7 @@ def free_bytes(device: torch.device) -> int:
 
 def kept_bytes(run: Run) -> int:
     """Gradients, twice where ranks collect them in buckets, and state."""
-    gradients = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in run.model.parameters() if p.requires_grad)
     return gradients * (1 if run.backend.world == 1 else 2) + run.backend.predicted_state_bytes()
 
 

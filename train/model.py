@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from thriftlab.kernels.embedding import embedding
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES, linear_cross_entropy
 from thriftlab.kernels.rms_norm import rms_norm
 from thriftlab.kernels.swiglu import swiglu
@@ -102,6 +103,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    """A table whose gradients are summed in fp32, see kernels/embedding.py; of bf16 its rows are fp32 under autocast,
+    as all that is no product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = embedding(input, self.weight)
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(self.weight.dtype)
 
 
 def rotary(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -222,7 +232,7 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size is not set; take it from the tokenizer")
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self.loss_keep_bytes, self.dropout = loss_keep_bytes, dropout
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, number, dropout) for number in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)

@@ -22,12 +22,16 @@ from torch import Tensor
 from thriftlab.data.errors import UserError
 from thriftlab.optim import Method
 from thriftlab.optim.core.method import downhill
+from thriftlab.optim.state.storage import wide
+from thriftlab.optim.state.weights import LOW, join
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.holdings import rehearsal
 from thriftlab.train.backends.pieces import Piece, Pieces
 from thriftlab.train.windows import autocast, count_targets, split_windows, total_loss
 
 TOLERANCE = 1e-3  # of a norm: rounding stays far below it, and no fault that we know of does
+ROUNDED = 2**-8  # of a sum that is kept in bf16
+OTHERWISE = 0.1  # of the entries of a weight in few bits, which a last bit of the update may round the other way
 SHOWN = 5  # findings in the message
 Kinds = dict[str, set[tuple[tuple[int, ...], torch.dtype]]]  # of whole tensors: one, if ranks agree
 
@@ -115,8 +119,9 @@ def compare_sums(backend: Backend, alone: Pieces) -> list[str]:
     noise = 1e-6 * max(norms.values(), default=0.0)
     findings = []
     for name, (_, _, total) in together.items():
-        expected = backend.world * alone[name].tensor
-        if not (total - expected).norm() <= TOLERANCE * expected.norm() + noise:
+        tolerance = TOLERANCE if total.itemsize >= 4 else ROUNDED
+        total, expected = total.to(wide(total.dtype)), backend.world * alone[name].tensor.to(wide(total.dtype))
+        if not (total - expected).norm() <= tolerance * expected.norm() + noise:
             findings.append(
                 f"{name}: the gradient of a sequence that all ranks have is {norms[name] / expected.norm():.4g} of "
                 f"{backend.world} times the first rank's: a rank's gradient was not added, or its weights differ"
@@ -147,12 +152,24 @@ def compare_step(backend: Backend, windows: Tensor, max_norm: float | None) -> l
             if backend.rank == judge:
                 expected = recompute(backend, name, group, weight.clone(), gradient, state)
                 findings += wrong_keys(name, expected, keys_of(name, after))
-            for key in [name, *keys_of(name, after)]:
-                right = publish(backend, expected.get(key), key, after)
-                moved = right - weight if key == name else right
-                if key in now:
-                    findings += difference(backend, key, now[key], right, moved, judge)
+            rights = {key: publish(backend, expected.get(key), key, after) for key in [name, *keys_of(name, after)]}
+            low = f"{name}/{LOW}"
+            right, start = join_with(rights[name], rights.get(low)), join_with(weight, state.get(LOW))
+            for key, whole in rights.items():
+                if key in now and key not in (name, low):
+                    findings += difference(backend, key, now[key], whole, whole, judge)
+            if name in now and low in now:  # one number has two codes
+                joined = now[name]._replace(tensor=join_with(now[name].tensor, now[low].tensor))
+                findings += difference(backend, name, joined, right, right - start, judge, rights[low].itemsize == 1)
+            elif name in now:
+                rounded = weight.dtype == torch.bfloat16
+                findings += difference(backend, name, now[name], rights[name], right - start, judge, rounded)
     return findings
+
+
+def join_with(weight: Tensor, low: Tensor | None) -> Tensor:
+    """What is stepped of a weight: with low bits, where it has some."""
+    return weight if low is None else join(weight, low)
 
 
 def wrong_keys(name: str, expected: dict[str, Tensor], kept: list[str]) -> list[str]:
@@ -172,12 +189,16 @@ def recompute(
     return {name: weight, **{f"{name}/{key}": tensor for key, tensor in state.items()}}
 
 
-def difference(backend: Backend, key: str, piece: Piece, right: Tensor, moved: Tensor, judge: int) -> list[str]:
-    """What is wrong with a piece, held against the whole as it should be; `moved` is what small errors are small to."""
+def difference(
+    backend: Backend, key: str, piece: Piece, right: Tensor, moved: Tensor, judge: int, rounded: bool = False
+) -> list[str]:
+    """What is wrong with a piece, held against the whole as it should be; `moved` is what small errors are small to.
+    Of what is `rounded` to few bits most entries must be equal: other random bits change every third."""
     part, moved = (tensor.reshape(-1)[piece.start : piece.stop].double() for tensor in (right, moved))
     far = piece.tensor.to(part.device).double() - part
     if right.dtype.is_floating_point:
         wrong = not far.norm() <= TOLERANCE * moved.norm() + 1e-6 * part.norm()
+        wrong |= rounded and int((far != 0).sum()) > OTHERWISE * far.numel()
     else:
         wrong = bool((far.abs() > (right.dtype == torch.uint8)).any())  # codes of 8 bits may round the other way
     if not wrong:

@@ -20,7 +20,7 @@ def kernels(setting: Setting) -> Iterator[Finding]:
         raise Skipped(f"{why_no_gpu()}; thriftlab bench kernels --compile-only needs no GPU")
     rows: list[dict[str, Any]] = []
     for case in cases(setting.device, setting.small):
-        ways = {way: case.ways[way] for way in ("torch", "triton") if way in case.ways}
+        ways = {way: solve for way, solve in case.ways.items() if way in ("torch", "triton")}
         rows.append(measured(case._replace(ways=ways), setting.device, ROUNDS))
         wrong = [says for row in rows for says in row["wrong"]]
         yield Finding(says(rows), {"cases": rows}, wrong)

@@ -65,9 +65,11 @@ def choices(annotation: Any) -> list[Any]:
 
 
 def methods(setting: Setting) -> Iterator[Finding]:
-    """Every method with every dtype of its state: two steps with a refresh, and a plain one that waits for nothing."""
+    """Every method with every dtype of its state: two steps with a refresh, plain ones that wait for nothing, and one
+    that is refused, which leaves every bit."""
     sizes = ModelConfig(**setting.model({"preset": "llama-60m", "layers": 2}), vocab_size=setting.size(32000, 64))
     groups = tensors(sizes, setting.device)
+    yes, no = (torch.full((), value, device=setting.device) for value in (1.0, 0.0))
     done, wrong = [], []
     for label, name, hyper in method_cases():
         try:
@@ -77,12 +79,24 @@ def methods(setting: Setting) -> Iterator[Finding]:
             set_gap(optimizer, NO_REFRESH)
             with no_waiting(setting.device):
                 optimizer.step()
+                optimizer.step(applied=yes)
+            before = bits(optimizer)
+            optimizer.step(applied=no)
+            if not all(map(torch.equal, before, bits(optimizer))):
+                wrong.append(f"{label}: a refused step changes weights or state")
             if not all(p.isfinite().all() for group in groups for p in group["params"]):
                 wrong.append(f"{label}: a weight is not finite")
         except Exception as error:
             wrong.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[0]}")
         done.append(label)
         yield Finding(f"{len(done)} combinations of method and state, {len(wrong)} bad", {"done": done}, wrong)
+
+
+def bits(optimizer: Method) -> list[Tensor]:
+    """Copies of weights and state, as bytes."""
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [tensor.reshape(-1).view(torch.uint8).clone() for tensor in (*weights, *kept)]
 
 
 def method_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:

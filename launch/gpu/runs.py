@@ -1,6 +1,5 @@
-"""Checks of whole runs: checkpoints, ranks, the loader and evaluation."""
+"""Checks of whole runs: checkpoints, the loader and evaluation."""
 
-import inspect
 import math
 import subprocess
 import sys
@@ -18,12 +17,9 @@ from thriftlab.data.files import write_json
 from thriftlab.launch.gpu.setting import Finding, Setting
 from thriftlab.launch.probe import batches_of, configured, opened, stepper
 from thriftlab.launch.timing import wall_seconds
-from thriftlab.train.backends import BACKENDS
-from thriftlab.train.backends.base import Backend
 from thriftlab.train.checkpoints.writer import Writer
 from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.loop import measure, run
-from thriftlab.train.records.record import read_metrics
 
 TRAIN = [sys.executable, "-m", "thriftlab.launch", "train", "--config"]
 POLL = 0.01  # seconds
@@ -116,60 +112,6 @@ def last_weights(config: RunConfig) -> dict[str, Tensor]:
     """Of the newest checkpoint of a run whose weights lie in one file."""
     newest = max((Path(config.out) / "checkpoints").glob("step-*"))
     return load_file(newest / "model.safetensors")
-
-
-# --------------------------------------------------------------------------------------------------------------- ranks
-
-
-def ranks(setting: Setting) -> Iterator[Finding]:
-    """Two steps of every backend under torchrun beside one process; on two GPUs where there are two, which the witness
-    then compares as well."""
-    world = min(2, torch.cuda.device_count()) if setting.on_gpu else 1
-    tokens = {"budget": {"tokens": 2 * setting.size(8 * 128, 2 * 16)}, "checkpoint": {"every": 0}}
-    run(single := small_run(setting, "single", **tokens))
-    right = losses_of(single)
-    cases = [case for case in backend_cases() if not setting.small or case["name"] == "owned"]
-    started = {}
-    for case in cases:  # all at once: most of their time is that of starting
-        name = " ".join(map(str, case.values()))
-        config = small_run(setting, name.replace(" ", "-"), **tokens, backend={**case, "timeout": 30})
-        started[name] = config, torchrun(config, world, setting.folder)
-    rows: dict[str, Any] = {}
-    wrong: list[str] = []
-    for name, (config, process) in started.items():
-        code = process.wait()
-        if code:
-            log = (Path(config.out).with_suffix(".log")).read_text(errors="replace").strip().splitlines()
-            wrong.append(f"{name}: exit code {code}: {' | '.join(log[-2:])}")
-            continue
-        losses = losses_of(config)
-        far = max(abs(a - b) for a, b in zip(losses, right, strict=True))
-        rows[name] = {"losses": losses, "far": far}
-        if not far < 1e-4:
-            wrong.append(f"{name}: a loss is {far:.1e} nats from one process's")
-        says = f"{len(rows)} backends on {world} GPU(s) as one process" if setting.on_gpu else f"{len(rows)} on the CPU"
-        yield Finding(says, {"world": world, "backends": rows, "single": right}, wrong)
-    if not rows:
-        yield Finding("", {"world": world, "single": right}, wrong)
-
-
-def backend_cases() -> Iterator[dict[str, Any]]:
-    """Every backend of several ranks, and every stage of one that has stages."""
-    for name, backend in BACKENDS.items():
-        if name != Backend.name:
-            stages = (1, 2, 3) if "stage" in inspect.signature(backend).parameters else (None,)
-            yield from ({"name": name, **({"stage": stage} if stage else {})} for stage in stages)
-
-
-def torchrun(config: RunConfig, world: int, folder: Path) -> subprocess.Popen:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "-m", *TRAIN[2:]]
-    with open(Path(config.out).with_suffix(".log"), "wb") as log:
-        return subprocess.Popen([sys.executable, *words, str(written(config))], stdout=log, stderr=subprocess.STDOUT)
-
-
-def losses_of(config: RunConfig) -> list[float]:
-    lines = read_metrics(Path(config.out) / "metrics.jsonl")
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 # --------------------------------------------------------------------------------------------------------------- rates

@@ -1,13 +1,16 @@
 """When a refresh is due, and how often the host asks the device for it: not at all in a plain step, once in another."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from thriftlab.optim.state.counters import Age, bound, capturing, count_on, counts_on_host, know, read
+from thriftlab.optim.state.counters import Age, bound, capturing, count_on, counts_on_host, learn
 from thriftlab.optim.state.keys import State, keyed_seed
+
+Due = Callable[[str, int, dict[str, Any]], int | None]  # (name, steps so far, group) -> number of what is due, or None
 
 
 def due_refresh(name: str, step: int, group: dict[str, Any]) -> int | None:
@@ -35,29 +38,29 @@ def steps_to_refresh(name: str, state: State, group: dict[str, Any]) -> int:
     return -(count + early) % group["gap"]
 
 
-def may_be_due(name: str, state: State, group: dict[str, Any]) -> bool:
+def may_be_due(name: str, state: State, group: dict[str, Any], due: Due = due_refresh) -> bool:
     """Whether a refresh is due, as far as the host knows without waiting."""
     known = bound(state["step"]) if "step" in state else None
-    return known is None or due_refresh(name, known.most, group) is not None
+    return known is None or due(name, known.most, group) is not None
 
 
-def ask(names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]) -> dict[str, Any] | None:
+def ask(
+    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any], due: Due = due_refresh,
+    grads: Sequence[Tensor] = (),
+) -> dict[str, Any] | None:  # fmt: skip
     """The group of a step with `applied`: as it is if no refresh can be due. Otherwise the device is read, and the
-    group says that it was "asked"; None if the step is refused."""
-    if capturing() or not any(map(may_be_due, names, states, [group] * len(names))):
+    group says what it was "asked": where a refresh may be due, whether the gradient is finite, if it has to be; None if
+    the step is refused."""
+    places = [i for i, name in enumerate(names) if may_be_due(name, states[i], group, due)]
+    if capturing() or not places:
         return group
-    counters = [state["step"] for state in states]
-    told = read([*counters, group["applied"].to(weights[0].device)])
-    if told is not None:
-        for counter, count in zip(counters, told, strict=False):
-            know(counter, count)
-        if not told[-1]:
-            return None
-    return {**group, "asked": True}
+    finite = [grads[i].isfinite().all() for i in places] if grads else []
+    told = learn([group["applied"].to(weights[0].device), *finite, *(state["step"] for state in states)]) or [1]
+    return {**group, "asked": dict(zip(places, told[1 : 1 + len(finite)], strict=False))} if told[0] else None
 
 
 def due_refreshes(
-    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
+    names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any], due: Due = due_refresh
 ) -> list[int | None]:
     """The numbers of the refreshes that are due, of each matrix; of a step that is applied, as `ask` has found out."""
     counters = [state["step"] for state in states]
@@ -66,13 +69,10 @@ def due_refreshes(
     if counts_on_host(weights[0], group):
         counts = [int(counter) for counter in counters]
     else:
+        told = None if capturing() else learn(counters)
         bounds = [bound(counter) for counter in counters]
-        if not capturing() and not all(known and known.exact for known in bounds):
-            for counter, count in zip(counters, read(counters) or [], strict=False):
-                know(counter, count)
-            bounds = [bound(counter) or known for counter, known in zip(counters, bounds, strict=True)]
-        counts = [known.most if known else -1 for known in bounds]
-    return [due_refresh(name, count, group) if count >= 0 else None for name, count in zip(names, counts, strict=True)]
+        counts = told or [known.most if known else -1 for known in bounds]
+    return [due(name, count, group) if count >= 0 else None for name, count in zip(names, counts, strict=True)]
 
 
 def kept_of(states: list[State]) -> list[Tensor]:
@@ -86,7 +86,18 @@ def kept_of(states: list[State]) -> list[Tensor]:
 
 
 def is_written(key: str, value: Tensor) -> bool:
-    return (value.ndim > 0 and not key.startswith(("basis.", "whole."))) or key in ("limiter", "diagnostic.limiter")
+    return (value.ndim > 0 and not key.startswith(("basis.", "whole.", "weight."))) or key in (
+        "limiter",
+        "diagnostic.limiter",
+    )
+
+
+def lame_of(grads: list[Tensor], due: list[int | None], group: dict[str, Any]) -> set[int]:
+    """Where a refresh is due and the gradient is not finite, as it was asked, or by one read of the device."""
+    places = [i for i, count in enumerate(due) if count is not None]
+    asked = group.get("asked")
+    found = [asked[i] for i in places] if asked else are_finite([grads[i] for i in places])
+    return {i for i, finite in zip(places, found, strict=True) if not finite}
 
 
 def are_finite(grads: list[Tensor]) -> list[bool]:

@@ -19,6 +19,7 @@ from thriftlab.optim.state.blocks import Blocks
 from thriftlab.optim.state.coordinates import CoordinateSubspace
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.subspaces import basis_of, subspace_of
+from thriftlab.optim.state.weights import LOW
 
 LOCAL = ("whole.first", "whole.size", "basis.first", "basis.stop")  # state that says where a fragment lies
 
@@ -113,7 +114,9 @@ def saved_pieces(
     """(key, shape of the whole, where the piece starts in it, piece [n]), row-major."""
     shape = small_shape(fragment.shape, state, group)
     for key, tensor in state.items():
-        if is_moment(key, tensor.shape):
+        if key == LOW:
+            yield key, fragment.shape, fragment.start, tensor.flatten()
+        elif is_moment(key, tensor.shape):
             yield key, shape, int(state["whole.first"]), tensor.flatten()
         elif key not in LOCAL:
             yield key, tuple(tensor.shape), 0, tensor.flatten()
@@ -129,14 +132,21 @@ def take_up(
     `read(key, start, stop)`, flat."""
     state: State = {}
     for key, shape in shapes.items():
-        if not is_moment(key, shape) and not key.startswith("diagnostic."):
+        if not is_cut(key, shape) and not key.startswith("diagnostic."):
             state[key] = read(key, 0, None).view(shape).clone()
     first, stop = place(fragment, state, group)
     for key, shape in shapes.items():
-        if is_moment(key, shape):
+        if key == LOW:
+            state[key] = read(key, fragment.start, fragment.stop).clone()
+        elif is_moment(key, shape):
             state[key] = read(key, first, stop).clone()
     return state
 
 
 def is_moment(key: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 0 and not key.startswith("basis.")
+    return len(shape) > 0 and key != LOW and not key.startswith("basis.")
+
+
+def is_cut(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a fragment has a piece of it: of moments, which the basis may choose, and of the weight's low bits."""
+    return key == LOW or is_moment(key, shape)

@@ -20,6 +20,7 @@ from thriftlab.optim.core.products import exact_products
 from thriftlab.optim.state.keys import Spec, State, has_data
 from thriftlab.optim.state.storage import BLOCK, convert
 from thriftlab.optim.state.torch_adamw import MOMENTS, is_dense
+from thriftlab.optim.state.weights import dtype_of_step
 
 MOMENT_NAMES = (*MOMENTS, "momentum_buffer", "exp_avg_sq_row", "row_sq", "column_sq")
 REMEDY = "load the state of this tensor, or begin anew with optimizer.state[parameter].clear()"
@@ -100,7 +101,7 @@ def fitting_spec(method: Any, name: str, weight: Tensor, state: State, group: di
         raise ValueError(f"{name}: the state is one of amsgrad=True, which no method here has; save one without it")
     method.check_kind(name, weight, state, group)
     try:
-        spec = method.state_spec(tuple(weight.shape), weight.dtype, state, group)
+        spec = method.state_spec(tuple(weight.shape), dtype_of_step(weight, group), state, group)
     except NotImplementedError:  # a method of one's own that declares nothing
         return {}
     except ValueError as error:

@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from thriftlab.optim.core import hyper
+from thriftlab.optim.core.declared import Declared
+from thriftlab.optim.core.few_bits import few_bits_fragment_step, few_bits_step, narrow
 from thriftlab.optim.core.fragments import Fragment, begin
-from thriftlab.optim.core.fused import plan_step, step_fused
 from thriftlab.optim.core.groups import named_tensors, refuse_set, refuse_switches, without_switches
 from thriftlab.optim.core.guard import guarded, refuse_kind
-from thriftlab.optim.core.kinds import ALL, Kind, Numbers, numbers_of_adamw, speaks_for
-from thriftlab.optim.core.owners import Cost, assign
+from thriftlab.optim.core.owners import assign
 from thriftlab.optim.core.saving import load_state, saved_state
 from thriftlab.optim.core.sharded import (
-    as_local,
     check_placement,
     closed,
     fragment_here,
@@ -36,15 +35,15 @@ from thriftlab.optim.core.sharded import (
     show,
 )
 from thriftlab.optim.core.tables import ask_tables_first, settled, with_tables
+from thriftlab.optim.core.ways import step_each
 from thriftlab.optim.state.counters import read
-from thriftlab.optim.state.keys import Spec, State, spec_bytes
-from thriftlab.optim.state.lists import refused
-from thriftlab.optim.state.rules import ADAMW, adamw
+from thriftlab.optim.state.keys import State
+from thriftlab.optim.state.weights import Rounding, WeightDtype, begun
 
 METHODS: dict[str, type["Method"]] = {}
 
 
-class Method(torch.optim.Optimizer):
+class Method(Declared, torch.optim.Optimizer):
     """An optimizer with named parameters and declared state; `class X(Method, name="x")` registers it in `METHODS`.
 
     Args:
@@ -52,9 +51,6 @@ class Method(torch.optim.Optimizer):
             hyper-parameters of their own.
         defaults: the hyper-parameters, which live in `param_groups`.
     """
-
-    roles = False  # whether it asks groups for the `role` of their matrices
-    takes_applied = False  # whether `update` knows `group["applied"]`, so that the host need not read it
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -78,92 +74,6 @@ class Method(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.fit, self.plans = {}, {}
-
-    def update(
-        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
-    ) -> None:
-        """Steps `weights` in place. `states` are empty at first; `group` is a parameter group, or a copy of one."""
-        raise NotImplementedError
-
-    def update_plain(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
-    ) -> None:
-        """Steps tensors that are AdamW's."""
-        adamw(weights, grads, states, **{**ADAMW, **group})
-
-    def plain_numbers(self, group: dict[str, Any]) -> Numbers:
-        """What `update_plain` multiplies with, as an AdamW."""
-        return numbers_of_adamw({**ADAMW, **group})
-
-    def kernel_step(self, shape: tuple[int, ...], state: State, group: dict[str, Any]) -> Kind | None:
-        """How a kernel makes the step that `update` makes of a tensor; None: there is none."""
-        return None
-
-    def plain_step(self, group: dict[str, Any]) -> Kind | None:
-        """The same of a tensor that `update_plain` steps."""
-        return Kind(ALL, self.plain_numbers, plain=True) if speaks_for(type(self), "plain_numbers") else None
-
-    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
-        """Names, shapes and dtypes of one tensor's state, under the defaults and what overrides them."""
-        raise NotImplementedError
-
-    def expected_spec(self, name: str, weight: Tensor, group: dict[str, Any]) -> Spec:
-        """The `spec` of one tensor of a group as things stand now."""
-        return self.spec(tuple(weight.shape), weight.dtype, **group)
-
-    def idle(self, name: str, weight: Tensor, group: dict[str, Any], state: State) -> bool:
-        """Whether a tensor with this state is to have no moments now."""
-        return False
-
-    def passing_spec(self, weight: Tensor, group: dict[str, Any]) -> Spec:
-        """The part of its `spec` that the state of a tensor has at times, and at others not."""
-        return {}
-
-    def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:
-        """What a state that a tensor of this shape already has must be, where that may differ from a new one's."""
-        return self.spec(shape, dtype, **group)
-
-    def check_loaded(
-        self, named: dict[str, Tensor], states: dict[str, State], group: dict[str, Any], own: dict[str, Any]
-    ) -> None:
-        """ValueError where states that are to be loaded do not go together with the tensors of a group; `own` is the
-        group as it was before."""
-
-    def check_kind(self, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
-        """ValueError where a tensor has the state of one that the method steps in another way."""
-
-    def diagnostics(self, fresh: bool = False) -> dict[str, dict[str, Tensor]]:
-        """Scalars that a method tells of its tensors, by name; `fresh`: only those that the last step found out, mostly
-        none, which is known without waiting for the device."""
-        return {}
-
-    def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-        """Whether a tensor of this shape is stepped entry by entry, so that pieces of it can be (fragments.py)."""
-        return False
-
-    def work(self, weight: Tensor, group: dict[str, Any]) -> int:
-        """Operations of one tensor's step, up to a constant: here a walk over its entries."""
-        return weight.numel()
-
-    def cost(self, name: str, weight: Tensor, group: dict[str, Any]) -> Cost:
-        """What one tensor costs the rank that owns it; an active one, where state comes and goes."""
-        return Cost(name, self.work(weight, group), spec_bytes(self.spec(tuple(weight.shape), weight.dtype, **group)))
-
-    def costs(self) -> list[Cost]:
-        """Of the parameters of all groups that take gradients or have one left, in order."""
-        return [
-            self.cost(name, p, group)
-            for group in self.param_groups
-            for name, p in zip(group["names"], group["params"], strict=True)
-            if p.requires_grad or p.grad is not None
-        ]
-
-    def remarks(self) -> list[str]:
-        """Where the method, as it is set, is not what its name promises."""
-        return []
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where the hyper-parameters of a new group do not go together."""
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -223,9 +133,10 @@ class Method(torch.optim.Optimizer):
         names, weights = [name for name, _ in due], [p for _, p in due]
         grads = [downhill(p, p.grad, group["maximize"]) for p in weights if p.grad is not None]
         here = group if applied is None else {**group, "applied": applied}
-        self.apply(names, weights, grads, [self.state[p] for p in weights], here, scale)
-        for p in weights:
-            if not self.state[p]:
+        states = [self.state[p] for p in weights]
+        self.apply(names, weights, grads, states, here, scale)
+        for p, state in zip(weights, states, strict=True):
+            if not state:
                 del self.state[p]  # nothing is kept, and so there is no entry
 
     def must_read(self, weights: list[Tensor], group: dict[str, Any]) -> bool:
@@ -233,7 +144,7 @@ class Method(torch.optim.Optimizer):
         due = [p for p in weights if p.grad is not None]
         if not self.takes_applied or any(isinstance(p, DTensor) for p in due):
             return bool(due)
-        return any(not self.state.get(p) and self.spec(tuple(p.shape), p.dtype, **group) for p in due)
+        return any(not begun(self.state.get(p, {})) and self.spec(tuple(p.shape), p.dtype, **group) for p in due)
 
     # What is called in place of `update`: it knows how weights are stored and where a step is made by a kernel.
 
@@ -253,12 +164,7 @@ class Method(torch.optim.Optimizer):
             scale: 0-dim; the gradients count so many times. They may be multiplied in place.
             skip: 0-dim; where it is 1 and not 0 weights and states keep every bit, as where `group["applied"]` is 0.
         """
-        group = unless(group, skip)
-        left = step_fused(self, names, weights, grads, states, group, scale)
-        if left or not weights:
-            slopes = scaled([grads[i] for i in left], scale)
-            self.update(some(names, left), some(weights, left), slopes, some(states, left), group)
-            plan_step(self, names, weights, grads, states, group)
+        step_each(self, self.update, few_bits_step, names, weights, grads, states, group, scale, skip)
 
     def apply_fragments(
         self,
@@ -271,12 +177,8 @@ class Method(torch.optim.Optimizer):
         skip: Tensor | None = None,
     ) -> None:
         """`update_fragments` in the same way."""
-        group = unless(group, skip)
-        left = step_fused(self, fragments, weights, grads, states, group, scale)
-        if left or not weights:
-            slopes = scaled([grads[i] for i in left], scale)
-            self.update_fragments(some(fragments, left), some(weights, left), slopes, some(states, left), group)
-            plan_step(self, fragments, weights, grads, states, group)
+        step = self.update_fragments, few_bits_fragment_step
+        step_each(self, *step, fragments, weights, grads, states, group, scale, skip)
 
     # Tensors that are cut: fragments of them, and those of FSDP2.
 
@@ -340,6 +242,24 @@ class Method(torch.optim.Optimizer):
         dist.broadcast(weight, group=ranks, group_src=owner)
         p.to_local().copy_(weight[slice(*rows_here(p.shape[0], p))])
 
+    # Weights in few bits.
+
+    def keep_weights(self, dtype: WeightDtype, rounding: Rounding = "random", seed: int = 0) -> None:
+        """Keeps the fp32 matrices that take gradients in bf16 from now on, with 0, 8 or 16 low bits in the state.
+
+        The parameters change their dtype in place; call it before anything else takes them. Parameters that are bf16
+        already begin with low bits of zero. ValueError for parameters that are cut.
+        """
+        for group in self.param_groups:
+            group.update(weight_dtype=dtype, weight_rounding=rounding, weight_seed=seed)
+            for name, p in zip(group["names"], group["params"], strict=True):
+                if isinstance(p, DTensor) and p.dtype == torch.float32:
+                    raise ValueError(
+                        f"{name} is a DTensor of fp32; call keep_weights before fully_shard, or make it bf16"
+                    )
+                if p.requires_grad and p.ndim > 1 and p.dtype == torch.float32:
+                    narrow(p, self.state[p], group)
+
     # Groups and state, by name.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -387,41 +307,5 @@ def downhill(weight: Tensor, grad: Tensor, maximize: bool) -> Tensor:
     for `update` to refuse it by name."""
     if grad.layout is not torch.strided or grad.shape != weight.shape or grad.device != weight.device:
         return grad
-    grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)
+    grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     return -grad if maximize else grad
-
-
-def some(values: list[Any], places: list[int]) -> list[Any]:
-    return [values[i] for i in places]
-
-
-def scaled(grads: list[Tensor], scale: Tensor | None) -> list[Tensor]:
-    """The gradients, multiplied in place."""
-    if scale is not None and grads:
-        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
-    return grads
-
-
-def unless(group: dict[str, Any], skip: Tensor | None) -> dict[str, Any]:
-    """The group of a step that is refused where `skip` is 1."""
-    return group if skip is None else {**group, "applied": refused(skip)}
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state that is allocated now, 0-dim counters apart."""
-    tensors = (value for state in optimizer.state.values() for value in as_local(state).values())
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor) and t.ndim)
-
-
-def predicted_state_bytes(optimizer: Method, keeps: Callable[[str], bool] = lambda name: True) -> int:
-    """The same from the declared `spec`, before or after it is allocated, for the parameters that take gradients.
-
-    Args:
-        keeps: whether the state of a parameter is counted, by its name.
-    """
-    return sum(
-        spec_bytes(optimizer.expected_spec(name, p, group))
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"], strict=True)
-        if p.requires_grad and keeps(name)
-    )

@@ -9,6 +9,7 @@ same, for torch's helpers save no optimizer of which only some tensors have a st
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from thriftlab.optim.state.rules import adamw_spec, decay, row_chunks
 from thriftlab.optim.state.storage import kept_spec, load, make_zero, store, wide
 
 MOMENTUM = ("momentum_buffer",)
+Direction = Callable[[list[Tensor], list[Tensor]], list[Tensor]]  # of gradients and momenta, which it may move
 TINY = 1e-30  # least norm: what is zero stays zero
 
 
@@ -113,26 +115,38 @@ class Normalised(SplitOptimizer):
         return said
 
 
-def moved_momenta(grads: list[Tensor], states: list[State], beta: float) -> list[Tensor]:
-    """H <- beta H + (1 - beta) G, of the matrices that have a momentum; fp32 at least."""
-    momenta = [load(state, MOMENTUM[0]) for state in states]
-    grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
-    torch._foreach_lerp_(momenta, grads, 1 - beta)
+def step_rows(
+    weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], lrs: list[Any],
+    direction: Direction, rms: bool = False,
+) -> None:  # fmt: skip
+    """`descend_rows` with what `direction` makes of gradients and momenta, after decay. On a CPU some rows go all the
+    way before the next ones, as they are in the cache."""
+    momenta = [load(s, MOMENTUM[0]) if MOMENTUM[0] in s else g for s, g in zip(states, grads, strict=True)]
+    parts: Iterable[tuple[list[Tensor], ...]] = [(weights, grads, momenta)]
+    if len(weights) == 1 and weights[0].device.type == "cpu":
+        parts = (tuple([part] for part in rows) for rows in row_chunks(weights[0], grads[0], momenta[0]))
+    for w, g, m in parts:
+        directions = direction(g, m)
+        decay(w, group)
+        descend_rows(w, directions, lrs, group["eps"], rms)
     for state, momentum in zip(states, momenta, strict=True):
-        store(state, MOMENTUM[0], momentum)
-    return momenta
+        if MOMENTUM[0] in state:
+            store(state, MOMENTUM[0], momentum)
 
 
 def descend_rows(weights: list[Tensor], directions: list[Tensor], lrs: list[Any], eps: float, rms: bool) -> None:
     """W <- W - lr D / max(|d|, eps), |d| of each row: its norm, or its root mean square. One lr for each matrix."""
-    if len(weights) == 1 and weights[0].device.type == "cpu":  # rows that are still in the cache when they are moved
-        for weight, direction in row_chunks(weights[0], directions[0]):
-            weight.addcmul_(direction, *factors_of([norms(direction, 1)], [direction.shape[1]], lrs, eps, rms))
-        return
     lengths = [norms(direction, 1) for direction in directions]
     factors = factors_of(lengths, [direction.shape[1] for direction in directions], lrs, eps, rms)
     for weight, direction, factor in zip(weights, directions, factors, strict=True):
         weight.addcmul_(direction, factor)
+
+
+def moved(grads: list[Tensor], momenta: list[Tensor], beta: float, ahead: float | None = None) -> list[Tensor]:
+    """H <- beta H + (1 - beta) G, in place; or (1 - ahead) G + ahead H of these."""
+    grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
+    torch._foreach_lerp_(momenta, grads, 1 - beta)
+    return momenta if ahead is None else list(torch._foreach_lerp(grads, momenta, ahead))
 
 
 def descend_columns(weights: list[Tensor], directions: list[Tensor], lrs: list[Any], eps: float, rms: bool) -> None:

@@ -159,10 +159,10 @@ def adam_small(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     from thriftlab.kernels import norm_rows
 
-    moments = [[state[name] for state in states] for name in ADAM.buffers]
+    firsts, seconds = ([state[name] for state in states] for name in ADAM.buffers)
     factors = correction(age, group) * torch.ones(len(smalls), device=smalls[0].device, dtype=torch.float64)
-    numbers = (factors.float(), group["betas"], group["eps"])
-    return norm_rows.adam_small(smalls, *moments, *numbers, rows_of(dims), directions, sizes)
+    betas, eps, rows = group["betas"], group["eps"], rows_of(dims)
+    return norm_rows.adam_small(smalls, firsts, seconds, factors.float(), betas, eps, rows, directions, sizes)
 
 
 def scale_add(matrices: list[Tensor], others: list[Tensor], factors: list[Tensor], dims: Sequence[int | None]) -> None:

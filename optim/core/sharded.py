@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.functional import pad
 
-from thriftlab.optim.core.fragments import LOCAL, Fragment, is_moment, place, small_shape
+from thriftlab.optim.core.fragments import LOCAL, Fragment, is_cut, is_moment, place, small_shape
 from thriftlab.optim.core.guard import MOMENT_NAMES
 from thriftlab.optim.state.keys import Spec, State
+from thriftlab.optim.state.weights import LOW, dtype_of_step, low_spec
 
 IDLE = -1  # less `start`: what a state dict has for the `start` of a tensor without moments
 UNKNOWN = "diagnostic."  # what a state says of a whole matrix, and no rank knows
@@ -84,10 +85,11 @@ def closed(p: DTensor, here: State, state: State, group: dict[str, Any]) -> Stat
     shape = small_shape(tuple(p.shape), here, group)
     found = {key: tensor for key, tensor in here.items() if key not in LOCAL}
     for key, tensor in found.items():
-        if is_moment(key, tensor.shape) and like_rows(shape, p):
+        size = tuple(p.shape) if key == LOW else shape
+        if is_cut(key, tensor.shape) and like_rows(size, p):
             old = state.get(key)
-            same = isinstance(old, DTensor) and old.shape == shape and old.to_local().data_ptr() == tensor.data_ptr()
-            found[key] = old if same else as_dtensor(tensor, shape, p)  # type: ignore[assignment]
+            same = isinstance(old, DTensor) and old.shape == size and old.to_local().data_ptr() == tensor.data_ptr()
+            found[key] = old if same else as_dtensor(tensor, size, p)  # type: ignore[assignment]
     return found
 
 
@@ -102,7 +104,8 @@ def show(optimizer: Any, saved: dict[str, Any]) -> None:
                 continue
             state, shape = saved["state"][index], tuple(p.shape)
             if isinstance(p, DTensor) and optimizer.elementwise(shape, group):
-                saved["state"][index] = shown(p, state, group, optimizer.spec(shape, p.dtype, **group))
+                spec = optimizer.spec(shape, dtype_of_step(p, group), **group) | low_spec(shape, p.dtype, group)
+                saved["state"][index] = shown(p, state, group, spec)
                 continue
             if isinstance(p, DTensor):
                 refuse_owned(optimizer, name, p)
@@ -239,22 +242,25 @@ def taken_up(name: str, p: DTensor, saved: State, group: dict[str, Any]) -> Stat
     fragment = fragment_here(name, p)
     here: State = {}
     for key, value in saved.items():
-        if not (isinstance(value, Tensor) and is_moment(key, value.shape)) and not key.startswith(UNKNOWN):
+        if not (isinstance(value, Tensor) and is_cut(key, value.shape)) and not key.startswith(UNKNOWN):
             here[key] = value.clone() if isinstance(value, Tensor) else value
     shape = small_shape(fragment.shape, here, group)
     first, stop = place(fragment, here, group)
     for key, value in saved.items():
-        if not (isinstance(value, Tensor) and is_moment(key, value.shape)):
+        if not (isinstance(value, Tensor) and is_cut(key, value.shape)):
             continue
-        if tuple(value.shape) != shape:
+        size, own = (
+            (fragment.shape, slice(fragment.start, fragment.stop)) if key == LOW else (shape, slice(first, stop))
+        )
+        if tuple(value.shape) != size:
             raise ValueError(
-                f"{name}: the saved {key} has the shape {tuple(value.shape)}, and {shape} is that of the whole; "
+                f"{name}: the saved {key} has the shape {tuple(value.shape)}, and {size} is that of the whole; "
                 "load a state dict of whole tensors or of DTensors, or what rank_state_dict() gave on as many ranks"
             )
-        if isinstance(value, DTensor) and lies_like(value, p) and like_rows(shape, p):
+        if isinstance(value, DTensor) and lies_like(value, p) and like_rows(size, p):
             here[key] = value.to_local().clone().view(-1)
         else:
-            here[key] = whole(value).reshape(-1)[first:stop].clone()
+            here[key] = whole(value).reshape(-1)[own].clone()
     return closed(p, here, {}, group)
 
 

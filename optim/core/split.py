@@ -14,15 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from thriftlab.optim.core.due import are_finite, ask, due_refresh, due_refreshes, kept_of, next_age
+from thriftlab.optim.core.due import ask, due_refresh, due_refreshes, kept_of, lame_of, next_age
 from thriftlab.optim.core.fragments import Fragment, begin, on_fragment
 from thriftlab.optim.core.kinds import Kind, speaks_for
 from thriftlab.optim.core.listing import left_to_adamw
 from thriftlab.optim.core.method import Method
+from thriftlab.optim.state.asking import Asking, in_step
 from thriftlab.optim.state.blocks import Blocks
 from thriftlab.optim.state.carry import carry, overlap, residual_energy
 from thriftlab.optim.state.coordinates import CoordinateSubspace, is_countable, other_density
 from thriftlab.optim.state.counters import Age, begin_counting, most
+from thriftlab.optim.state.dense import Svd
 from thriftlab.optim.state.keys import Spec, State, keyed_generator
 from thriftlab.optim.state.lists import batches, each, kept_unless
 from thriftlab.optim.state.rules import RULES, Rule, adamw_spec, decay
@@ -36,6 +38,7 @@ from thriftlab.optim.state.subspaces import (
     subspace_of,
     uses_gradient,
 )
+from thriftlab.optim.state.weights import dtype_of_step
 
 OnRefresh = Literal["reset", "keep", "project"]
 COUNTERS: Spec = {"step": ((), torch.int64), "start": ((), torch.int64)}
@@ -71,7 +74,7 @@ class SplitOptimizer(Method):
             [[value for value, yes in zip(values, split, strict=True) if yes == kind] for values in lists]
             for kind in (True, False)
         )
-        known = self.asked(matrices[0], matrices[1], matrices[3], group)
+        known = self.asked(matrices[0], matrices[1], matrices[2], matrices[3], group)
         if known is not None:
             self.update_plain(plain[1], plain[2], plain[3], known)
             self.update_matrices(matrices[0], matrices[1], matrices[2], matrices[3], known)
@@ -86,7 +89,7 @@ class SplitOptimizer(Method):
         return None
 
     def asked(
-        self, names: list[str], weights: list[Tensor], states: list[State], group: dict[str, Any]
+        self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
     ) -> dict[str, Any] | None:
         """The group, "asked" if the host had to read `applied`, as before a refresh; None if the step is refused.
 
@@ -95,7 +98,9 @@ class SplitOptimizer(Method):
             return group
         for weight, state in zip(weights, states, strict=True):
             begin_counting(tuple(COUNTERS), weight, state, group)
-        return group if group.get("applied") is None else ask(names, weights, states, group)
+        if group.get("applied") is None:
+            return group
+        return ask(names, weights, states, group, grads=grads if uses_gradient(group) else ())
 
     def update_matrices(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
@@ -105,11 +110,13 @@ class SplitOptimizer(Method):
         A gradient that is not finite spans no subspace: the old one stays, and without one the matrix is left alone.
         """
         due = due_refreshes(names, weights, states, group)
-        asks = [i for i, count in enumerate(due) if count is not None and uses_gradient(group)]
-        lame = {i for i, yes in zip(asks, are_finite([grads[i] for i in asks]), strict=True) if not yes}
-        for i, count in enumerate(due):
-            if count is not None and i not in lame:
-                self.refresh(names[i], grads[i], states[i], group, count)
+        lame = set() if not uses_gradient(group) else lame_of(grads, due, group)
+        takes = {i: count for i, count in enumerate(due) if count is not None and i not in lame}
+        for some in batches([grads[i] for i in takes]):
+            here = [*takes.items()][some]
+            calls = [self.next_basis(names[i], grads[i], states[i], group, count) for i, count in here]
+            for (i, count), new in zip(here, in_step(calls), strict=True):
+                self.refresh(names[i], grads[i], states[i], group, count, new)
         moves = [i for i in range(len(due)) if i not in lame or basis_of(states[i])]
         weights, grads, states = ([values[i] for i in moves] for values in (weights, grads, states))  # type: ignore
         for some in batches(weights):
@@ -138,17 +145,21 @@ class SplitOptimizer(Method):
         0-dim tensor."""
         raise NotImplementedError
 
-    def next_basis(self, name: str, grad: Tensor, old: State, group: dict[str, Any], count: int) -> State:
-        """The basis of a matrix's new subspace; `old` is the last one, empty at first."""
-        subspace = subspace_of(group)
-        if old and hasattr(subspace, "refine") and is_declared(old, subspace, grad):
+    def next_basis(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> Asking:
+        """The basis of a matrix's new subspace; the last one is in the state, which is empty at first."""
+        subspace, old = subspace_of(group), basis_of(state)
+        if isinstance(subspace, Blocks):  # whole matrices
+            return {}
+        goes_on = old and hasattr(subspace, "refine") and is_declared(old, subspace, grad)
+        if isinstance(subspace, Svd):
+            return (yield from subspace.search(grad, old if goes_on else {}))
+        if goes_on:
             return subspace.refine(grad, old)
         return subspace.refresh(grad, name, count, keyed_generator(group["seed"], name, count))
 
-    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int) -> None:
-        """Draws the matrix's new subspace and carries the moments over to it."""
+    def refresh(self, name: str, grad: Tensor, state: State, group: dict[str, Any], count: int, new: State) -> None:
+        """Takes up the matrix's new subspace and carries the moments over to it."""
         subspace, old = subspace_of(group), basis_of(state)
-        new = self.next_basis(name, grad, old, group, count)
         small = subspace.down(grad, new)
         keeps = group["on_refresh"] == "keep" and has_moments(state, group)
         if keeps and small.shape != (kept := state[rule_of(group).buffers[0]]).shape:
@@ -174,6 +185,9 @@ class SplitOptimizer(Method):
     def elementwise(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry(group) and not self.takes(shape, group)
 
+    def in_pieces(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return not self.takes(shape, group)
+
     def update_fragments(
         self,
         fragments: list[Fragment],
@@ -190,7 +204,7 @@ class SplitOptimizer(Method):
                 continue
             key_rounding([fragment.name], [states[i]], group)
             here = on_fragment(group, fragment, states[i])
-            known = self.asked([fragment.name], [weights[i]], [states[i]], here)
+            known = self.asked([fragment.name], [weights[i]], [grads[i]], [states[i]], here)
             if known is not None:
                 self.update_matrices([fragment.name], [weights[i]], [grads[i]], [states[i]], known)
             for key in [key for key in states[i] if key.startswith("diagnostic.")]:
@@ -229,7 +243,7 @@ class SplitOptimizer(Method):
         if "subspace" not in group or not is_split(weight, group) or not hasattr(subspace_of(group), "spec"):
             return {}
         stays = {**COUNTERS, **rounding_spec(group)}
-        spec = self.spec(tuple(weight.shape), weight.dtype, **group)
+        spec = self.spec(tuple(weight.shape), dtype_of_step(weight, group), **group)
         return {key: entry for key, entry in spec.items() if key not in stays}
 
     def state_spec(self, shape: tuple[int, ...], dtype: torch.dtype, state: State, group: dict[str, Any]) -> Spec:

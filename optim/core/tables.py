@@ -28,7 +28,7 @@ from thriftlab.optim.state.torch_adamw import piece_of
 Tables = Literal["adamw", "ember", "own", "8bit"]
 ROLES = ("input", "output")
 OPTIONS = ("tables", "row_floor")  # of every method
-VERBS = ("update", "spec", "elementwise", "check_kind", "takes", "kernel_step")
+VERBS = ("update", "spec", "elementwise", "in_pieces", "check_kind", "takes", "kernel_step")
 TINY = 1e-30
 
 
@@ -58,6 +58,9 @@ class TableRule:
 
     def elementwise(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return by_entry({**group, **self.changes})
+
+    def in_pieces(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return True
 
     def check_kind(self, method: Any, name: str, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         """The spec says all there is to say."""
@@ -95,6 +98,9 @@ class Ember(TableRule):
     def elementwise(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return len(shape) != 2 and super().elementwise(method, shape, group)
 
+    def in_pieces(self, method: Any, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        return len(shape) != 2
+
 
 def factored_spec(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
     """In fp32 at least: they are small, and stand in denominators."""
@@ -112,7 +118,7 @@ def factored_step(weight: Tensor, grad: Tensor, state: State, group: dict[str, A
     with kept_unless(group.get("applied"), [weight, rows, columns]):
         count_step([weight], [state], group)
         for squares, means in zip((rows, columns), mean_squares(grad, rows.dtype), strict=True):
-            squares.lerp_(means, 1 - group["betas"][1])
+            squares.mul_(group["betas"][1]).add_(means, alpha=1 - group["betas"][1])  # lerp makes NaN of infinity
         descend(weight, grad, state, {**group, "applied": None})
 
 

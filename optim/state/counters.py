@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from thriftlab.optim.state.keys import State
@@ -66,14 +66,14 @@ def begin_counting(names: tuple[str, ...], weight: Tensor, state: State, group: 
 
 def count_on(counters: list[Tensor], applied: Tensor | None) -> None:
     """One step more, if it is applied; for counters on a device."""
-    bounds = [bound(counter) for counter in counters]
+    bounds, told = [bound(counter) for counter in counters], Bound(0, 1, True) if applied is None else bound(applied)
     if counters:
         count_together(counters, applied)
     for counter, known in zip(counters, bounds, strict=True):
         if capturing():
             BOUNDS[counter] = None
         elif known:
-            know(counter, known.most + 1, known.exact and applied is None)
+            know(counter, known.most + (told.most if told else 1), known.exact and told is not None)
 
 
 def count_step(weights: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
@@ -123,6 +123,26 @@ def most(counter: Any) -> int:
     """The count, or the most that it can be; a tensor is read if nothing is known of it."""
     known = bound(counter) if isinstance(counter, Tensor) else None
     return known.most if known else int(counter)
+
+
+@torch.compiler.disable
+def learn(numbers: list[Tensor]) -> list[int] | None:
+    """The integers in 0-dim tensors of one device: by one read, if the host does not know them, and with it of all that
+    it does not know there; so the next group of an optimizer need not ask again. None of fake ones."""
+    if any(not known or not known.exact for known in map(bound, numbers)):
+        place = where(numbers[0])
+        unknown = [number for number, known in BOUNDS.items() if known and not known.exact and where(number) == place]
+        asked = [*{id(number): number for number in (*numbers, *unknown)}.values()]
+        if (told := read(asked)) is None:
+            return None
+        for number, value in zip(asked, told, strict=True):
+            know(number, value)
+        return told[: len(numbers)]
+    return [most(number) for number in numbers]
+
+
+def where(number: Tensor) -> tuple[torch.device, Any]:
+    return number.device, number.fake_mode if isinstance(number, FakeTensor) else None
 
 
 def read(tensors: list[Tensor]) -> list[int] | None:

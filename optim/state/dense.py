@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from thriftlab.optim.state.asking import EIGEN, READ, SINGULAR, Asking, in_step
 from thriftlab.optim.state.keys import Spec, State
 
 GAP = 1.04  # a ratio of neighbouring singular values from which on they are told apart; promised from 1.05 on
@@ -85,6 +86,11 @@ class Svd(DenseSubspace):
     def draw(self, grad: Tensor, rank: int, generator: torch.Generator) -> Tensor:
         return leading_vectors(grad, rank)
 
+    def search(self, grad: Tensor, old: State) -> Asking:
+        """The next basis after `old`, which is empty at first."""
+        vectors = yield from leading(grad, self.size(grad.shape))
+        return {"vectors": vectors.to(grad).clone(memory_format=torch.contiguous_format)}
+
 
 class WarmSvd(Svd):
     """The same, found faster: the search starts at the last basis, and in float32.
@@ -93,8 +99,13 @@ class WarmSvd(Svd):
     """
 
     def refine(self, grad: Tensor, basis: State) -> State:
-        vectors = basis["vectors"]
-        return {"vectors": leading_vectors(grad, vectors.shape[1], start=vectors).to(grad).contiguous()}
+        return in_step([self.search(grad, basis)])[0]
+
+    def search(self, grad: Tensor, old: State) -> Asking:
+        if not old:
+            return (yield from super().search(grad, old))
+        vectors = yield from leading(grad, old["vectors"].shape[1], start=old["vectors"])
+        return {"vectors": vectors.to(grad).contiguous()}
 
 
 class Gauss(DenseSubspace):
@@ -133,46 +144,51 @@ def leading_vectors(grad: Tensor, rank: int, start: Tensor | None = None) -> Ten
     energy is captured. Angles are not resolved below sigma_rank = 1e-5 sigma_1; with a `start` [min(m, n), rank], from
     which they are looked for in float32 first, not below 1e-3 sigma_1.
     """
+    return in_step([leading(grad, rank, start)])[0]
+
+
+def leading(grad: Tensor, rank: int, start: Tensor | None = None) -> Asking:
+    """`leading_vectors`, for `in_step`."""
     tall = tall_of(grad).double()
     tall = tall / tall.abs().max().clamp(min=torch.finfo(tall.dtype).tiny)
     spare = max(16, rank // 8)  # further directions: the more, the faster the wanted ones converge
     if not 0 < rank < tall.shape[1] // 2 - spare:
-        return decomposed(tall.T @ tall, rank)
+        return (yield from decomposed(tall.T @ tall, rank))
     draw = torch.randn(tall.shape[1], rank + spare, generator=torch.Generator().manual_seed(0), device="cpu")
     block = draw.to(tall.device) / math.sqrt(tall.shape[1])
     if start is not None:
         block[:, :rank].mul_(0.1).add_(start)  # not the start alone: what is orthogonal to it would stay hidden
-        found, block = subspace_iteration((tall.T.float() @ tall.float()).matmul, block, rank)
+        found, block = yield from subspace_iteration((tall.T.float() @ tall.float()).matmul, block, rank)
         if not found:  # but near, so that a round is cheaper than a Gram matrix
-            found, block = subspace_iteration(lambda x: tall.T @ (tall @ x), block.double(), rank, rounds=1)
+            near = block.double()
+            found, block = yield from subspace_iteration(lambda x: tall.T @ (tall @ x), near, rank, rounds=1)
         if found:
             return block[:, :rank].double()
-    gram = tall.T @ tall
-    found, block = subspace_iteration(gram.matmul, block.double(), rank)
-    return block[:, :rank] if found else decomposed(gram, rank)
+    gram = tall = tall.T @ tall  # the copy of the gradient goes, for many may be searched at a time
+    found, block = yield from subspace_iteration(gram.matmul, block.double(), rank)
+    return block[:, :rank] if found else (yield from decomposed(gram, rank))
 
 
-def tracked(vectors: Tensor, grad: Tensor, step_size: float) -> Tensor:
+def tracked(vectors: Tensor, grad: Tensor, step_size: float) -> Asking:
     """An orthonormal basis S after a step of descent on |G - S S^T G|^2 (SubTrack++, 2502.01586): one of its directions
     is turned towards one outside of it  # [min(m, n), r]"""
     tall, old = tall_of(grad).double(), vectors.double()
     small = tall @ old  # A^T [max(m, n), r]
     slope = -2 * (tall.T @ small - old @ (small.T @ small))  # F [min(m, n), r]
-    u, sigma, v = torch.linalg.svd(slope, full_matrices=False)
+    u, sigma, v = yield SINGULAR, slope
     (u, v), angle = (u[:, :1], v[:1].T), step_size * sigma[0]
     new = old + ((old @ v) * (angle.cos() - 1) - u * angle.sin()) @ v.T
     found = torch.linalg.qr(new)  # orthonormal as it is, but for the rounding of its dtype, refresh after refresh
     return (found.Q * found.R.diagonal().sign()).to(vectors)
 
 
-def decomposed(gram: Tensor, rank: int) -> Tensor:
+def decomposed(gram: Tensor, rank: int) -> Asking:
     """The leading eigenvectors, from all of them."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
+    _, vectors = yield EIGEN, gram
+    return vectors.flip(1)[:, :rank]
 
 
-def subspace_iteration(
-    gram: Callable[[Tensor], Tensor], block: Tensor, rank: int, rounds: int = 2
-) -> tuple[bool, Tensor]:
+def subspace_iteration(gram: Callable[[Tensor], Tensor], block: Tensor, rank: int, rounds: int = 2) -> Asking:
     """(whether they are found, Ritz vectors of gram^k block, largest first), k as large as it takes and is worth it.
 
     `gram` multiplies by the Gram matrix; `rounds` are made before the first look.
@@ -183,28 +199,26 @@ def subspace_iteration(
         for _ in range(rounds):
             block = torch.linalg.qr(gram(block)).Q
         image = gram(block)
-        values, turn = torch.linalg.eigh(block.T @ image)
+        values, turn = yield EIGEN, block.T @ image
         values, turn = values.flip(0), turn.flip(1)
         block, image = block @ turn, image @ turn
-        rounds = missing_rounds(values, torch.linalg.vector_norm(image - block * values, dim=0), rank)
+        residuals = torch.linalg.vector_norm(image - block * values, dim=0)
+        rounds = missing_rounds((yield READ, torch.stack([values, residuals])), rank)
         if rounds == 0:
             return True, block
         block, rounds = torch.linalg.qr(image).Q, rounds - 1
     return False, block
 
 
-def missing_rounds(values: Tensor, residuals: Tensor, rank: int) -> int:
+def missing_rounds(looked_at: Tensor, rank: int) -> int:
     """How many more rounds it takes until the `rank` leading Ritz vectors are near enough; NEVER if rounding forbids.
 
     The residuals |A x - value x| bound their angle where there is a gap below the last wanted value (Davis and Kahan),
     and what each may gain in energy. A round shrinks them by the ratio of the least value to the last wanted one.
     """
-    if values.is_meta:
+    if looked_at.is_meta or isinstance(looked_at, FakeTensor):
         return 0
-    eps, looked_at = torch.finfo(values.dtype).eps, torch.stack([values, residuals]).double().cpu()  # one read
-    if isinstance(looked_at, FakeTensor):
-        return 0
-    values, residuals = looked_at
+    eps, (values, residuals) = torch.finfo(looked_at.dtype).eps, looked_at.double()
     rounding = 4 * eps * max(float(values[0]), 0.0)
     wanted, last, below = values[:rank], values[rank - 1], values[rank]
     gain = torch.minimum(residuals[:rank], residuals[:rank] ** 2 / (wanted - below).clamp(min=1e-300))

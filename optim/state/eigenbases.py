@@ -33,10 +33,15 @@ def has_bases(state: State, shape: tuple[int, ...], group: dict[str, Any]) -> bo
 
 
 def begin(grad: Tensor, state: State, group: dict[str, Any]) -> None:
-    """Means of one gradient, and their eigenvectors, largest first."""
+    """Means of one gradient, and their eigenvectors, largest first.
+
+    A matrix that is not square has a null space, and eigenvectors in it are arbitrary: rounding would choose them. Here
+    they follow from the others.
+    """
     for side in sides(tuple(grad.shape), group):
         state[f"gram.{side}"] = gram(grad, side).mul_(1 - decay_of(group))
         vectors = torch.linalg.eigh(gram(grad.double(), side)).eigenvectors.flip(1)
+        vectors = torch.linalg.qr(vectors[:, : min(grad.shape)], mode="complete").Q
         state[f"basis.{side}"] = vectors.to(wide(grad.dtype)).contiguous()
 
 

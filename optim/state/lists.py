@@ -50,11 +50,36 @@ def kept_unless(applied: Tensor | None, tensors: list[Tensor]) -> Iterator[None]
         torch._foreach_copy_([before[i] for i in same], [others[i] for i in same])
     numbers = torch.stack(scalars) if scalars else None  # [scalars]
     yield
-    yes = applied.bool()
-    for tensor, old in zip(others, before, strict=True):
-        torch.where(yes, tensor, old, out=tensor)
+    put_back(others, before, applied)
     if numbers is not None:
+        yes = applied.bool()
         torch._foreach_copy_(scalars, list(torch.where(yes, torch.stack(scalars), numbers).unbind()))
+
+
+def put_back(tensors: list[Tensor], before: list[Tensor], applied: Tensor) -> None:
+    """tensor <- before where `applied` is 0; `before` is used up.
+
+    One launch for many, which does nothing where the step is applied: the first step of torch's fused SGD takes its
+    gradients over into its momenta. (With lr = -0.0 it subtracts nothing from them, not even the sign of a zero.)
+    """
+    alike = [
+        i for i, (t, old) in enumerate(zip(tensors, before, strict=True))
+        if t.is_floating_point() and t.stride() == old.stride()
+    ]  # fmt: skip
+    for same in by_dtype(tensors, alike):
+        old, new = ([values[i] for i in same] for values in (before, tensors))
+        fused_sgd(old, old, new, lr=-0.0, momentum=1.0, found_inf=applied.float())
+    for i in set(range(len(tensors))) - {*alike}:
+        torch.where(applied.bool(), tensors[i], before[i], out=tensors[i])
+
+
+@torch.compiler.disable  # for torch cannot trace it
+def fused_sgd(
+    weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: Any, momentum: float, found_inf: Tensor
+) -> None:
+    """A first step of torch's fused SGD, which writes nothing where `found_inf` is 1."""
+    options: dict[str, Any] = dict(weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=True)
+    torch._fused_sgd_(weights, grads, momenta, lr=lr, momentum=momentum, found_inf=found_inf, **options)
 
 
 def by_dtype(tensors: list[Tensor], places: Sequence[int]) -> list[list[int]]:

@@ -96,8 +96,9 @@ def is_declared(basis: State, subspace: Any, grad: Tensor) -> bool:
 
 
 def uses_gradient(group: dict[str, Any]) -> bool:
-    """Whether a subspace is made of the gradient; one's own is thought to be, unless its `uses_gradient` is False."""
-    return getattr(subspace_of(group), "uses_gradient", True)
+    """Whether a subspace is made of the gradient; one's own is thought to be, unless its `uses_gradient` is False, and
+    so is what a method without subspaces refreshes."""
+    return "subspace" not in group or getattr(subspace_of(group), "uses_gradient", True)
 
 
 def basis_of(state: State) -> State:

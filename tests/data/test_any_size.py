@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -209,32 +209,28 @@ SCRIPT = """
 import json, sys
 from thriftlab.data.prepare import PrepareConfig, prepare
 if __name__ == "__main__":
+    from tests.tools.dying import die_after
+    die_after(int(sys.argv[2]))
     prepare(PrepareConfig(**json.load(open(sys.argv[1]))))
 """
 
 
-def start(tmp_path, inputs, **more):
+def run_script(tmp_path, inputs, changes, **more):
     settings = SETTINGS | {"inputs": {name: each.model_dump() for name, each in inputs.items()}} | more
     (tmp_path / "settings.json").write_text(json.dumps(settings | {"out": str(tmp_path / "out")}))
     (tmp_path / "script.py").write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "settings.json"],
-                            stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "settings.json", str(changes)]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL).returncode
 
 
 @pytest.mark.slow
 def test_killed_at_random_it_goes_on_to_the_same_bytes(tmp_path, expected):
-    inputs, partial, files = write(tmp_path / "in"), tmp_path / ".out.partial", 0
-    for more in np.random.default_rng(5).integers(1, 16, 4):
-        files, process = files + more, start(tmp_path, inputs, engine="processes", workers=2)
-        while (
-            sum(len(names) for _, _, names in os.walk(partial)) < files
-        ):  # by what is written, so that a fast machine is killed too
-            assert process.poll() is None, f"it ended before it had written {files} files"
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    process = start(tmp_path, inputs, engine="processes", workers=2)
-    assert process.wait(120) == 0
+    """Its workers are anywhere then, and die with it."""
+    inputs, options = write(tmp_path / "in"), {"engine": "processes", "workers": 2}
+    for changes in np.random.default_rng(5).integers(5, 70, 4):
+        assert run_script(tmp_path, inputs, changes, **options) == -signal.SIGKILL
+    assert run_script(tmp_path, inputs, 10**6, **options) == 0
     assert everything(tmp_path / "out") == everything(expected / "out")
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".out")]
 

@@ -6,7 +6,6 @@ import pkgutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 import thriftlab.data
 from tests.tools import counting
 from tests.tools.counting import check_exchange, contents, double, killed_at
+from tests.tools.waiting import PATIENCE, until
 from thriftlab.data.cores import usable_cores
 from thriftlab.data.errors import DataError, EngineError, UserError
 from thriftlab.data.files import WriteError
@@ -122,7 +122,7 @@ def test_a_worker_that_dies_before_it_starts_is_no_endless_loop(tmp_path):
         "from pathlib import Path\nfrom thriftlab.data.prepare.engines.base import open_engine\n"
         f"with open_engine('processes', 2, Path({str(tmp_path)!r})) as engine:\n    engine.each(abs, [1], 'abs')\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "abs 1: its worker was killed 4 times (exit code 1)" in done.stderr
     assert "freeze_support" in done.stderr  # Python's own words for the mistake
 
@@ -136,7 +136,7 @@ from thriftlab.data.prepare.engines.base import open_engine
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with open_engine("processes", 2, folder / "spool") as engine:
-        engine.each(partial(wait_in, folder / "pids"), [60] * 5, "wait")
+        engine.each(partial(wait_in, folder / "pids"), [3600] * 5, "wait")
 """
 
 
@@ -150,23 +150,16 @@ def test_no_worker_outlives_its_parent(tmp_path, number, code):
     run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path], env={**os.environ, "PYTHONPATH": path},
                            start_new_session=True, stderr=subprocess.PIPE, text=True,
                            preexec_fn=heed_ctrl_c)  # fmt: skip
-    wait(lambda: len(contents(tmp_path / "pids")) == 2)
+    until(lambda: len(contents(tmp_path / "pids")) == 2, run)
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C goes to all processes of a terminal
-    said = run.communicate(timeout=60)[1]
+    said = run.communicate(timeout=PATIENCE)[1]
     assert run.returncode == code and said.count("Traceback") == (number == signal.SIGINT)
-    wait(lambda: not any(alive(int(pid)) for pid in contents(tmp_path / "pids")))
+    until(lambda: not any(alive(int(pid)) for pid in contents(tmp_path / "pids")))
 
 
 def heed_ctrl_c():
     """What a shell starts with `&` ignores it, and so would what that starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
 
 
 def alive(pid):

@@ -20,7 +20,7 @@ import pathlib, subprocess, sys
 from thriftlab.data.lock import claimed
 with claimed(pathlib.Path(sys.argv[1])) as lock:
     if sys.argv[2:]:
-        left = subprocess.Popen(["sleep", "60"], pass_fds=[lock], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        left = subprocess.Popen(["sleep", "600"], pass_fds=[lock], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         print(left.pid, flush=True)
     else:
         print("held", flush=True)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tools.waiting import PATIENCE
 from thriftlab.data import loader
 from thriftlab.data.errors import DataError
 from thriftlab.data.loader import gather, prefetch
@@ -237,7 +238,7 @@ def test_prefetch_ends_with_the_interpreter(dataset):
         "from thriftlab.data import open_dataset, plan\nfrom thriftlab.data.loader import prefetch\n"
         f"batch = prefetch(plan(open_dataset({str(dataset.path)!r}), {LENGTH}, 8, 0)); batch(0)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
 
 
 def test_table(dataset):

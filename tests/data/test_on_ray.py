@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -107,19 +106,10 @@ def test_too_many_objects_are_refused(engine):
 
 def test_what_the_store_cannot_hold_is_spilled(engine, tmp_path):
     mapper = partial(counting.wide_rows, 8, 40 << 20)  # 8 x 40 MB through a store of 100 MB
-    spilled = []
-    counted = threading.Event()
-
-    def look():
-        while not counted.wait(0.2):
-            spilled.append(sum(path.stat().st_size for path in engine.folders[0].rglob("*") if path.is_file()))
-
-    watch = threading.Thread(target=look)
-    watch.start()
-    try:
-        engine.exchange(mapper, 8, partial(counting.count_rows, tmp_path), range(8), counting.ROWS, "spill")
-    finally:
-        counted.set()
-        watch.join()
-    assert sum(int(text.split()[0]) for text in contents(tmp_path).values()) == 8 * ((40 << 20) // 1000)
-    assert max(spilled) > 100 << 20
+    out, sizes = tmp_path / "out", tmp_path / "sizes"
+    for folder in (out, sizes):
+        folder.mkdir()
+    reducer = partial(counting.with_size, partial(counting.count_rows, out), engine.folders[0], sizes)
+    engine.exchange(mapper, 8, reducer, range(8), counting.ROWS, "spill")
+    assert sum(int(text.split()[0]) for text in contents(out).values()) == 8 * ((40 << 20) // 1000)
+    assert max(map(int, contents(sizes).values())) > 100 << 20

@@ -15,7 +15,7 @@ def test_one_round_of_every_method_on_small_shapes(tmp_path, capsys):
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "b.json").read_text())
     rows = {row["label"]: row for row in result["rows"]}
-    assert set(rows) >= {"torch AdamW foreach", "torch AdamW fused", peers.FLOOR, *peers.variants()}
+    assert set(rows) >= {"torch AdamW foreach", "torch AdamW fused", peers.FLOOR, *peers.FLOORS, *peers.variants()}
     assert {name for name, _ in peers.variants().values()} == set(METHODS)
     for label, row in rows.items():
         assert f"| {label} |" in printed
@@ -54,6 +54,18 @@ def test_the_methods_are_timed_on_the_device_of_their_tensors(monkeypatch):
     timing = bench.Timing("adamw", METHODS["adamw"](groups, lr=1e-6))
     timing.take_turn(refresh=False)
     assert timing.numbers([0.25])["ratios"] == [0.5] and timing.transient_bytes == 7
+
+
+def test_each_storage_of_weights_is_a_row(monkeypatch):
+    monkeypatch.setattr(bench, "timer", lambda device: lambda call: call() or 0.125)
+    monkeypatch.setattr(bench, "peak_allocation", lambda call, device: call() or 7)
+    options = bench.OptimBench(methods="signsgd", weights="fp32,bf16+8", preset="nano")
+    timings = {timing.label: timing for timing in bench.make_timings(options, torch.device("cpu"))}
+    assert list(timings) == ["torch AdamW foreach", "signsgd", "signsgd weights=bf16+8"]
+    kept = timings["signsgd weights=bf16+8"]
+    params = [p for group in kept.optimizer.param_groups for p in group["params"]]
+    assert {(p.dtype, p.grad.dtype) for p in params if p.ndim > 1} == {(torch.bfloat16, torch.float32)}
+    assert kept.state_bytes == kept.spec_bytes == sum(p.numel() for p in params if p.ndim > 1)
 
 
 def test_the_transient_memory_of_a_call_is_its_peak():

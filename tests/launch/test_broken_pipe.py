@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 from tests.tools.tiny import tiny_config
+from tests.tools.waiting import PATIENCE
 from thriftlab.data.errors import UserError
 from thriftlab.data.files import write_json
 from thriftlab.launch import cli
@@ -30,7 +31,7 @@ def test_a_run_whose_reader_has_left(tiny_data, tmp_path, both):
     )
     process.stdout.close()
     said = b"" if both else process.stderr.read()
-    assert process.wait(60) == 141
+    assert process.wait(PATIENCE) == 141
     assert b"Broken" not in said and b"Traceback" not in said and b"Exception" not in said
     assert (tmp_path / "out" / "record.json").exists() != both
 
@@ -39,7 +40,7 @@ def test_a_run_whose_reader_has_left(tiny_data, tmp_path, both):
 def test_help_whose_reader_has_left():
     process = subprocess.Popen([*COMMAND, "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+    assert (process.stderr.read(), process.wait(PATIENCE)) == (b"", 141)
 
 
 def test_no_room_for_what_is_printed_is_one_line(monkeypatch, capsys):

@@ -3,28 +3,32 @@
 import json
 import math
 import os
-import socket
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import make_dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.tools import gang
 from thriftlab.data.files import finite
-from thriftlab.launch.gpu import agree, kernels, machine, methods, model, one, runs
-from thriftlab.launch.gpu.setting import Setting
+from thriftlab.launch.gpu import agree, kernels, machine, methods, model, one, pair, ranks, runs
+from thriftlab.launch.gpu.overlap import overlap
+from thriftlab.launch.gpu.setting import Finding, Setting
 from thriftlab.launch.gpu.trace import Trace
 from thriftlab.launch.kernel_cases import Case
 from thriftlab.launch.peers import variants
-from thriftlab.launch.probe import made_up_text
+from thriftlab.launch.probe import made_up_text, opened
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.train.backends import BACKENDS
+from thriftlab.train.config.schema import RunConfig
 from thriftlab.train.loop import run
 from thriftlab.train.micro_batch import Need
 
 pytestmark = pytest.mark.slow
+RANK = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -323,10 +327,8 @@ class InThisProcess:
     code = 0
 
     def __init__(self, config, world, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": gang.free_port()}
+        given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **address}
         os.environ.update({key: str(value) for key, value in given.items()})
         try:
             run(config)
@@ -339,11 +341,14 @@ class InThisProcess:
 
 
 def test_ranks(setting, monkeypatch):
-    monkeypatch.setattr(runs, "torchrun", InThisProcess)
-    line = last(runs.ranks, setting)
+    monkeypatch.setattr(ranks, "torchrun", InThisProcess)
+    ends = [lambda: Finding("a", {"first": 1}), lambda: Finding("b", {"second": 2})]
+    monkeypatch.setattr(ranks, "started_pairs", lambda setting: ends)
+    line = last(ranks.ranks, setting)
     assert line["status"] == "ok" and line["numbers"]["backends"]["owned"]["far"] == 0
+    assert line["numbers"]["first"] == 1 and line["says"] == "1 on the CPU; a; b"
     assert len(line["numbers"]["single"]) == 2
-    names = [" ".join(map(str, case.values())) for case in runs.backend_cases()]
+    names = [" ".join(map(str, case.values())) for case in ranks.backend_cases()]
     assert {"ddp", "owned", "deepspeed 1", "deepspeed 2", "deepspeed 3"} <= set(names)
     assert {name.split()[0] for name in names} == set(BACKENDS) - {"single"}
 
@@ -353,14 +358,74 @@ def test_ranks_that_fail_or_differ_are_wrong(setting, monkeypatch):
         runs.Path(config.out).with_suffix(".log").write_text("a\nerror: no NCCL\nb\n")
         return SimpleNamespace(wait=lambda: 1)
 
-    monkeypatch.setattr(runs, "torchrun", failing)
-    monkeypatch.setattr(runs, "run", lambda config: None)
+    monkeypatch.setattr(ranks, "torchrun", failing)
+    monkeypatch.setattr(ranks, "run", lambda config: None)
+    monkeypatch.setattr(ranks, "started_pairs", lambda setting: [lambda: Finding("", wrong=["it waits"])])
     losses = iter([[5.0, 4.0], [5.0, 4.1]])
-    monkeypatch.setattr(runs, "losses_of", lambda config: next(losses))
-    assert last(runs.ranks, setting)["wrong"] == ["owned: exit code 1: error: no NCCL | b"]
+    monkeypatch.setattr(ranks, "losses_of", lambda config: next(losses))
+    assert last(ranks.ranks, setting)["wrong"] == ["owned: exit code 1: error: no NCCL | b", "it waits"]
     losses = iter([[5.0, 4.0], [5.0, 4.1]])
-    monkeypatch.setattr(runs, "torchrun", lambda *_: SimpleNamespace(wait=lambda: 0))
-    assert "1.0e-01 nats from one process's" in last(runs.ranks, setting)["wrong"][0]
+    monkeypatch.setattr(ranks, "torchrun", lambda *_: SimpleNamespace(wait=lambda: 0))
+    assert "1.0e-01 nats from one process's" in last(ranks.ranks, setting)["wrong"][0]
+
+
+class Forked(gang.Forked):
+    """A rank without the seconds that torch takes to import."""
+
+    def __init__(self, command, stdout, stderr, env):
+        super().__init__(command, stdout, {key: env[key] for key in RANK if key in env})
+
+    def kill(self):
+        self.process.kill()
+
+
+def test_a_rank_whose_peer_is_killed_ends_and_says_why(setting, monkeypatch):
+    """Through gloo, which notices at once; on GPUs it takes as long as `backend.timeout`."""
+    monkeypatch.setattr(pair, "start", Forked)
+    monkeypatch.setattr(pair, "GRACE", 300)  # of a machine with other work
+    found = pair.bereaved(setting)()
+    assert not found.wrong, found
+    killed = found.numbers["killed_peer"]
+    assert killed["code"] == 2 and len(killed["lines"]) == 1
+    assert "another rank's connection closed: it crashed or was killed" in killed["lines"][0]
+
+
+@pytest.mark.parametrize(("log", "code", "wrong"), [
+    ("a\nerror: rank 0 of 2: another rank's connection closed\nb", 2, None),
+    ("[rank0]:[E1130] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3", -6, None),
+    ("error: no\n", None, "still waits after 20 s, backend.timeout is 8 s"),
+    ("Traceback\n", 1, "ended with code 1 and no line that says why"),
+    ("error: no\n", 0, "ended with code 0"),
+])  # fmt: skip
+def test_how_a_rank_ends_whose_peer_is_killed(log, code, wrong):
+    found = pair.last_words(log, code, 20.0)
+    assert (wrong is None) == (not found.wrong) == bool(found.says) and all(wrong in said for said in found.wrong)
+
+
+def overlap_of(config):
+    with opened(RunConfig.model_validate(config)) as run:
+        return overlap(run)
+
+
+def test_how_much_of_the_sums_backward_hides(setting, monkeypatch):
+    config = {}
+
+    def start(words, logs):
+        config.update(json.loads(Path(words[1]).read_text()))
+        Path(words[2]).write_text(json.dumps(gang.ranks(2, overlap_of, config)[0]))
+        return [SimpleNamespace(wait=lambda: 0)] * 2
+
+    monkeypatch.setattr(pair, "pair", start)
+    found = pair.hidden(setting)()
+    assert (
+        set(found.numbers["overlap"]) == {"alone", "during", "after", "hidden"} and config["backend"]["name"] == "owned"
+    )
+    half = pair.told({"alone": 0.010, "during": 0.012, "after": 0.014})
+    assert half.says == "sums of 4.0 ms, 50% of them hidden by backward" and not half.wrong
+    assert pair.told({"alone": 0.010, "during": 0.016, "after": 0.014}).wrong
+    monkeypatch.setattr(pair, "pair", lambda words, logs: [SimpleNamespace(wait=lambda: 1)] * 2)
+    pair.log_of(setting.folder / "overlap", "0").write_text("x\nerror: no NCCL\n")
+    assert pair.hidden(setting)().wrong == ["overlap: exit codes [1, 1]: x | error: no NCCL"]
 
 
 def test_rates(setting):

@@ -2,16 +2,16 @@
 
 import inspect
 import json
-import os
 import pkgutil
+import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tools.waiting import until
 from thriftlab.launch import cli, messages
 from thriftlab.launch.gpu import check, one
 from thriftlab.launch.gpu.setting import Finding, NotBuilt, Setting, Skipped
@@ -90,33 +90,40 @@ def test_without_a_gpu_it_runs_to_its_end_and_says_what_it_skipped(run, capsys, 
 
 
 def test_a_check_that_takes_too_long_is_killed_with_its_children_and_keeps_what_it_found(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "REHEARSAL", 1)
-    monkeypatch.setattr(check, "CHECKS", (check.Check(1, "slow", 1, "a:b"), check.Check(2, "next", 1, "a:b")))
+    ready, limits = tmp_path / "ready", []
+
+    class Process(subprocess.Popen):
+        def wait(self, limit=None):
+            """Its time begins when it has said what it has to say."""
+            if limit is not None:
+                until(ready.exists, self)
+                ready.unlink()
+                limits.append(limit)
+                limit = 0.01
+            return super().wait(limit)
+
+    monkeypatch.setattr(check.subprocess, "Popen", Process)
     script = f"""
         print('{{"status": "running", "says": "half", "numbers": {{"done": [1]}}, "wrong": []}}', flush=True)
         print('{{"status": "running", "says": "tor', end="", flush=True)
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
-        time.sleep(60)
+        child = subprocess.Popen(["sleep", "3600"])
+        with open({str(tmp_path / "pid")!r}, "w") as file:
+            file.write(str(child.pid))
+        open({str(ready)!r}, "w").close()
+        time.sleep(3600)
     """
-    begin = time.monotonic()
-    code, lines = run(script, *REHEARSAL)
-    assert code == 1 and time.monotonic() - begin < 30
+    code, lines = run(script, *REHEARSAL, "--only", "1,2")
+    assert code == 1 and limits == [150, 300]
     assert [line["status"] for line in lines] == ["timeout", "timeout"], "the next one had its turn"
-    assert lines[0]["says"] == "half" and lines[0]["numbers"] == {"done": [1]} and lines[0]["limit"] == 1
-    assert gone(int((tmp_path / "pid").read_text()))
+    assert lines[0]["says"] == "half" and lines[0]["numbers"] == {"done": [1]} and lines[0]["limit"] == 150
+    until(lambda: gone(int((tmp_path / "pid").read_text())))
 
 
 def gone(pid):
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-            os.kill(pid, 0)
-        except (ProcessLookupError, FileNotFoundError):
-            return True
-        time.sleep(0.05)
-    return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return True
 
 
 def test_a_check_that_dies_says_its_last_words(run, capsys):

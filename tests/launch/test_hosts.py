@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from tests.tools import gang, namespaces
 from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
+from tests.tools.waiting import PATIENCE, before_step, until
 from thriftlab.data.errors import ConfigError
 from thriftlab.launch import cli
 from thriftlab.launch.cluster import hosts
@@ -29,7 +29,7 @@ from thriftlab.launch.cluster import hosts
 hosts.GRACE = 2.0
 raise SystemExit(cli.main(["launch", "--config", "run.json"]))
 """
-LONG = {"budget": {"tokens": 150 * 8 * 32}, "checkpoint": {"every": 10, "keep": 2}}
+LONG = {"budget": {"tokens": 40 * 8 * 32}, "checkpoint": {"every": 10, "keep": 2}}
 
 
 @pytest.fixture(autouse=True)
@@ -184,16 +184,6 @@ def test_without_an_ssh_that_runs(desk, fake_ssh, capsys, monkeypatch):
     assert "thriftlab launch needs ssh, and there is none here" in capsys.readouterr().err
 
 
-def come(path, process):
-    """Wait until there is such a file, or the process has ended."""
-    while running(process) and not [*path.parent.glob(path.name)]:
-        time.sleep(0.01)
-
-
-def running(process):
-    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
-
-
 @pytest.fixture
 def fake_ssh(desk, monkeypatch):
     """A stand-in that runs these lines of bash for every machine; its name is $4 and its command $5."""
@@ -217,9 +207,9 @@ def launched(folder, *words):
 @pytest.mark.slow
 def test_ctrl_c_becomes_a_stop_file_that_is_taken_back(desk, fake_ssh, capsys):
     (desk / "out").mkdir()
-    fake_ssh("touch on-$4; for i in {1..300}; do [ -e out/STOP ] && exit 0; sleep 0.1; done; exit 1")
+    fake_ssh("touch on-$4; for i in {1..6000}; do [ -e out/STOP ] && exit 0; sleep 0.1; done; exit 1")
     process, answer = gang.start(launched, desk, "train.batch_size=6", "out=out", PATH=os.environ["PATH"])
-    come(desk / "on-*nodeB", process)
+    until(lambda: answer.poll() or [*desk.glob("on-*nodeB")])
     os.kill(process.pid, signal.SIGINT)
     code, said = answer.recv()
     assert code == 130 and "the same command resumes" in said and not (desk / "out" / "STOP").exists()
@@ -229,7 +219,7 @@ def test_ctrl_c_becomes_a_stop_file_that_is_taken_back(desk, fake_ssh, capsys):
 
 
 def test_a_machine_that_ssh_does_not_reach(fake_ssh, capsys):
-    fake_ssh("[ $4 = nodeA ] && exec sleep 60; exit 255")
+    fake_ssh("[ $4 = nodeA ] && exec sleep 600; exit 255")
     assert cli.main(["launch", "train.batch_size=6"]) == 2
     assert "me@nodeB: ssh could not connect" in capsys.readouterr().err
 
@@ -259,22 +249,38 @@ def launch(machines, config):
     )
 
 
+UNTIL_PULLED = """
+while not Path("pulled").exists():
+    time.sleep(0.01)
+"""
+TOGETHER = """
+if "TORCHELASTIC_RUN_ID" in os.environ:  # both have imported what they need
+    Path("here-" + os.environ["RANK"]).touch()
+    while len([*Path.cwd().glob("here-*")]) < 2:
+        time.sleep(0.01)
+"""
+
+
 @pytest.mark.slow
 def test_two_machines_lose_one_and_go_on_as_if_unbroken(machines, tiny_data, desk):
-    whole, broken = (
-        tiny_config(tiny_data, desk / name, **LONG, backend={"timeout": 3.0}) for name in ("whole", "broken")
-    )
+    plugin = Path(before_step(Path("held.py"), 14, UNTIL_PULLED))
+    plugin.write_text(plugin.read_text() + TOGETHER)
+    options = {**LONG, "backend": {"timeout": 6.0}, "plugins": [str(plugin)]}
+    whole, broken = (tiny_config(tiny_data, desk / name, **options) for name in ("whole", "broken"))
     process = launch(machines, broken)
-    come(desk / "broken" / "checkpoints" / "step-*", process)
+    until(lambda: [*desk.glob("broken/checkpoints/step-*")], process)
     machines.pull_the_plug()
-    said, _ = process.communicate(timeout=120)
+    Path("pulled").touch()
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, said
     assert "rank 1 hangs, or its node is gone" in said or "rank 0 hangs, or its node is gone" in said
     assert "its torchrun ended with exit code 1, see above; the same command goes on" in said
 
     machines.plug_in()
+    for file in desk.glob("here-*"):
+        file.unlink()
     process = launch(machines, broken)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     gang.ranks(2, run_status, whole.model_dump())
     assert_same(traces(desk / "broken"), traces(desk / "whole"))

@@ -6,12 +6,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.tools.tiny import tiny_config
+from tests.tools.waiting import until
 from thriftlab.data.shards import open_dataset
 from thriftlab.launch import cli
 from thriftlab.train.config.schema import RunConfig, fingerprint
@@ -138,13 +138,10 @@ def run(trainer, send=None, **environment):
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "TRAINER": trainer, **environment}
     process = subprocess.Popen(["bash", "job.sh"], env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
     if send:
-        while not Path("out/started").exists():
-            time.sleep(0.01)
+        until(Path("out/started").exists)
         process.send_signal(send)
-    end = time.monotonic() + 30
-    while process.poll() is None and not Path("requeued").exists():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        Path("out/told").touch()
+    until(Path("requeued").exists, process)
     requeued = Path("requeued").exists() and Path("requeued").read_text() == "7\n"
     if requeued:
         process.kill()  # as SLURM does
@@ -192,22 +189,20 @@ def test_a_step_of_the_job_gets_the_cores_that_the_job_has(capsys):
         assert Path("cores").read_text().strip() == said
 
 
-def waits(seconds):
-    """A trainer that goes on until it is asked to stop, at most so long."""
-    until = f"until [ -e out/STOP ] || [ $SECONDS -gt {seconds} ]; do sleep 0.05; done"
-    return f"touch out/started; {until}; echo preempted > out/status"
+def waits(file):
+    """A trainer that goes on until there is such a file, and then stops before its end."""
+    return f"touch out/started; until [ -e out/{file} ]; do sleep 0.05; done; echo preempted > out/status"
 
 
 def test_usr1_asks_through_a_stop_file_and_takes_it_back(capsys):
     script(capsys)
-    assert run(waits(20), send=signal.SIGUSR1) == (-9, True)
+    assert run(waits("STOP"), send=signal.SIGUSR1) == (-9, True)
     assert not Path("out/STOP").exists()
 
 
-@pytest.mark.slow
 def test_a_cancelled_job_stays_away(capsys):
     script(capsys)
-    assert run(waits(1), send=signal.SIGTERM) == (1, False)
+    assert run(waits("told"), send=signal.SIGTERM) == (1, False)
 
 
 def test_the_number_of_requeues_is_bounded(capsys):
@@ -377,5 +372,5 @@ def test_a_preparation_is_ended_when_the_time_is_up_and_goes_back_to_the_queue(c
     assert prepare("--dry-run") == 0
     Path("job.sh").write_text(capsys.readouterr().out)
     Path("out").mkdir()
-    assert run("touch out/started; exec sleep 60", send=signal.SIGUSR1, **ALLOCATED) == (-9, True)
+    assert run("touch out/started; exec sleep 600", send=signal.SIGUSR1, **ALLOCATED) == (-9, True)
     assert Path("made.job/status").read_text() == "preempted\n" and not Path("made.job/STOP").exists()

@@ -23,7 +23,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rmnp": ("rmnp", {}),
     "sinkgd": ("sinkgd", {}),
     "adam-mini": ("adam_mini", {}),
-    "stable_spam": ("stable_spam", {}),
+    "stable-spam": ("stable_spam", {}),
+    "stable-spam, total": ("stable_spam", dict(total=1000)),
     "soap": ("soap", {}),
     "conda": ("conda", {}),
     "dion2": ("dion2", {}),
@@ -41,13 +42,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "frugal, svd": ("frugal", dict(subspace="svd")),
     "frugal, columns, lion": ("frugal", dict(subspace="columns", rule="lion")),
     "frugal, columns, sgdm": ("frugal", dict(subspace="columns", rule="sgdm", free="sgd")),
+    "frugal, columns, lion for all": ("frugal", dict(subspace="columns", rule="lion", plain="rule")),
+    "adamw, tables by ember": ("adamw", dict(tables="ember")),
     "adamw, bf16": ("adamw", dict(state_dtype="bf16")),
     "adamw, 8bit": ("adamw", dict(state_dtype="8bit")),
     "galore, 8bit": ("galore", dict(rank=RANK, state_dtype="8bit")),
     "frugal, columns, bf16": ("frugal", dict(subspace="columns", state_dtype="bf16")),
 }
-ASKING = ("stable_spam",)  # those that read `applied` on the host in every step
-KEPT_WIDE = [name for name, (_, hyper) in METHODS.items() if "state_dtype" not in hyper and name not in ASKING]  # shown
+KEPT_WIDE = [name for name, (_, hyper) in METHODS.items() if "state_dtype" not in hyper]  # shown
 
 
 class Row(NamedTuple):
@@ -61,13 +63,18 @@ class Row(NamedTuple):
         return sum(self.plain.launches.values())
 
 
-def count(name: str, preset: str, layers: int | None, deferred: bool) -> Row:
-    """Steps of a method; in the process that believes in a device."""
+def count(name: str, preset: str, layers: int | None, deferred: bool, weights: str = "fp32") -> Row:
+    """Steps of a method, with weights kept so; in the process that believes in a device."""
     import torch
 
     from tests.fake_cuda.counts import Counts
 
     model, optimizer = made(name, preset, layers)
+    if weights != "fp32":
+        optimizer.keep_weights(weights)
+        for p in model.parameters():
+            p.grad = None
+            p.grad = torch.empty_like(p)
     applied = dict(applied=torch.ones((), device="cuda")) if deferred else {}
     steps = []
     for _ in range(2):
@@ -92,7 +99,7 @@ def made(name: str, preset: str, layers: int | None, **more: Any) -> tuple[Any, 
     with torch.device("meta"):
         model = GPT(ModelConfig(preset=preset, layers=layers, vocab_size=32000))
     to_device(model)
-    groups = split_groups(model, include=[r"\.(attn|mlp)\."], roles=KINDS[kind].roles)
+    groups = split_groups(model, include=[r"\.(attn|mlp)\."], roles=KINDS[kind].roles or "tables" in hyper)
     optimizer = KINDS[kind](groups, **{"lr": 1e-3, "weight_decay": 0.1, **hyper, **more})  # type: ignore[call-arg]
     for p in model.parameters():
         p.grad = torch.empty_like(p)
@@ -123,12 +130,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=KEPT_WIDE, metavar="NAME")
     parser.add_argument("--preset", default="llama-1b")
     parser.add_argument("--plain", action="store_true", help="without `applied`, as in a loop of one's own")
+    parser.add_argument("--weights", default="fp32", help="how weights are kept: train.weights")
     parser.add_argument("--why", action="store_true", help="also operations and lines")
     options = parser.parse_args()
     rows = {}
     with tempfile.TemporaryDirectory() as folder, process(Path(folder)) as call:
         for name in options.names:
-            sizes = [call(count, name, options.preset, layers, not options.plain) for layers in (None, LAYERS)]
+            how = not options.plain, options.weights
+            sizes = [call(count, name, options.preset, layers, *how) for layers in (None, LAYERS)]
             rows[name] = sizes[0], sizes[1]
             print(name, sizes[0].launches(), file=sys.stderr)
             if options.why:

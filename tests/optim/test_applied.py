@@ -116,11 +116,16 @@ def test_a_first_step_that_is_refused_begins_no_state():
         "soap",
         "conda",
         "dion2",
+        "stable_spam",
+        "stable_spam, reference",
+        "lion, all",
+        "muon, ember",
+        "signsgd, 8bit",
     ],  # fmt: skip
 )
 def test_a_plain_step_does_not_read_it(name, monkeypatch):
     """On no path of Python; tests/optim/test_launches.py looks at all operations."""
-    refreshed = name in ("columns", "galore", "fira", "subtrack", "apollo", "blocks", "soap", "conda")
+    refreshed = "gap" in MAKERS[name](list(parameters().items())).defaults
     params, optimizer = made(MAKERS[name], **({"gap": 100} if refreshed else {}))
     feed(params, 0)
     applied = torch.tensor(1.0)

@@ -62,6 +62,8 @@ ENTRYWISE = {
     ),
     "lion": lambda p, **k: Frugal(p, gap=3, subspace="coordinates", density=0.3, rule="lion", stagger=True, **k),
     "badam": lambda p, **k: BAdam(p, gap=2, unit="tensor", balance="bytes", density=0.5, **k),
+    "lion for all": lambda p, **k: Frugal([{**g, "split": False} for g in p], rule="lion", plain="rule", **k),
+    "tables by adamw": lambda p, **k: SignSGD([{**g, "role": "input"} for g in p], tables="adamw", **k),
     "muon's plain": lambda p, **k: Muon([{**g, "split": False} for g in p], **k),
     "galore's plain": lambda p, **k: GaLore([{**g, "split": False} for g in p], **k),
 }
@@ -112,6 +114,8 @@ def test_what_depends_on_other_entries_is_no_business_of_pieces():
         Frugal(groups, subspace="svd", density=0.5),
         GaLore(groups, rank=2),
         Muon(groups),
+        SignSGD([{**groups[0], "role": "input"}], tables="ember"),
+        SignSGD([{**groups[0], "role": "output"}], tables="8bit"),
         Scale(groups),
         AdamMini(groups),
         SinkGD(groups),

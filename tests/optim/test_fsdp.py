@@ -10,7 +10,7 @@ from tests.tools.scale import ROWS, batch, distance, make
 
 CASES = ["adamw", "signsgd", "blocks", "columns", "coordinates, project", "galore", "fira", "subtrack", "apollo",
          "lost+adamw", "lost+columns", "lost+fira", "scale", "rmnp, all", "sinkgd", "adam mini", "stable_spam",
-         "soap", "conda", "dion2", "normuon", "muon"]  # fmt: skip
+          "soap", "conda", "dion2", "signsgd, 8bit", "lion, all", "normuon", "muon, ember", "muon"]  # fmt: skip
 
 
 def loss_of(model, step, rank, world):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
-from thriftlab.optim import METHODS, AdamW, Frugal
+from thriftlab.optim import METHODS, AdamW, Frugal, predicted_state_bytes
 from thriftlab.optim.core.hyper import Betas, Search, check, descriptions, model_of, search_space
 
 
@@ -114,6 +114,26 @@ def test_search_refuses_what_it_cannot_search(arguments):
     with pytest.raises(ValueError):
         Search(**arguments)
     assert Search(0, 1, scale="linear").low == 0
+
+
+WIDE = {"apollo", "badam", "fira", "frugal", "galore", "muon"}  # of before; some of their keys change the memory
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_is_worth_tuning(name):
+    """lr, weight decay and at most one of its own, none of which changes the memory that is compared."""
+    method = METHODS[name]
+    space = search_space(method)
+    assert {"lr", "weight_decay"} <= space.keys()
+    if name in WIDE:
+        return
+    assert len(space) <= 3
+    for key, search in space.items():
+        specs = []
+        for value in search.choices or (search.low, search.high):
+            optimizer = method([torch.nn.Parameter(torch.zeros(300, 200))], **{key: value})
+            specs.append(predicted_state_bytes(optimizer))
+        assert len(set(specs)) == 1, key
 
 
 @pytest.mark.parametrize("name", METHODS)

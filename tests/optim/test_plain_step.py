@@ -7,8 +7,11 @@ from tests.tools.methods import MAKERS, gradient, parameters
 from thriftlab.launch.bench import peak_allocation
 from thriftlab.optim import (
     RMNP,
+    SOAP,
     AdamMini,
     Apollo,
+    Conda,
+    Dion2,
     Fira,
     Frugal,
     GaLore,
@@ -48,6 +51,9 @@ TRANSIENT = {
     "scale's embedding": (lambda p: Scale([{"params": p, "split": False, "role": "input"}]), SIGNS + 4 * 512),
     "scale's head": (lambda p: Scale([{"params": p, "split": False, "role": "output"}]), 0),
     "muon": (lambda p: Muon(p), 2 * WHOLE),  # four matrices in bf16, or one beside its update in fp32
+    "soap": (lambda p: SOAP(p, gap=100), 4 * WHOLE + 4 * 2048**2),  # turned, N, on the way back; and G G^T
+    "conda": (lambda p: Conda(p), 2 * WHOLE),  # R and N
+    "dion2": (lambda p: Dion2(p), 2 * WHOLE),
     "normuon": (lambda p: NorMuon(p), 2 * WHOLE + 10 * 4 * 2048),  # and numbers of rows
 }
 
@@ -86,8 +92,9 @@ def test_norms_are_summed_in_fp32_at_least(dim, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",  # GaLore is a part of Fira's step, RMNP of SCALE's
-    ["adamw", "signsgd", "muon", "normuon", "scale", "sinkgd", "adam mini", "columns", "blocks", "fira", "apollo"],
-)
+    ["adamw", "signsgd", "muon", "normuon", "scale", "sinkgd", "adam mini", "columns", "blocks", "fira", "apollo",
+     "soap", "dion2"],
+)  # fmt: skip
 def test_a_step_compiles(name):
     """In several graphs: torch leaves its own fused kernel out of them, and counters are read on the host."""
     torch.compiler.reset()
@@ -95,7 +102,7 @@ def test_a_step_compiles(name):
     for compiled in (False, True):
         p = torch.nn.Parameter(parameters()["a"].detach())  # a wide one
         optimizer = MAKERS[name](
-            [("a", p)], **({"gap": 100} if name in ("columns", "blocks", "fira", "apollo") else {})
+            [("a", p)], **({"gap": 100} if name in ("columns", "blocks", "fira", "apollo", "soap") else {})
         )
         step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
         for t in range(3):

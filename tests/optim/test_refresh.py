@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from thriftlab.optim.state.dense import DENSE, leading_vectors
+from thriftlab.optim.state import asking
+from thriftlab.optim.state.dense import DENSE, leading, leading_vectors, tracked
 from thriftlab.train.model import GPT, ModelConfig
 
 
@@ -126,3 +127,31 @@ def test_gradients_of_a_run():
                             last[name, rank] = got.float()
         optimizer.step()
     assert told > 20
+
+
+def test_searches_in_step_find_what_each_finds_alone():
+    """Of one shape and of two, of which some take more rounds, one is decomposed, and one goes on from a basis."""
+    easy, hard = SPECTRA["power law"], SPECTRA["noise"]
+    grads = with_spectrum(easy, (150, N)), with_spectrum(hard, (N, 150)), with_spectrum(easy, (150, N), 2)[:, :80]
+    cases = [*((grad, 4, None) for grad in grads), (grads[0], 60, None), (grads[0], 4, near(grads[0], 4, 1))]
+    alone = [leading_vectors(*case) for case in cases]
+    asked = []
+
+    def heard(kind, ask):
+        return lambda tensors: asked.append((kind, len(tensors))) or ask(tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, ask in asking.ANSWERS.items():
+            patch.setitem(asking.ANSWERS, kind, heard(kind, ask))
+        together = asking.in_step([leading(*case) for case in cases])
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert asked[:3] == [("eigen", 3), ("eigen", 1), ("eigen", 1)] and ("read", 4) in asked
+
+
+def test_a_turn_in_step_is_the_turn_alone():
+    draw = torch.Generator().manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(12, 4, generator=draw))[0] for _ in range(3)]
+    grads = [torch.randn(20, 12, generator=draw) for _ in range(3)]
+    together = asking.in_step([tracked(basis, grad, 0.1) for basis, grad in zip(bases, grads, strict=True)])
+    for basis, grad, found in zip(bases, grads, together, strict=True):
+        assert torch.equal(found, asking.in_step([tracked(basis, grad, 0.1)])[0]) and not torch.equal(found, basis)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tools.peers import farthest, groups_of
+from tests.tools.peers import AFTER, GOLDEN, STEPS, farthest, groups_of
 from thriftlab.optim import SinkGD
 from thriftlab.optim.core.normalised import sinkhorn
 
@@ -72,6 +72,27 @@ def test_the_trajectory_of_swan_where_its_direction_is_no_accident():
     """A centred matrix that is not wide has a null direction; there the trajectory has what the decomposition gave."""
     far = farthest("swan", lambda params: SinkGD(groups_of(params), lr=0.01, whiten=True), lr=0.01)
     assert all(far[name] <= 5e-4 for name in far if name not in ("q", "o", "up")), far
+
+
+def test_the_trajectory_of_swan_outside_of_the_null_direction():
+    """Rows of a centred matrix sum to 0, so with n <= m its rank is n - 1. The trajectory's polar factor has one
+    more direction, which moves each row along a vector of ones; so its norm is sqrt(n), and not sqrt(n - 1)."""
+    with np.load(GOLDEN / "swan.npz") as file:
+        golden = dict(file)
+    names = ("q", "o", "up")
+    params = {name: nn.Parameter(torch.tensor(golden[f"init/{name}"])) for name in names}
+    optimizer = SinkGD(groups_of(params), lr=0.01, whiten=True)
+    for step in range(STEPS):
+        for name, p in params.items():
+            p.grad = torch.tensor(golden[f"grad/{name}"][step])
+        optimizer.step()
+        for name, p in params.items():
+            if step in AFTER:
+                start, n = golden[f"init/{name}"], p.shape[1]
+                ours, theirs = p.detach().numpy() - start, golden[f"param/{name}"][AFTER.index(step)] - start
+                centred = theirs - theirs.mean(1, keepdims=True)
+                assert np.abs(ours - centred / np.sqrt((n - 1) / n)).max() <= 5e-4 * 0.01, (name, step)
+                assert np.abs(ours.mean(1)).max() <= 5e-4 * 0.01, "nothing along the ones"
 
 
 def test_factors_are_the_passes_in_fp32():

@@ -8,12 +8,17 @@ import torch
 
 from tests.tools.trajectories import follow, recorded, split
 from thriftlab.optim import Fira, SubTrack
+from thriftlab.optim.state import dense
+from thriftlab.optim.state.asking import in_step
 from thriftlab.optim.state.carry import estimated
-from thriftlab.optim.state.dense import tracked
 
 SHAPES = {"tall": (7, 5), "wide": (4, 6), "square": (5, 5), "bias": (4,)}
 RANK, GAP, STEPS = 2, 4, 15
 HYPER = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, rank=RANK, gap=GAP, alpha=0.3, gamma=1.05)
+
+
+def tracked(*args):
+    return in_step([dense.tracked(*args)])[0]
 
 
 def problem():

@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -101,10 +102,26 @@ def wide_rows(parts, size, piece, tries=None):
     )
 
 
-def count_rows(folder, part, table, seconds=0):
-    time.sleep(seconds)
+def count_rows(folder, part, table):
     table = table.sort_by("number")
     (folder / f"{part}.txt").write_text(f"{len(table)} {sum(table['number'].to_pylist())}")
+
+
+def with_size(reducer, place, sizes, part, table):
+    """The reducer, which first notes how many bytes lie in a place."""
+    found = 0
+    for path in place.rglob("*"):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            found += path.stat().st_size if path.is_file() else 0
+    (sizes / str(part)).write_text(str(found))
+    reducer(part, table)
+
+
+def once_there(reducer, out, few, gate, part, table):
+    """The reducer, which waits for the gate, a file, if a few others have ended."""
+    while len(contents(out)) >= few and not gate.exists():
+        time.sleep(0.01)
+    reducer(part, table)
 
 
 def check_exchange(

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from collections import deque
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.tools.preload"])
@@ -43,9 +44,16 @@ def ranks(world, function, *arguments):
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that no other process is given before somebody listens on it: that may be on an address in use if both
+    sides allow it, as torch and SLURM do."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    held.append(holder)
+    return holder.getsockname()[1]
+
+
+held = deque(maxlen=64)
 
 
 class Failure:

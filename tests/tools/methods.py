@@ -58,6 +58,17 @@ def with_roles(make):
     return make
 
 
+def of_tables(method, **hyper):
+    """A maker with a rule for tables: those of a model, or else all there is."""
+
+    def make(params, **k):
+        params = list(params)
+        groups = params if params and isinstance(params[0], dict) else [{"params": params, "role": "input"}]
+        return method(groups, **{"lr": 0.01, **hyper, **k})
+
+    return with_roles(make)
+
+
 MAKERS = {
     "adamw": lambda params, **k: AdamW(params, **{"lr": 0.01, **k}),
     "signsgd": lambda params, **k: SignSGD(params, **{"lr": 0.01, **k}),
@@ -70,6 +81,10 @@ MAKERS = {
     "badam": lambda params, **k: BAdam(
         params, **{"lr": 0.01, "gap": GAP, "order": "random", "unit": "tensor", "density": 0.6, **k}
     ),
+    "lion, all": lambda params, **k: frugal(params, subspace="rows", rule="lion", plain="rule", **k),
+    "muon, ember": of_tables(Muon, tables="ember", row_floor=0.1),
+    "signsgd, 8bit": of_tables(SignSGD, tables="8bit"),
+    "stable_spam, adamw": of_tables(StableSPAM, tables="adamw"),
     "muon": lambda params, **k: Muon(params, **{"lr": 0.01, **k}),
     "scale": with_roles(lambda params, **k: Scale(params, **{"lr": 0.01, **k})),
     "rmnp": with_roles(lambda params, **k: RMNP(params, **{"lr": 0.01, **k})),

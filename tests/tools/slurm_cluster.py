@@ -14,6 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.tools import waiting
 from tests.tools.gang import free_port
 
 CONF = """
@@ -25,6 +26,7 @@ SlurmctldPort={port}
 AuthType=auth/none
 CredType=cred/none
 AuthInfo=cred_expire=5
+FirstJobId={first}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -62,22 +64,19 @@ def missing():
 def up(folder: Path) -> Path:
     """Start the daemons; returns slurm.conf when both nodes are idle."""
     host, conf = socket.gethostname().split(".")[0], folder / "slurm.conf"
-    text = CONF.format(folder=folder, host=host, user=getpass.getuser(), port=free_port())
+    # a job's ranks meet at a port that follows from its number: another suite's jobs have others
+    first = 20 * (os.getpid() % 1000) + 1
+    text = CONF.format(folder=folder, host=host, user=getpass.getuser(), port=free_port(), first=first)
     nodes = "".join(NODE.format(name=name, host=host, port=free_port()) for name in ("n1", "n2"))
     conf.write_text(text + nodes + PARTITION)
     for name in ("state", "spool-n1", "spool-n2"):
         (folder / name).mkdir()
     environment = {**os.environ, "SLURM_CONF": str(conf)}
     for daemon in (["slurmctld", "-c"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"]):
-        subprocess.run(daemon, env=environment, check=True, timeout=30)
-    for _ in range(300):
-        idle = subprocess.run(
-            ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True
-        )
-        if idle.stdout.strip() == "2":
-            return conf
-        time.sleep(0.1)
-    raise AssertionError((folder / "slurmctld.log").read_text()[-2000:])
+        subprocess.run(daemon, env=environment, check=True, timeout=waiting.PATIENCE)
+    idle = ["sinfo", "-h", "-t", "idle", "-o", "%D"]
+    waiting.until(lambda: subprocess.run(idle, env=environment, capture_output=True, text=True).stdout.strip() == "2")
+    return conf
 
 
 def down(folder: Path) -> None:
@@ -85,7 +84,7 @@ def down(folder: Path) -> None:
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     subprocess.run(["scancel", "--me", "--signal=KILL", "--full"], env=environment, timeout=30)
     subprocess.run(["scancel", "--me"], env=environment, timeout=30)
-    for _ in range(100):
+    for _ in range(100):  # what does not end by then is killed with the daemons
         left = subprocess.run(["squeue", "-h"], env=environment, capture_output=True, timeout=30)
         if left.returncode or not left.stdout.strip():
             break

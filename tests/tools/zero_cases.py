@@ -60,6 +60,7 @@ METHODS = {
     "scale": functools.partial(Scale, lr=3e-3, length="rms"),
     "rmnp": functools.partial(RMNP, lr=3e-3, nesterov=True, tables="own"),
     "sinkgd": functools.partial(SinkGD, lr=3e-3),
+    "tables by ember": functools.partial(Frugal, lr=3e-3, gap=4, rule="lion", plain="rule", tables="ember"),
     "swan": functools.partial(SinkGD, lr=3e-3, whiten=True),
     "adam mini": functools.partial(AdamMini, lr=3e-3, weight_decay=0.1, heads=("up",), head_dim=41),
     "normuon": functools.partial(NorMuon, lr=3e-3, iteration="fp32"),
@@ -106,7 +107,8 @@ def build(method, **model):
     net = Net(**model)
     if layer:
         convert(net, LAYERS[layer], MATRICES, rank=0.5)
-    return net, METHODS[rule](split_groups(net, MATRICES, roles=METHODS[rule].func.roles))
+    roles = METHODS[rule].func.roles or "tables" in METHODS[rule].keywords
+    return net, METHODS[rule](split_groups(net, MATRICES, roles=roles))
 
 
 def batch(step, rank, world):

@@ -117,6 +117,8 @@ def test_the_surface_changes_only_on_purpose():
         ({"budget": {"tokens": 1, "seconds": 1}}, "takes one of"),
         ({"layer": {"include": ["mlp"]}}, "include has no effect with layer 'dense', which replaces nothing"),
         ({"layer": {"exclude": ["mlp"]}}, "exclude has no effect with layer 'dense', which replaces nothing"),
+        ({"train": {"rounding": "nearest"}}, "rounding has no effect with weights=fp32, which keeps every bit"),
+        ({"train": {"weights": "bf16+16", "rounding": "nearest"}}, "rounding has no effect with weights=bf16\\+16"),
         ({"signal": {"shuffle": True}}, "shuffle=true has no effect with signal 'uniform'"),
         ({"signal": {"statistics": "lagged"}}, "statistics has no effect with signal 'uniform'"),
     ],
@@ -226,6 +228,19 @@ def test_what_auto_is_counts_and_not_that_it_was_left_to_the_device():
     assert fingerprint(auto, "data") == fingerprint(fp32, "data") != fingerprint(bf16, "data")
     assert auto == RunConfig() and "matmul" not in RunConfig().model_dump()["train"]
     assert fingerprint(RunConfig(train={"matmul": "tf32"}), "data") != fingerprint(auto, "data")
+
+
+def test_what_is_kept_of_weights_and_gradients_counts_and_fp32_is_not_written():
+    plain = RunConfig(train={"precision": "bf16"})
+    assert not {"weights", "rounding", "gradients"} & plain.model_dump()["train"].keys()
+    trees = [
+        {"weights": "bf16"},
+        {"weights": "bf16", "rounding": "nearest"},
+        {"weights": "bf16+8"},
+        {"gradients": "bf16"},
+    ]
+    found = {fingerprint(RunConfig(train={"precision": "bf16", **tree}), "data") for tree in [{}, *trees]}
+    assert len(found) == 5 and fingerprint(plain, "data") in found
 
 
 def test_fingerprint_is_the_same_on_every_machine_and_after_a_round_trip():

@@ -6,8 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,37 +15,38 @@ import torch
 from tests.tools import gang
 from tests.tools.runs import assert_same, run_status, traces
 from tests.tools.tiny import tiny_config
+from tests.tools.waiting import PATIENCE, before_step
 from thriftlab.train import loop
 from thriftlab.train.backends import rendezvous
 from thriftlab.train.config.schema import RunConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# `thriftlab train`; each rank leaves its process id beside this file
-RANK = """
-import os, pathlib, runpy
-pathlib.Path(__file__).with_name("rank-" + os.environ["RANK"]).write_text(str(os.getpid()))
-runpy.run_module("thriftlab.launch", run_name="__main__")
-"""
 
 
 def torchrun(config, file, *options):
     file.write_text(json.dumps(config.model_dump(mode="json")))
-    program = file.with_name("rank.py")
-    program.write_text(RANK)
-    command = [*TORCHRUN, *options, str(program), "train", "--config", str(file)]
+    command = [*TORCHRUN, *options, "-m", "thriftlab.launch", "train", "--config", str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+DIES = """
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    while not list(Path(__file__).parent.glob("broken/checkpoints/step-*")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.mark.slow
 def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tiny_data, tmp_path):
-    longer = {"budget": {"tokens": 120 * 8 * 32}, "checkpoint": {"every": 10, "keep": 2}}
+    longer = {"budget": {"tokens": 24 * 8 * 32}, "checkpoint": {"every": 10, "keep": 2}}
+    dies = before_step(tmp_path / "dies.py", 14, DIES)
     whole, broken = (tiny_config(tiny_data, tmp_path / name, **longer) for name in ("whole", "broken"))
+    broken = broken.model_copy(update={"plugins": (dies,)})
     process = torchrun(broken, tmp_path / "run.json", "--max-restarts", "1")
-    while process.poll() is None and not list((tmp_path / "broken").glob("checkpoints/step-*")):
-        time.sleep(0.01)
-    os.kill(int((tmp_path / "rank-1").read_text()), signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
+    assert list(tmp_path.glob("broken/checkpoints/step-00000024"))
     assert "another rank's connection closed: it crashed or was killed" in said and "Traceback" not in said
     assert (tmp_path / "broken" / "status").read_text() == "done\n"
     gang.ranks(2, run_status, whole.model_dump())
@@ -71,18 +72,18 @@ def hang(tree, step):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_within_the_timeout(tiny_data, tmp_path):
-    config = tiny_config(tiny_data, tmp_path / "out", backend={"timeout": 3.0})
+    config = tiny_config(tiny_data, tmp_path / "out", backend={"timeout": 6.0})
     address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": gang.free_port()}
     (first, said), (second, _) = (
         gang.start(hang, config.model_dump(), 3, RANK=rank, LOCAL_RANK=rank, **address) for rank in (0, 1)
     )
     try:
-        assert said.poll(90), "the other rank waits for ever"
+        assert said.poll(PATIENCE), "the other rank waits for ever"
         message = said.recv()
     finally:
         second.kill()
         first.kill()
-    assert message.startswith("LostRank: rank 0 of 2: no answer within backend.timeout = 3 s; rank 1 hangs")
+    assert message.startswith("LostRank: rank 0 of 2: no answer within backend.timeout = 6 s; rank 1 hangs")
     assert f"newest checkpoint in {tmp_path / 'out'}, start the same command again" in message
     assert (tmp_path / "out" / "status").read_text() == "failed\n"
 
@@ -110,7 +111,9 @@ def test_what_nccl_says_is_passed_on(said, message, monkeypatch):
 
 
 def test_a_rank_that_never_comes_is_named(monkeypatch):
-    monkeypatch.setattr(rendezvous.distributed_c10d, "default_pg_timeout", timedelta(seconds=0.5))
+    monkeypatch.setattr(rendezvous.distributed_c10d, "default_pg_timeout", timedelta(seconds=600))
+    clock = SimpleNamespace(monotonic=iter(range(0, 10_000, 200)).__next__, sleep=lambda seconds: None)
+    monkeypatch.setattr(rendezvous, "time", clock)
     with pytest.raises(rendezvous.LostRank, match="rank 1 and rank 2 did not start within backend.timeout"):
         rendezvous.meet("127.0.0.1", gang.free_port(), 0, 3)
 
@@ -141,7 +144,7 @@ def test_a_new_start_does_not_meet_the_dead(monkeypatch):
 @pytest.mark.slow
 def test_a_mistake_under_torchrun_is_its_message_and_no_pages_of_trace(tmp_path):
     process = torchrun(tiny_config(tmp_path / "none", tmp_path / "out"), tmp_path / "run.json")
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and f"error: {tmp_path / 'none'}" in said
     assert f"traceback : {tmp_path / 'none'}" in said, said  # torchrun's summary has it too
     assert said.count("Traceback") <= 1 and len(said.splitlines()) < 60, said

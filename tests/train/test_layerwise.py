@@ -24,6 +24,7 @@ KINDS = [
     ("adamw", {}),
     ("adamw", {"state_dtype": "bf16"}),
     ("signsgd", {}),
+    ("signsgd", {"tables": "ember"}),
     ("frugal", {"gap": 3, "order": "random"}),
     ("frugal", {"gap": 3, "balance": "bytes", "unit": "layer", "density": 0.5}),
     ("frugal", {"gap": 3, "subspace": "columns", "rule": "lion"}),
@@ -54,7 +55,10 @@ def build(name, hyper, layerwise, **sizes):
     model.init_weights(0)
     backend = make_backend("single")
     method = METHODS[name]
-    backend.prepare(model, method(split_groups(model, include=[r"\.(attn|mlp)\."], roles=method.roles), **hyper))
+    backend.prepare(
+        model,
+        method(split_groups(model, include=[r"\.(attn|mlp)\."], roles=method.roles or "tables" in hyper), **hyper),
+    )
     if layerwise:
         backend.update_in_backward()
     return backend

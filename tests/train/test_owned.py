@@ -14,7 +14,7 @@ from thriftlab.optim import AdamW, Frugal, Muon, state_bytes
 from thriftlab.optim.core.owners import Cost, assign
 from thriftlab.train.backends import make_backend, owned
 
-EXACT = [name for name in MAKERS if "muon" not in name]  # its iteration in bf16 is another amplifier
+EXACT = [name for name in MAKERS if "muon" not in name and "dion2" not in name]  # bf16 amplifies
 FP64 = {"steps": 6, "dtype": torch.float64}  # here a first Adam step on a tiny gradient, or a sign, amplifies nothing
 LAYERED = {"lost": ["adamw", "columns", "fira", "muon"], "cola": ["adamw"], "lowrank": ["blocks"],
            "sltrain": ["adamw", "galore"], "lora": ["adamw", "blocks"]}  # fmt: skip

@@ -1,18 +1,23 @@
 """A run that was killed, stopped or moved is the run that was not: bitwise, in weights, state, metrics and results."""
 
+import itertools
 import json
+import os
 import random
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.tools import gang
+from tests.tools.moments import before_each_write
 from tests.tools.runs import LONG, assert_same, run_status, stop_at, stop_rank, traces
 from tests.tools.tiny import tiny_config
 from thriftlab.data.errors import UserError
+from thriftlab.train import loop, unread
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.loop import Interrupted, run
 from thriftlab.train.records.record import read_metrics
@@ -32,23 +37,29 @@ def test_stopped_and_resumed_is_unbroken(tiny_data, tmp_path, optim):
     assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
 
 
+def killed_at_write(tree, number):
+    """A run that dies before its n-th change of a file, whichever thread makes it."""
+    left = iter(range(number))
+
+    def die(label):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with before_each_write(die):
+        return run_status(tree)
+
+
 @pytest.mark.slow
 def test_killed_twenty_times_is_unbroken(tiny_data, tmp_path):
     chance = random.Random(0)
-    longer = {**LONG, "optim": METHODS[2], "budget": {"tokens": 250 * 8 * 32}}
+    longer = {**LONG, "optim": METHODS[2], "budget": {"tokens": 150 * 8 * 32}}
     run(tiny_config(tiny_data, tmp_path / "whole", **longer))
-    config = tiny_config(tiny_data, tmp_path / "broken", **longer)
-    metrics, ends = tmp_path / "broken" / "metrics.jsonl", []
+    config, ends = tiny_config(tiny_data, tmp_path / "broken", **longer), []
     for _ in range(20):
-        size = metrics.stat().st_size if metrics.exists() else 0
-        process, _ = gang.start(run_status, config.model_dump())
-        while process.is_alive() and (not metrics.exists() or metrics.stat().st_size <= size):
-            time.sleep(0.001)  # until it has come further than the one before
-        time.sleep(chance.uniform(0, 0.05))
-        process.kill()
+        process, _ = gang.start(killed_at_write, config.model_dump(), chance.randint(1, 80))
         process.join()
         ends.append(process.exitcode)
-    assert ends == [-signal.SIGKILL] * 20
+    assert ends == [-signal.SIGKILL] * 20 and latest(tmp_path / "broken" / "checkpoints").step > 9
     run(config)
     assert_same(traces(tmp_path / "broken"), traces(tmp_path / "whole"))
 
@@ -73,8 +84,6 @@ def test_two_ranks_resume_bitwise_and_one_rank_sees_the_same_batches(tiny_data, 
 
 
 def test_what_a_module_draws_is_a_function_of_seed_and_step(tiny_data, tmp_path, monkeypatch):
-    from thriftlab.train import loop
-
     drawn, plain = [], loop.one_step
     monkeypatch.setattr(loop, "one_step", lambda *a: (drawn.append(torch.rand(1).item()), plain(*a))[1])
     run(tiny_config(tiny_data, tmp_path / "whole"))
@@ -142,9 +151,12 @@ def test_two_seeds_differ_and_one_seed_repeats(tiny_data, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_budget_of_seconds_is_kept(tiny_data, tmp_path):
+def test_a_budget_of_seconds_is_kept(tiny_data, tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 1 / 16).__next__, time=time.time)  # a look is 1/16 s later
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(unread, "time", clock)
     entry = run(tiny_config(tiny_data, tmp_path / "out", budget={"tokens": None, "seconds": 0.5}))
-    assert 0.5 <= entry["budget"]["seconds"] < 5 and entry["budget"]["steps"] > 1
+    assert (entry["budget"]["seconds"], entry["budget"]["steps"]) == (0.5, 8)
 
 
 def test_a_budget_of_flops_is_kept(tiny_data, tmp_path):

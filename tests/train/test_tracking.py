@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.tools.waiting import PATIENCE
 from thriftlab.data.errors import UserError
 from thriftlab.train.records.tracking import Tracker, flatten, tracker, wandb_mode
 
@@ -51,20 +51,29 @@ def run_mirror(mode: str, out: Path, **environment: str) -> str:
     """Mirror a small run in a process of its own, which sits at a terminal where nobody answers; what it printed."""
     theirs, ours = pty.openpty()
     printed: list[bytes] = []
-    reader = threading.Thread(target=lambda: printed.extend(iter(lambda: os.read(theirs, 4096), b"END")))
+
+    def read():
+        while not b"".join(printed).endswith(b"END"):
+            printed.append(os.read(theirs, 4096))
+
+    reader = threading.Thread(target=read)
     reader.start()
     command = [sys.executable, "-W", "always::RuntimeWarning", "-c", MIRROR, mode, str(out)]
     try:
         done = subprocess.run(
-            command, env={**os.environ, **environment}, stdin=ours, stdout=subprocess.PIPE, stderr=ours, timeout=90
+            command,
+            env={**os.environ, **environment},
+            stdin=ours,
+            stdout=subprocess.PIPE,
+            stderr=ours,
+            timeout=PATIENCE,
         )
     finally:
-        time.sleep(0.05)  # END on its own
         os.write(ours, b"END")
         reader.join()
         os.close(ours)
         os.close(theirs)
-    text = b"".join(printed).decode()
+    text = b"".join(printed).decode().removesuffix("END")
     assert done.returncode == 0, text
     return done.stdout.decode().splitlines()[-1] + "\n" + text
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from thriftlab.data.errors import BackendError
 from thriftlab.optim import Method
-from thriftlab.optim.core.method import scaled
+from thriftlab.optim.core.ways import scaled
 from thriftlab.train.backends.holdings import Holdings
 from thriftlab.train.backends.layerwise import Layerwise
+from thriftlab.train.backends.norms import total_norm
 
 
 class Backend(Holdings):
@@ -29,6 +30,10 @@ class Backend(Holdings):
     layerwise: Layerwise | None = None
     whole_weights = True  # whether every rank has every weight, uncut
     can_layerwise = True  # whether a gradient is whole inside of backward, see `update_in_backward`
+    one_dtype = False  # whether a gradient must have the dtype of its weight
+    why_fp32: str | None = None  # what keeps weights and gradients from few bits
+    has_bill = True  # whether all that it keeps is known, see bill.py
+    gradient_bytes = 0  # of the summed gradients that this rank held together in the last step
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False, precision: str = "fp32"
@@ -50,6 +55,8 @@ class Backend(Holdings):
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of one micro-batch; gradients need to meet at the last one only."""
+        if self.layerwise and last:  # of the micro-batches before it
+            self.gradient_bytes = sum(grad.nbytes for grad in self.summed_gradients())
         return self.layerwise.armed() if self.layerwise and last else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -73,6 +80,7 @@ class Backend(Holdings):
             norm = self.layerwise.finish(scale)
             return norm, norm.isfinite()
         grads = self.summed_gradients()
+        self.gradient_bytes = sum(grad.nbytes for grad in grads)
         norm = self.total_norm(grads).to(scale) * scale
         self.factor = clip_factor(norm, scale, max_norm)
         applied = norm.isfinite()
@@ -92,7 +100,7 @@ class Backend(Holdings):
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm over all ranks; `grads` are what this rank has of the summed gradients."""
-        return nn.utils.get_total_norm(grads)
+        return total_norm(grads)
 
     def update(self, applied: Tensor | None = None) -> None:
         """Every rule runs once over all ranks, or alike on all, with `factor` times the summed gradients; afterwards
@@ -101,7 +109,9 @@ class Backend(Holdings):
         if isinstance(self.optimizer, Method):
             self.optimizer.step(applied=applied, scale=self.factor)
         else:
-            scaled(self.summed_gradients(), self.factor)
+            grads = self.summed_gradients()
+            for grad, product in zip(grads, scaled(grads, self.factor), strict=True):
+                grad.copy_(product)
             self.optimizer.step()
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from thriftlab.optim.state.storage import wide
 from thriftlab.train.backends.base import Backend
 from thriftlab.train.backends.ranks import Distributed
 
@@ -15,6 +16,7 @@ class DDP(Distributed, Backend):
     """Every rank holds and steps everything, alike."""
 
     name = "ddp"
+    one_dtype = True  # of the reducer's buckets
     replica: DistributedDataParallel
 
     def prepare(
@@ -39,7 +41,9 @@ class DDP(Distributed, Backend):
 
 
 def sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook: all-reduce with addition and no division."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    """DDP communication hook: all-reduce with addition and no division, in fp32; bf16 gradients are rounded once."""
+    kept = bucket.buffer()
+    total = kept.to(wide(kept.dtype))
+    work = dist.all_reduce(total, async_op=True)
     assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])
+    return work.get_future().then(lambda future: kept.copy_(future.value()[0]))

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thriftlab.optim import Method, predicted_state_bytes
+from thriftlab.optim import Method
+from thriftlab.optim.core.bill import predicted_state_parts
 from thriftlab.optim.state.storage import prune
+from thriftlab.optim.state.weights import drop_low_bits
 from thriftlab.train.backends.optim_state import pack_optimizer, unpack_optimizer
 from thriftlab.train.backends.pieces import Piece, Pieces, TensorReader, whole
 from thriftlab.train.backends.ranks import Ranks
@@ -56,9 +58,12 @@ class Holdings(Ranks):
         unpack_optimizer(self.optimizer, states, options)
 
     def put_weights(self, value: Callable[[str, Piece], Tensor]) -> None:
-        """Overwrite what this rank holds of the parameters; `value(name, piece)` is flat, as the piece is."""
+        """Overwrite what this rank holds of the parameters; `value(name, piece)` is flat, as the piece is. Low bits of
+        what was there are dropped."""
         for name, piece in self.weights().items():
             piece.tensor.copy_(value(name, piece))
+        for state in self.optimizer.state.values():
+            drop_low_bits(state)
 
     def forget(self, shares: Mapping[str, float]) -> None:
         """Between two steps, by parameter: all of its state (1), or a share of its moments' entries, the smallest."""
@@ -68,11 +73,23 @@ class Holdings(Ranks):
                     self.optimizer.state.pop(p, None)
                 elif name in shares:
                     prune(self.optimizer.state.get(p, {}), shares[name])
+                    drop_low_bits(self.optimizer.state.get(p, {}))
+
+    def predicted_state_parts(self) -> dict[str, int]:
+        """Bytes of state that this rank keeps, by part, by the method's `spec`."""
+        assert isinstance(self.optimizer, Method)
+        return predicted_state_parts(self.optimizer)
 
     def predicted_state_bytes(self) -> int:
-        """Bytes of state that this rank keeps, by the method's `spec`."""
-        assert isinstance(self.optimizer, Method)
-        return predicted_state_bytes(self.optimizer)
+        return sum(self.predicted_state_parts().values())
+
+    def entries(self, name: str, p: Tensor) -> int:
+        """Of a parameter, how many this rank holds."""
+        return p.numel()
+
+    def summed_entries(self, name: str, p: Tensor) -> int:
+        """Of its gradient, after backward."""
+        return self.entries(name, p)
 
 
 @contextmanager
@@ -85,7 +102,7 @@ def rehearsal(held: Holdings) -> Iterator[None]:
     try:
         yield
     finally:
-        optimizer.state = states
         for group, old in zip(optimizer.param_groups, groups, strict=True):
             group.update(old)
         held.put_weights(lambda name, piece: weights[name])
+        optimizer.state = states

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from thriftlab.data.errors import UserError
 from thriftlab.optim import Method
+from thriftlab.train.backends.norms import norms_of
 
 
 class Layerwise:
@@ -49,7 +50,7 @@ class Layerwise:
         if not self.is_armed:
             return
         assert p.grad is not None
-        self.norms[p] = torch._foreach_norm([p.grad])[0]
+        self.norms[p] = norms_of([p.grad])[0]
         self.optimizer.step_only([name], [p], self.optimizer.param_groups[index], scale=self.scale)
         p.grad = None
 

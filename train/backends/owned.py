@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thriftlab.optim import predicted_state_bytes
+from thriftlab.optim.core.bill import predicted_state_parts
 from thriftlab.optim.core.owners import assign
+from thriftlab.optim.state.storage import wide
 from thriftlab.train.backends.base import Backend, as_method
+from thriftlab.train.backends.norms import norms_of
 from thriftlab.train.backends.optim_state import unpack_optimizer
 from thriftlab.train.backends.pieces import TensorReader
 from thriftlab.train.backends.ranks import Distributed
@@ -86,6 +88,9 @@ class Owned(Distributed, Backend):
         self.owners = assign(self.method.costs(), self.world)
         named = dict(model.named_parameters())
         self.buckets = make_buckets([(self.owners[name], p) for name, p in named.items() if name in self.owners])
+        for name in named:
+            if not self.owns(name):
+                self.method.state.pop(named[name], None)  # its low bits
         self.mine = {p for name, p in named.items() if self.owners.get(name) == self.rank}
         self.has_gradient: set[Tensor] = {p for name, p in named.items() if name in self.owners}  # in the last step
         self.sums: Travel | None = None  # of gradients, during the last backward of a step
@@ -104,19 +109,20 @@ class Owned(Distributed, Backend):
             self.finish_sums()
 
     def sum_gradients(self, parameters: set[Tensor]) -> Travel:
-        """Each gradient to its owner. Those come first whose gradients do: of the last parameters."""
+        """Each gradient to its owner, in fp32, whatever it is kept in. Those come first whose gradients do: of the last
+        parameters."""
 
         def take(p: Tensor) -> Tensor:
             if p.grad is None:
-                return torch.zeros_like(p)
+                return torch.zeros_like(p, dtype=wide(p.dtype))
             self.found.add(p)
-            return p.grad
+            return p.grad.to(wide(p.dtype))
 
         def keep_own(p: Tensor, total: Tensor) -> None:
             if p not in self.mine:
                 p.grad = None
             elif p.grad is None:
-                p.grad = total.clone()
+                p.grad = total.to(p.grad_dtype, copy=True)
             else:
                 p.grad.copy_(total)
 
@@ -155,8 +161,8 @@ class Owned(Distributed, Backend):
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         mine = [p for p in self.parameters if p.grad is not None]  # the parameters of `grads`
-        norms = dict(zip(mine, torch._foreach_norm(grads) if grads else [], strict=True))
-        nothing = torch.zeros((), device=self.device, dtype=self.parameters[0].dtype)
+        norms = dict(zip(mine, norms_of(grads), strict=True))
+        nothing = torch.zeros((), device=self.device, dtype=wide(self.parameters[0].dtype))
         each = [norms.get(p, nothing).to(nothing) for p in self.parameters if p in self.has_gradient]
         return torch.linalg.vector_norm(self.sum(torch.stack(each)))
 
@@ -180,8 +186,11 @@ class Owned(Distributed, Backend):
     def load_states(self, states: TensorReader, options: dict[str, Any]) -> None:
         unpack_optimizer(self.optimizer, states, options, self.owns)
 
-    def predicted_state_bytes(self) -> int:
-        return predicted_state_bytes(self.method, self.owns)
+    def predicted_state_parts(self) -> dict[str, int]:
+        return predicted_state_parts(self.method, self.owns)
+
+    def summed_entries(self, name: str, p: Tensor) -> int:
+        return p.numel() if self.owns(name) else 0
 
 
 def make_buckets(owned: list[tuple[int, Tensor]]) -> list[Bucket]:

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
@@ -30,6 +31,7 @@ from thriftlab.optim.core.hyper import Later, model_of
 T = TypeVar("T")
 Plumbing = Annotated[T, "plumbing"]
 Speed = Annotated[T, "speed"]
+Steps = Annotated[int, Field(ge=0)]
 
 config_model = functools.cache(model_of)  # one class per method, so that equal configurations are equal
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.paths import FilePath
@@ -19,29 +19,29 @@ from thriftlab.data.plugins import plugin_sha256
 from thriftlab.kernels.linear_cross_entropy import KEEP_BYTES
 from thriftlab.optim import LAYERS, METHODS
 from thriftlab.optim.core.hyper import Count
+from thriftlab.optim.state.weights import Rounding, WeightDtype
 from thriftlab.train.backends import BACKENDS
 from thriftlab.train.backends.device import Device
-from thriftlab.train.budget import SCHEDULES, Budget, Whole
-from thriftlab.train.config.choice import Choice, Pattern, Plugin, Plumbing, Registry, Section, Speed, without_off
+from thriftlab.train.budget import SCHEDULES, Budget
+from thriftlab.train.config.choice import (
+    Choice,
+    Pattern,
+    Plugin,
+    Plumbing,
+    Registry,
+    Section,
+    Speed,
+    Steps,
+    without_off,
+)
 from thriftlab.train.config.data import DataConfig
 from thriftlab.train.config.help import is_model
+from thriftlab.train.config.measured import EvalConfig, ProbesConfig
 from thriftlab.train.config.optim import OptimConfig
 from thriftlab.train.model import ModelConfig
-from thriftlab.train.probes import PROBES
 from thriftlab.train.signals import SIGNALS
 from thriftlab.train.signals.base import asks_for_statistics, has_state
 from thriftlab.train.signals.reference import read_reference
-
-Steps = Annotated[int, Field(ge=0)]
-
-
-def probe_name(name: str) -> str:
-    if name not in PROBES:
-        raise ValueError(f"there is no probe {name!r}; choose from {', '.join(PROBES)}")
-    return name
-
-
-ProbeName = Annotated[str, AfterValidator(probe_name)]
 
 
 class LayerConfig(Choice):
@@ -123,6 +123,15 @@ class TrainConfig(Section):
         description="products of fp32 matrices in the model, on a GPU; tf32 is faster and keeps 10 bits of a factor. "
         "The optimizer's stay fp32, but for projections of a gradient to a low rank and back",
     )
+    weights: WeightDtype = Field(
+        "fp32",
+        description="what is kept of a trained matrix: bf16, or bf16 and 8 or 16 low bits beside it, which the "
+        "optimizer alone reads; needs precision=bf16",
+    )
+    rounding: Rounding = Field("random", description="of weights in bf16 and bf16+8, in every step")
+    gradients: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of matrices, between backward and update; bf16 needs precision=bf16 and one micro-batch"
+    )
     dropout: float = Field(
         0.0, ge=0, le=0.99, description="share of the outputs of embedding, attention and MLP that a step sets to zero"
     )
@@ -145,7 +154,13 @@ class TrainConfig(Section):
 
     @model_serializer(mode="wrap")
     def without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_off(self, dump, "dropout", "matmul")
+        return without_off(self, dump, "dropout", "matmul", "weights", "rounding", "gradients")
+
+    @model_validator(mode="after")
+    def rounds_something(self) -> "TrainConfig":
+        if self.rounding != "random" and self.weights not in ("bf16", "bf16+8"):
+            raise ValueError(f"rounding has no effect with weights={self.weights}, which keeps every bit; leave it out")
+        return self
 
     @model_validator(mode="after")
     def layerwise_alone(self) -> "TrainConfig":
@@ -190,27 +205,6 @@ class BackendConfig(Section):
             takers = [name for name, backend in BACKENDS.items() if key in inspect.signature(backend).parameters]
             if self.name not in takers:
                 raise ValueError(f"{key} has no effect with backend {self.name!r}; it belongs to {', '.join(takers)}")
-        return self
-
-
-class EvalConfig(Section):
-    """Evaluation: held-out loss."""
-
-    every: Steps = Field(0, description="steps between evaluations; 0: only at the end")
-    batch_size: Plumbing[Count] = Field(32, description="windows of one forward; changes the speed and not the number")
-    tokens: Whole | None = Field(None, ge=1, description="held-out tokens of each source; null: all")
-
-
-class ProbesConfig(Section):
-    """Probes: copying, attention by head, memorisation; they change nothing in the training."""
-
-    every: Steps = Field(0, description="steps between measurements, made at the end as well; 0: none")
-    names: tuple[ProbeName, ...] | None = Field(None, description=f"which: {', '.join(PROBES)}; null: all")
-
-    @model_validator(mode="after")
-    def goes_together(self) -> "ProbesConfig":
-        if self.names is not None and not self.every:
-            raise ValueError("names has no effect with every=0, which measures nothing; set every")
         return self
 
 

@@ -164,6 +164,8 @@ class Memory:
     predicted_state_bytes: int
     peak_bytes: int  # of a CPU that of the process, of a GPU the highest phase's, the witness left out
     phases: dict[str, int] | None = None  # on a GPU the peak of each phase, see memory.py
+    predicted: dict[str, dict[str, int]] | None = None  # "parts": bytes by part, see bill.py; None under DeepSpeed
+    measured: dict[str, dict[str, int]] | None = None  # the same of the tensors
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,9 @@ class Record:
                 del tree[key]
         if self.data.sources is None:  # in records that are older than it
             del tree["data"]["sources"]
-        if self.memory and self.memory.phases is None:  # likewise, and of a CPU
-            del tree["memory"]["phases"]
+        for key in ("phases", "predicted", "measured") if self.memory else ():  # likewise, and of a CPU
+            if tree["memory"][key] is None:
+                del tree["memory"][key]
         if self.speed and self.speed.micro_batch_size is None:  # likewise
             del tree["speed"]["micro_batch_size"]
         return tree

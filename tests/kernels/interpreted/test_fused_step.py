@@ -5,7 +5,9 @@ exactly rounded one, torch's on a CPU is not. How moments are kept is the projec
 of its own. Then the project's optimizers, by kernels and by plain torch.
 """
 
+import functools
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tests.tools.triton_guard import guard
-from thriftlab.kernels import few_bits
+from thriftlab.kernels import few_bits, fused_step
 from thriftlab.optim import AdamW, BAdam, Fira, Frugal, GaLore, SignSGD
 from thriftlab.optim.core.fragments import Fragment
 from thriftlab.optim.core.fused import Plan, books
@@ -32,6 +34,7 @@ def launches(monkeypatch):
     """Kernels are taken, and each launch of a plan is guarded; the names of those that there were."""
     found, step = [], Plan.step
 
+    @functools.wraps(step)
     def guarded(plan, weights, grads, *others):
         mine = [values[i] for values in (weights, grads) for i in plan.places]
         with guard(*mine, *plan.held, *plan.indices) as some:
@@ -355,3 +358,33 @@ def test_what_changes_between_steps_is_seen(monkeypatch):
             optimizer.step()
         weights.append(p.detach())
     assert torch.allclose(*weights, rtol=1e-5, atol=1e-6)
+
+
+def calls_of(step) -> int:
+    """How many functions of Python are called."""
+    found = []
+    sys.setprofile(lambda frame, event, arg: found.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return len(found)
+
+
+@pytest.mark.parametrize("make, options", [(AdamW, dict(state_dtype="8bit")), (Frugal, dict(subspace="rows", gap=100))])
+def test_no_function_of_python_is_called_for_each_tensor(monkeypatch, make, options):
+    for kernel in ("begin_step", "step_entries", "step_tiles"):
+        monkeypatch.setattr(fused_step, kernel, {(n,): lambda *args, **words: None for n in range(10_000)})
+    monkeypatch.setattr(Plan, "step", Plan.step.__wrapped__)
+    found = []
+    for tensors in (10, 300):
+        ps = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in range(tensors)]
+        optimizer = make([(f"t{i}", p) for i, p in enumerate(ps)], **options)
+        for p in ps:
+            p.grad = torch.zeros(8, 16)
+        optimizer.step()
+        group, states = optimizer.param_groups[0], [optimizer.state[p] for p in ps]
+        call = group["names"], ps, [p.grad for p in ps], states, group
+        optimizer.apply(*call)
+        found.append(calls_of(functools.partial(optimizer.apply, *call)))
+    assert found[0] == found[1] < 100

@@ -58,6 +58,11 @@ class DeepSpeed(Sharded):
     """
 
     name = "deepspeed"
+    has_bill = False
+    why_fp32 = (
+        "without a bf16 section DeepSpeed takes fp32 parameters only, and with one it keeps masters of its own, which "
+        "it rounds to nearest; use backend.name=owned or backend.name=fsdp2"
+    )
     sharded: ShardedMethod
     chunk = CHUNK  # entries of whole matrices that one rank has at once beside its own
 

@@ -39,10 +39,10 @@ class Sharded(Distributed, Backend):
         fragment = self.sharded.fragment(name)
         if fragment is None or fragment.start == 0 or not entry:
             return True
-        return fragments.is_moment(entry, self.sharded.state_of(name)[entry].shape)  # else all fragments have the same
+        return fragments.is_cut(entry, self.sharded.state_of(name)[entry].shape)  # else all fragments have the same
 
-    def predicted_state_bytes(self) -> int:
-        return self.sharded.predicted_state_bytes()
+    def predicted_state_parts(self) -> dict[str, int]:
+        return self.sharded.predicted_state_parts()
 
     def load_states(self, states: TensorReader, options: dict[str, Any]) -> None:
         unpack_optimizer(self.optimizer, states, options, owns=lambda name: False)  # the groups alone

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from thriftlab.optim import Method
-from thriftlab.optim.core.fragments import Fragment, is_moment
+from thriftlab.optim.core.bill import PARTS, part_of
+from thriftlab.optim.core.fragments import Fragment, is_cut
 from thriftlab.optim.core.method import downhill
+from thriftlab.optim.state.weights import LOW
+from thriftlab.train.backends.norms import norms_of, total_norm
 from thriftlab.train.backends.zero.exchange import CHUNK, Exchange, is_aligned, make_ownership
 
 ParamGroup = dict[str, Any]
@@ -39,7 +42,7 @@ class Sharding:
 
         Args:
             held: by rank, what it holds.
-            like: has the dtype and the device of every piece.
+            like: is on the device of every piece.
         """
         groups, rank = self.group_of(), dist.get_rank()
         ownership = make_ownership(
@@ -50,6 +53,16 @@ class Sharding:
         )
         self.fragments = {fragment.name: fragment for fragment in held[rank]}
         self.exchange, self.like = Exchange(ownership, rank, dist.get_world_size()), like
+
+    def take_low_bits(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """Of the states of whole tensors, by name, what this rank keeps of their low bits."""
+        for name, state in states.items():
+            if LOW not in state:
+                continue
+            if fragment := self.fragment(name):
+                self.state_of(name)[LOW] = state[LOW].view(-1)[fragment.start : fragment.stop].clone()
+            elif self.keeps(name):
+                self.state_of(name)[LOW] = state[LOW]
 
     def group_of(self) -> dict[str, ParamGroup]:
         """By the parameters' names."""
@@ -72,25 +85,26 @@ class Sharding:
     def state_of(self, name: str) -> dict[str, Tensor]:
         return self.method.state[self.stand_ins[name]]
 
-    def predicted_state_bytes(self) -> int:
-        """Bytes of state on this rank, by the method's spec; of entries chosen within pieces the expected number."""
-        total = 0.0
+    def predicted_state_parts(self) -> dict[str, int]:
+        """Bytes of state on this rank, by part, by the method's spec; of entries chosen within pieces the expected
+        number."""
+        total = dict.fromkeys(PARTS, 0.0)
         for name, group in self.group_of().items():
             fragment, shape = self.fragment(name), self.shapes[name]
             here = (fragment.stop - fragment.start) / torch.Size(shape).numel() if fragment else self.keeps(name)
-            for key, (size, dtype) in self.method.expected_spec(name, self.stand_ins[name], group).items():
+            for key, (size, dtype) in self.method.declared(name, self.stand_ins[name], group).items():
                 whole = torch.Size(size).numel() * dtype.itemsize if size else 0
-                total += whole * (here if is_moment(key, size) else here > 0)
-        return round(total)
+                total[part_of(key)] += whole * (here if is_cut(key, size) else here > 0)
+        return {part: round(size) for part, size in total.items()}
 
     # ------------------------------------------------------------------------------------------------------ stepping
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """Of the gradients of all ranks; `grads` are what this rank has of them."""
         if self.fragments is None:
-            return nn.utils.get_total_norm(grads)
+            return total_norm(grads)
         square = torch.zeros((), dtype=torch.float64, device=self.like.device)
-        for norm in torch._foreach_norm(grads) if grads else []:
+        for norm in norms_of(grads):
             square += norm.double().square()
         dist.all_reduce(square)
         return square.sqrt()
@@ -111,7 +125,8 @@ class Sharding:
             self.update_cut(group, cut, weights, grads, scale)
             self.update_whole(group, [name for name in here if name not in cut], weights, grads, scale)
         for names in chunks:
-            self.update_chunk(groups, names, weights, grads, scale)
+            for alike in self.by_dtype(names):
+                self.update_chunk(groups, alike, weights, grads, scale)
 
     def update_cut(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat, scale: Tensor) -> None:
         """Steps pieces where they lie."""
@@ -136,11 +151,19 @@ class Sharding:
     ) -> None:
         """Makes some cut tensors whole at their owners, steps them there and takes the pieces back."""
         pieces = {name: (grads[name], weights[name]) for name in names if name in weights}
-        whole_grads, whole_weights = self.exchange.to_owners(names, pieces, self.like)
+        like = self.like.new_empty(0, dtype=self.stand_ins[names[0]].dtype)
+        whole_grads, whole_weights = self.exchange.to_owners(names, pieces, like)
         for group in groups:
             here = [name for name in group["names"] if name in whole_weights]
             self.run(group, here, whole_weights, whole_grads, scale)
-        self.exchange.to_holders(names, whole_weights, {name: weights[name] for name in pieces}, self.like)
+        self.exchange.to_holders(names, whole_weights, {name: weights[name] for name in pieces}, like)
+
+    def by_dtype(self, names: list[str]) -> list[list[str]]:
+        """Those of one dtype travel together."""
+        found: dict[torch.dtype, list[str]] = {}
+        for name in names:
+            found.setdefault(self.stand_ins[name].dtype, []).append(name)
+        return list(found.values())
 
     def run(self, group: ParamGroup, names: list[str], weights: Flat, grads: Flat, scale: Tensor) -> None:
         """`Method.apply` of whole tensors."""
