@@ -1,8 +1,6 @@
-"""Numbers in few bits, in a Triton kernel: bf16 to nearest and at random, and the 8-bit codes of moments.
+"""Numbers in few bits, in a Triton kernel: random rounding and the 8-bit codes of moments; counters and their keys.
 
-The surprise: no kernel here has a bf16. It is loaded and stored as the 16 bits that it is, the upper half of an fp32,
-and is rounded here. So the bits are the same on every device, under every version of triton, and in its interpreter,
-whose bf16 is wrong.
+The formulas are those of optim/state/storage.py, to the bit.
 """
 
 import triton
@@ -40,18 +38,6 @@ def hash63(x):
 def pattern(x):
     """The bits of fp32 numbers; of all NaNs those of one, as others would be rounded into numbers."""
     return tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def from_bf16(bits):
-    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def to_bf16(x):
-    """To nearest, ties to even."""
-    bits = pattern(x)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
 
 
 @triton.jit

@@ -23,7 +23,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from thriftlab.kernels.few_bits import BOOK, encode, from_bf16, hash63, pattern, power, random16, to_bf16
+from thriftlab.kernels.few_bits import BOOK, encode, hash63, pattern, power, random16
+from thriftlab.kernels.floats import narrowed, widened
 from thriftlab.kernels.variant import Variant
 
 # Columns of T: addresses; sizes; where the weight's and the moments' first entries lie in those of the whole tensor;
@@ -135,7 +136,7 @@ def load_gradient(T, t, SCALE, at, mask, GRAD: tl.constexpr, ALIGN: tl.constexpr
     if GRAD == FP32:
         g = tl.load(address(T, t, G, tl.float32, ALIGN) + at, mask=mask, other=0.0)
     else:
-        g = from_bf16(tl.load(address(T, t, G, tl.int16, ALIGN) + at, mask=mask, other=0))
+        g = widened(tl.load(address(T, t, G, tl.int16, ALIGN) + at, mask=mask, other=0))
     return g * tl.load(SCALE)
 
 
@@ -147,7 +148,7 @@ def load_moment(
     if KEPT == FP32:
         return tl.load(address(T, t, field, tl.float32, ALIGN) + at, mask=mask, other=0.0)
     elif KEPT == BF16:
-        return from_bf16(tl.load(address(T, t, field, tl.int16, ALIGN) + at, mask=mask, other=0))
+        return widened(tl.load(address(T, t, field, tl.int16, ALIGN) + at, mask=mask, other=0))
     else:
         code = tl.load(address(T, t, field, tl.uint8, ALIGN) + at, mask=mask, other=0).to(tl.int32)
         some = tl.max(mask.to(tl.int32), axis=1, keep_dims=True) > 0
@@ -165,7 +166,7 @@ def store_moment(
         tl.store(address(T, t, field, tl.float32, ALIGN) + at, x, mask=mask)
     elif KEPT == BF16:
         if SIGNED:
-            bits = to_bf16(x)
+            bits = narrowed(x, tl.int16)
         else:
             noise = random16(tl.load(KEYS + t * 2 + KEY_V), tl.load(T + t * FIELDS + FIRST_V) + at)
             bits = ((pattern(x) + noise) >> 16).to(tl.int16)

@@ -149,7 +149,8 @@ class Frugal(SplitOptimizer, name="frugal"):
             if active:
                 w, g, kept = ([values[i] for i in active] for values in lists)
                 rule.descend(w, g, kept, pick(age, active), group, lr)
-            free_step([weights[i] for i in idle], [grads[i] for i in idle], group, lr)
+            if idle:
+                free_step([weights[i] for i in idle], [grads[i] for i in idle], group, lr)
         elif isinstance(subspace, CoordinateSubspace):
             where = subspace.where_all(grads, bases)
             chosen, slopes = ([*map(subspace.take, matrices, where)] for matrices in (weights, grads))

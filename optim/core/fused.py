@@ -26,20 +26,18 @@ from thriftlab.optim.core.kinds import (
     ALL,
     COLUMNS,
     KEPT,
-    LOW_BITS,
     NOTHING,
     ROWS,
     Kind,
-    kept_in_few_bits,
     kind_of,
     may_launch,
-    rounds_randomly,
 )
 from thriftlab.optim.state.counters import Ticks, follow
 from thriftlab.optim.state.keys import State, keyed_seed
 from thriftlab.optim.state.storage import BLOCK as CODE_BLOCK
 from thriftlab.optim.state.storage import codebook
 from thriftlab.optim.state.torch_adamw import MOMENTS
+from thriftlab.optim.state.weights import LOW_BITS, few_bits, rounds_randomly
 
 Parts = Sequence[str | Fragment]
 OPERATION = "fused_step"
@@ -66,12 +64,11 @@ def step_fused(
     if not takes_kernels(method, weights, group):
         return everything
     plans = method.plans.get((parts[0], len(parts)))
-    if plans is None or not all(plan.fits(parts, weights, grads, states, group) for plan in plans):
+    if plans is None or not all([plan.fits(parts, weights, grads, states, group) for plan in plans]):
         plans = plan_step(method, parts, weights, grads, states, group)
     for plan in plans:
         plan.step(weights, grads, group, scale)
-    done = {i for plan in plans for i in plan.places}
-    return [i for i in everything if i not in done] if len(done) < len(weights) else []
+    return sorted(set(everything).difference(*(plan.places for plan in plans)))
 
 
 def plan_step(
@@ -123,7 +120,7 @@ class Plan:
     def __init__(self, parts: Parts, rows: list[tuple], places: list[int], kinds: list[Kind], group: dict[str, Any]):
         self.parts, self.places, self.kinds = list(parts), places, kinds
         mine, weights, grads, states = (list(values) for values in zip(*(rows[i] for i in places), strict=True))
-        self.looks, self.group = looks(weights, grads), lasting(group)
+        self.looks, self.group = looks(weights) + looks(grads), lasting(group)
         self.device = weights[0].device
         held = [(i, key) for i, state in enumerate(states) for key in STATE if key in state]
         self.keys, self.held = [(places[i], key) for i, key in held], [states[i][key] for i, key in held]
@@ -155,12 +152,12 @@ class Plan:
             return False
         if [len(states[i]) for i in self.places] != self.sizes:
             return False
-        if not all(map(operator.is_, (states[i].get(key) for i, key in self.keys), self.held)):
+        if not all(map(operator.is_, [states[i].get(key) for i, key in self.keys], self.held)):
             return False
-        return looks(self.mine(weights), self.mine(grads)) == self.looks
+        return looks(self.mine(weights)) + looks(self.mine(grads)) == self.looks
 
     def mine(self, values: list[Tensor]) -> list[Tensor]:
-        return [values[i] for i in self.places]
+        return values if len(values) == len(self.places) else [values[i] for i in self.places]
 
     def step(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any], scale: Tensor | None) -> None:
         from thriftlab.kernels import fused_step as kernels
@@ -240,9 +237,10 @@ def kinds_in(items: np.ndarray) -> int:
     return kinds.pop() if len(kinds) == 1 else 2
 
 
-def looks(*lists: list[Tensor]) -> list[Any]:
+def looks(tensors: list[Tensor]) -> list[list[Any]]:
     """What has to be as it was, of every tensor."""
-    return [(t.shape, t.dtype, t.device, t.is_contiguous()) for tensors in lists for t in tensors]
+    shapes, dtypes, devices = [t.shape for t in tensors], [t.dtype for t in tensors], [t.device for t in tensors]
+    return [shapes, dtypes, devices, [t.is_contiguous() for t in tensors]]
 
 
 def lasting(group: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +255,7 @@ def row_of(part: str | Fragment, weight: Tensor, state: State, kind: Kind, group
     row[FIRST_W] = part.start if isinstance(part, Fragment) else 0
     row[FIRST_V] = int(state.get("whole.first", 0))
     row[SEED_V] = int(state.get("rounding", 0))
-    if kept_in_few_bits(weight, group):
+    if few_bits(weight, group):
         row[SEED_W] = keyed_seed(group["weight_seed"], f"{guard.name_of(part)}/weight", 0)
     return row
 
@@ -268,7 +266,7 @@ def options_of(
     kept = [KEPT[state[MOMENTS[0]].dtype] for state in states if MOMENTS[0] in state]  # alike, as a rule
     found = []
     for weight, grad, state, kind in zip(weights, grads, states, kinds, strict=True):
-        few = kept_in_few_bits(weight, group)
+        few = few_bits(weight, group)
         own = KEPT[state[MOMENTS[0]].dtype] if kind.where != NOTHING else kept[0] if kept else 0
         tiles = kind.where in (ROWS, COLUMNS)
         if own == KEPT[torch.uint8]:

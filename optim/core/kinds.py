@@ -17,8 +17,8 @@ from thriftlab.optim.core.guard import name_of
 from thriftlab.optim.state.counters import begin_counting, capturing
 from thriftlab.optim.state.keys import State
 from thriftlab.optim.state.torch_adamw import MOMENTS
+from thriftlab.optim.state.weights import STEP, few_bits, low_spec
 
-LOW_BITS = {"fp32": -1, "bf16": 0, "bf16+8": 8, "bf16+16": 16}  # beside a bf16 weight
 KEPT = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # how moments and gradients are kept
 ALL, ROWS, COLUMNS, NOTHING = range(4)  # which entries of a tensor have moments
 
@@ -72,7 +72,7 @@ def may_launch(method: Any, weight: Tensor, group: dict[str, Any]) -> bool:
     """Whether the tensors of a call can be any for kernels. A CUDA graph repeats numbers, and so takes plain torch."""
     if "update" in vars(method) or not speaks_for(type(method), "kernel_step") or capturing():
         return False
-    if any(isinstance(x, Tensor) and x.is_cuda for x in (group["lr"], *group.get("betas", ()))):
+    if any([isinstance(x, Tensor) and x.is_cuda for x in (group["lr"], *group.get("betas", ()))]):
         return False
     return not weight.is_cuda or weight.device.index in (None, torch.cuda.current_device())
 
@@ -83,32 +83,21 @@ def kind_of(
     """How kernels step a tensor, None if they do not; and whether they can do so now."""
     shape = part.shape if isinstance(part, Fragment) else tuple(weight.shape)
     kind = method.kernel_step(shape, state, group)
-    few = kept_in_few_bits(weight, group)
+    few = few_bits(weight, group)
     known = (few or weight.dtype == torch.float32) and grad.dtype in (torch.float32, torch.bfloat16)
     if kind is None or not known or (isinstance(part, Fragment) and kind.where in (ROWS, COLUMNS)):
         return None, False
     moments = [] if kind.where == NOTHING else [*MOMENTS]
     counters = [] if kind.plain or "gap" not in group else ["step", "start"]
     needed = [*moments, *counters, *(["step"] if kind.plain else [])]
-    needed += ["weight.low"] if few and LOW_BITS[group["weight_dtype"]] else []
-    needed += ["weight.step"] if few and rounds_randomly(group) else []
+    needed += low_spec(tuple(weight.shape), weight.dtype, group)
     if not weight.numel() or any(key not in state for key in needed):
         return kind, False
     if any(state[key].dtype not in KEPT for key in moments):
         return None, False
     if not all(t.is_contiguous() for t in (weight, grad, *(state[key] for key in moments))):
         return kind, False
-    if counters:
-        begin_counting(tuple(counters), weight, state, group)
-        return kind, steps_to_refresh(name_of(part), state, group) > 0
-    for key in [key for key in ("step", "weight.step") if key in needed]:
-        state[key] = state[key].to(weight.device)
-    return kind, True
-
-
-def kept_in_few_bits(weight: Tensor, group: dict[str, Any]) -> bool:
-    return weight.dtype == torch.bfloat16 and "weight_dtype" in group
-
-
-def rounds_randomly(group: dict[str, Any]) -> bool:
-    return group["weight_dtype"] != "bf16+16" and group["weight_rounding"] == "random"
+    begin_counting((*counters, *([STEP] if STEP in needed else [])), weight, state, group)
+    if kind.plain:
+        state["step"] = state["step"].to(weight.device)
+    return kind, not counters or steps_to_refresh(name_of(part), state, group) > 0

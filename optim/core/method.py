@@ -133,9 +133,10 @@ class Method(Declared, torch.optim.Optimizer):
         names, weights = [name for name, _ in due], [p for _, p in due]
         grads = [downhill(p, p.grad, group["maximize"]) for p in weights if p.grad is not None]
         here = group if applied is None else {**group, "applied": applied}
-        self.apply(names, weights, grads, [self.state[p] for p in weights], here, scale)
-        for p in weights:
-            if not self.state[p]:
+        states = [self.state[p] for p in weights]
+        self.apply(names, weights, grads, states, here, scale)
+        for p, state in zip(weights, states, strict=True):
+            if not state:
                 del self.state[p]  # nothing is kept, and so there is no entry
 
     def must_read(self, weights: list[Tensor], group: dict[str, Any]) -> bool:

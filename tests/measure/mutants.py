@@ -154,8 +154,64 @@ BRANCHES = [
     Fault("columns + -columns % ALIGN.value", "columns"),
     Fault("math.gcd(grad.stride(0), ALIGN.value)", "ALIGN.value"),
 ]  # fmt: skip
+FEW_BITS, PLAN, KINDS = "kernels/few_bits.py", "optim/core/fused.py", "optim/core/kinds.py"
+FUSED_STEP = [
+    # counters and keys
+    Fault("before + applied, mask", "before + 1, mask"),
+    Fault("age = before + 1 -", "age = before -"),
+    Fault("length / root, tl.full", "length * root, tl.full"),
+    Fault("before if PLAIN and not EARLY_EPS else before + 1", "before"),
+    Fault("hash63(seed_v + rounds_v)", "hash63(seed_v)"),
+    Fault("rounds = count(tl.load(row + ROUNDS", "rounds = count(tl.load(row + STEP"),
+    Fault("result * base, result", "result * base, base", file=FEW_BITS),
+    Fault("((1 << (64 - bits)) - 1)", "-1", file=FEW_BITS),
+    # numbers in few bits
+    Fault("(key >> 31)", "(key >> 32)", file=FEW_BITS),
+    Fault("near - (x <= tl.load", "near - (x < tl.load", file=FEW_BITS),
+    Fault("tl.where(place > 0, place, 0.0)", "place", file=FEW_BITS),
+    Fault("decade = above - 1 +", "decade = above +", file=FEW_BITS),
+    Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FEW_BITS),
+    Fault("high = (kept + 128) >> 8", "high = (kept + 127) >> 8"),
+    Fault("(kept - (high << 8)).to(tl.int8)", "(kept - (high << 8) + 1).to(tl.int8)"),
+    Fault("(1 << (15 - LOW_BITS)) - 1 + ((kept >> (16 - LOW_BITS)) & 1)", "1 << (15 - LOW_BITS)"),
+    Fault("tl.load(T + t * FIELDS + FIRST_W) + at) >> LOW_BITS", "at) >> LOW_BITS"),
+    Fault("tl.load(T + t * FIELDS + FIRST_V) + at)", "at)"),
+    Fault("broken = tl.max(", "broken = 0 * tl.max("),
+    Fault("tl.where(scale > 0, scale, 1.0)", "scale"),
+    Fault("x = tl.where(mask, x, 0.0)", "x = x + 0.0"),
+    # the step
+    Fault("m + rest1 * (g - m)", "m + rest2 * (g - m)"),
+    Fault("rest2 * g * g", "rest2 * g"),
+    Fault("tl.sqrt_rn(v) * root + eps", "(tl.sqrt_rn(v) + eps) * root"),
+    Fault("tl.where(g < 0, -1.0, g)", "-1.0"),
+    Fault("return g * tl.load(SCALE)", "return g"),
+    Fault("if tl.load(APPLIED) == 0:", "if tl.load(APPLIED) == 2:"),
+    Fault("at = line * columns + entry % columns", "at = line * columns + entry"),
+    Fault("size = size // columns * chosen", "size = size // columns * chosen + 1"),
+    Fault("mask & (tl.load(index + chosen + line", "mask | (tl.load(index + chosen + line"),
+    Fault("store_weight(T, t, KEYS, at, mask, w * decay - step", "store_weight(T, t, KEYS, at, mask, w - step"),
+    Fault("entry = row * chosen + slot", "entry = row * columns + slot"),
+    Fault("mask = (row < rows) & (column < columns)", "mask = (row <= rows) & (column < columns)"),
+    Fault("tl.where(own, step, free", "tl.where(mask, step, free"),
+    Fault("block = (slot * columns", "block = (row * columns"),
+    # what only the compiler shows
+    Fault("m = m + rest1 * (g - m)", "m = tl.fma(g - m, tl.zeros_like(m) + rest1, m)", GATE),
+    Fault("tl.div_rn(length * m, tl.sqrt_rn(v) * root + eps)", "length * m / (tl.sqrt_rn(v) * root + eps)", GATE),
+    Fault(".to(tl.pointer_type(dtype)), ALIGN)", ".to(tl.pointer_type(dtype)), 4)", GATE),
+    # the host
+    Fault("-(-moments // ENTRIES)", "-(-moments // ENTRIES) + 1", file=PLAN),
+    Fault("np.arange(count), kind", "np.arange(count) // 2, kind", file=PLAN),
+    Fault("not kind.still", "kind.still", file=PLAN),
+    Fault("== 0).all(1)", ">= 0).all(1)", file=PLAN),
+    Fault("self.left <= 0 or ", "", file=PLAN),
+    Fault("[states[i].get(key) for i, key in self.keys], self.held)", "self.held, self.held)", file=PLAN),
+    Fault("n.keep, beta2, 1 - beta1, 1 - beta2", "n.keep, beta2, 1 - beta2, 1 - beta1", file=PLAN),
+    Fault("not counters or steps_to_refresh", "True or steps_to_refresh", file=KINDS),
+    Fault("-(count + early) % group", "-(count + early + 1) % group", file="optim/core/due.py"),
+]  # fmt: skip
 FAULTS: dict[str, list[Fault]] = {
-    "norm_rows": NORM_ROWS, "cross_entropy_rows": CROSS_ENTROPY_ROWS, "branches": BRANCHES
+    "norm_rows": NORM_ROWS, "cross_entropy_rows": CROSS_ENTROPY_ROWS, "branches": BRANCHES,
+    "fused_step": FUSED_STEP,
 }  # fmt: skip
 
 
