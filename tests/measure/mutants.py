@@ -59,7 +59,6 @@ NORM_ROWS = [
     Fault("phi * rate / limit", "phi * rate", file="optim/apollo.py"),
     Fault("[-beta * f for f in free]", "[-f for f in free]", file="optim/fira.py"),
 ]  # fmt: skip
-FLOATS = "kernels/floats.py"
 CROSS_ENTROPY_ROWS = [
     # stats_of_row
     Fault("tl.where(x == largest, 0.0, x - largest)", "x - largest"),
@@ -98,10 +97,10 @@ CROSS_ENTROPY_ROWS = [
     Fault("if rows:", "if True:"),
     Fault("padded[:, vocab:] = 0", "padded[:, vocab:] = torch.nan", file="kernels/linear_cross_entropy.py"),
     Fault("lse[rows], grad[rows])", "lse[: len(block)], grad[rows])", file="kernels/linear_cross_entropy.py"),
-    # floats.py
-    Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FLOATS),
-    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FLOATS),
-    Fault("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", file=FLOATS),
+    # few_bits.py
+    Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FEW_BITS),
+    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FEW_BITS),
+    Fault("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", file=FEW_BITS),
 ]  # fmt: skip
 BRANCHES = [
     # join
