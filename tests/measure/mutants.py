@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "data", "optim", "train", "launch", "tests")
 GATE = "gate"
+FEW_BITS = "kernels/few_bits.py"
 
 
 class Fault(NamedTuple):
@@ -153,7 +154,6 @@ BRANCHES = [
     Fault("columns + -columns % ALIGN.value", "columns"),
     Fault("math.gcd(grad.stride(0), ALIGN.value)", "ALIGN.value"),
 ]  # fmt: skip
-FEW_BITS = "kernels/few_bits.py"
 FUSED_STEP = [
     Fault("m = m + rest1 * (g - m)", "m = m + rest1 * g"),
     Fault("rest2 * g * g", "rest2 * g"),

@@ -165,6 +165,13 @@ def test_weight_zero_is_no_gradient():
     assert not both(logits, targets, grad)[2][1].any()
 
 
+def test_every_nan_stays_one_where_it_is_rounded():
+    """Of a pattern to which half a unit cannot be added."""
+    _, logits, targets, _ = rows_in(BF16, 2, 70)
+    grad = torch.tensor([2**31 - 1, 0], dtype=torch.int32).view(FP32)
+    assert both(logits, targets, grad)[2].isnan().all(1).tolist() == [True, False]
+
+
 def test_a_target_beyond_the_vocabulary_is_not_looked_up():
     _, logits, targets, grad = rows_in(FP32, 3, 70, pitch=80)
     targets[1] = 70
