@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.tools.triton_guard import guard
 from thriftlab.kernels import linear_cross_entropy as module
-from thriftlab.kernels.cross_entropy_rows import ce_grad_, ce_stats
+from thriftlab.kernels.cross_entropy_rows import block_of, ce_grad_, ce_stats
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -102,6 +102,10 @@ def test_large_logits_lose_nothing():
     loss, _ = ce_stats(torch.tensor([[0.0, 16.0, 0.0]]), torch.tensor([1]))
     exact = np.log1p(2 * np.exp(-16.0))
     assert abs(loss.item() / exact - 1) < 0.2  # 2.3e-7 beside a logit of 16: not lost
+
+
+def test_a_block_is_whole_at_least_once():
+    assert [block_of(vocab) for vocab in (1, 2, 37, 4096, 50257)] == [1, 2, 32, 4096, 4096]
 
 
 def test_strided_vectors():
