@@ -101,8 +101,9 @@ def block_of(hidden: Tensor, head: Tensor, by_kernel: bool) -> Tensor:
         padded = hidden.new_empty(len(hidden), vocab + -vocab % ALIGN)
         padded[:, vocab:] = 0  # a CPU's product of bf16 reads it (oneDNN)
         return torch.mm(hidden, head.T, out=padded[:, :vocab])
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return F.linear(hidden, head).to(wide).log_softmax(dim=-1)
+    logits = F.linear(hidden, head).to(torch.promote_types(hidden.dtype, torch.float32))
+    # On a CPU in place: the pages of a fresh block cost more than the logarithms.
+    return torch.log_softmax(logits, dim=-1, out=logits if logits.is_cpu else None)
 
 
 def losses_of(block: Tensor, targets: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from thriftlab.data.errors import ConfigError
 from thriftlab.data.files import make_folder, replace_atomically
 from thriftlab.data.paths import FilePath
 from thriftlab.data.prepare.request import split_commas
-from thriftlab.launch.peers import FLOOR, FLOOR_OF, NO_REFRESH, PEERS, RULER, GaLoreFloor, held_bytes, ruler, variants
+from thriftlab.launch.peers import FLOORS, NO_REFRESH, PEERS, RULER, held_bytes, ruler, variants
 from thriftlab.launch.timing import peak_allocation, timer
 from thriftlab.optim import METHODS, Method, predicted_state_bytes, split_groups
 from thriftlab.optim.state.weights import Rounding, WeightDtype
@@ -120,7 +120,7 @@ def name_of(device: torch.device, machine: dict[str, Any]) -> str:
 
 
 def make_timings(options: OptimBench, device: torch.device) -> list[Timing]:
-    """The ruler first, then the methods, GaLore's floor, and the peers that are installed."""
+    """The ruler first, then the methods, floors, and the peers that are installed."""
     sizes = ModelConfig(preset=options.preset)
     groups = tensors(sizes, device)
     split = [p for group in groups if group["split"] for p in group["params"]]
@@ -136,8 +136,9 @@ def make_timings(options: OptimBench, device: torch.device) -> list[Timing]:
                 for group in optimizer.param_groups:
                     group["gap"] = NO_REFRESH
             timings.append(Timing(label if kept == "fp32" else f"{label} weights={kept}", optimizer))
-    if not options.methods or FLOOR_OF in options.methods:
-        timings.append(Timing(FLOOR, GaLoreFloor(split, plain)))
+    for label, (names, make) in FLOORS.items():
+        if not options.methods or set(names) & set(options.methods):
+            timings.append(Timing(label, make(split, plain)))
     for label, make in PEERS.items() if not options.methods else ():
         try:
             timings.append(Timing(label, make(split, plain)))

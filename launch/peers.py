@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thriftlab.optim import METHODS
+from thriftlab.optim.muon import newton_schulz
 
 NO_REFRESH = 10**9  # steps between refreshes: more than are measured
 RANK = 128
@@ -89,7 +90,7 @@ def ruler(split: Tensors, plain: Tensors) -> torch.optim.Optimizer:
     return torch.optim.AdamW(split + plain, lr=1e-6, foreach=True)
 
 
-FLOOR, FLOOR_OF = "floor of GaLore: products and fused Adam", "galore"
+FLOOR = "floor of GaLore: products and fused Adam"
 
 
 class GaLoreFloor(torch.optim.Optimizer):
@@ -112,6 +113,33 @@ class GaLoreFloor(torch.optim.Optimizer):
             fused_adam([normalized], [down(p.grad, basis)], [moments])
             left, right = (normalized, basis.T) if p.shape[0] >= p.shape[1] else (basis, normalized)
             p.addmm_(left, right, alpha=-1e-6)
+
+
+class MuonFloor(torch.optim.Optimizer):
+    """What a step of Muon does not go below: its products in bf16, torch's fused Adam, and nothing around them."""
+
+    def __init__(self, split: Tensors, plain: Tensors):
+        super().__init__(split + plain, {})
+        self.starts = [(p.detach() / p.detach().norm()).bfloat16() for p in split]
+        self.plain, self.moments = plain, [adam_state(p) for p in plain]
+        self.state.update(zip(plain, self.moments, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        fused_adam(self.plain, [p.grad for p in self.plain], self.moments)
+        for start in self.starts:
+            newton_schulz(start, [(3.4445, -4.7750, 2.0315)] * 5)
+
+
+# Label -> the methods that it is the floor of, and its maker from (matrices, other tensors).
+FLOORS: dict[str, tuple[tuple[str, ...], Callable[[Tensors, Tensors], torch.optim.Optimizer]]] = {
+    FLOOR: (("galore",), GaLoreFloor),
+    "floor of Muon: products and fused Adam": (("muon", "normuon"), MuonFloor),
+    "floor of SCALE: fused SGD": (
+        ("scale", "signsgd"),
+        lambda split, plain: torch.optim.SGD(split + plain, lr=1e-6, fused=True),
+    ),
+}
 
 
 def down(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from thriftlab.optim.core.kinds import (
     rounds_randomly,
 )
 from thriftlab.optim.state.counters import Ticks, follow
-from thriftlab.optim.state.keys import State, has_data, keyed_seed
+from thriftlab.optim.state.keys import State, keyed_seed
 from thriftlab.optim.state.storage import BLOCK as CODE_BLOCK
 from thriftlab.optim.state.storage import codebook
 from thriftlab.optim.state.torch_adamw import MOMENTS
@@ -78,6 +78,8 @@ def plan_step(
     method: Any, parts: Parts, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
 ) -> list["Plan"]:
     """Plans of those tensors that kernels can step now; kept for the next step."""
+    key = (parts[0], len(parts)) if parts else None
+    method.plans.pop(key, None)
     if not takes_kernels(method, weights, group):
         return []
     rows = [*zip(parts, weights, grads, states, strict=True)]
@@ -91,7 +93,8 @@ def plan_step(
     for places in alike.values():
         guard.check(method, *([values[i] for i in places] for values in (parts, weights, grads, states)), group)
     plans = [Plan(parts, rows, places, [now[i] for i in places], group) for places in alike.values()]
-    method.plans[parts[0], len(parts)] = plans or None
+    if plans:
+        method.plans[key] = plans
     return plans
 
 
@@ -121,7 +124,7 @@ class Plan:
         self.parts, self.places, self.kinds = list(parts), places, kinds
         mine, weights, grads, states = (list(values) for values in zip(*(rows[i] for i in places), strict=True))
         self.looks, self.group = looks(weights, grads), lasting(group)
-        self.device, self.has_data = weights[0].device, has_data(weights[0])
+        self.device = weights[0].device
         held = [(i, key) for i, state in enumerate(states) for key in STATE if key in state]
         self.keys, self.held = [(places[i], key) for i, key in held], [states[i][key] for i, key in held]
         self.sizes = [len(state) for state in states]
@@ -135,7 +138,7 @@ class Plan:
                 follow(state["step"], self.ticks)
         self.indices = slots(weights, states, kinds)
         self.table = np.stack([row_of(*row, group) for row in zip(mine, weights, states, kinds, strict=True)])
-        self.table[:, INDEX] = self.addresses(self.indices)
+        self.table[:, INDEX] = addresses(self.indices)
         self.options = options_of(weights, grads, states, kinds, group)
         self.launches: dict[bytes, list[tuple[Options, int, Tensor]]] = {}  # by which tensors are aligned
         self.numbers = torch.empty(len(places), 4, dtype=torch.float32, device=self.device)
@@ -186,14 +189,11 @@ class Plan:
         self.left -= 1
         self.ticks.count(applied is self.one)
 
-    def addresses(self, tensors: list[Tensor]) -> list[int]:
-        return [t.data_ptr() for t in tensors] if self.has_data else [0] * len(tensors)
-
     def fill(self, weights: list[Tensor], grads: list[Tensor]) -> list[tuple[Options, int, Tensor]]:
         """Copies the table to the device if anything lies elsewhere than in the last step. Returns the options, the
         kinds of items and the items of each launch, which depend on what begins at multiples of 16 bytes."""
-        self.table[:, W], self.table[:, G] = self.addresses(weights), self.addresses(grads)
-        self.table.reshape(-1)[self.cells] = self.addresses(self.held)
+        self.table[:, W], self.table[:, G] = addresses(weights), addresses(grads)
+        self.table.reshape(-1)[self.cells] = addresses(self.held)
         if not np.array_equal(self.table, self.last):
             self.last = self.table.copy()
             self.there = sent(self.last, self.device)
@@ -222,6 +222,10 @@ class Plan:
             if moments < size and not kind.still:
                 found.append(blocks(i, -(-size // ENTRIES), 1))
         return np.concatenate(found)
+
+
+def addresses(tensors: list[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
 
 
 def blocks(row: int, count: int, kind: int) -> np.ndarray:

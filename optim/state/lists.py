@@ -66,12 +66,20 @@ def put_back(tensors: list[Tensor], before: list[Tensor], applied: Tensor) -> No
         i for i, (t, old) in enumerate(zip(tensors, before, strict=True))
         if t.is_floating_point() and t.stride() == old.stride()
     ]  # fmt: skip
-    sgd: dict[str, Any] = dict(weight_decay=0.0, momentum=1.0, lr=-0.0, dampening=0.0, nesterov=False, maximize=False)
     for same in by_dtype(tensors, alike):
         old, new = ([values[i] for i in same] for values in (before, tensors))
-        torch._fused_sgd_(old, old, new, is_first_step=True, found_inf=applied.float(), **sgd)
+        fused_sgd(old, old, new, lr=-0.0, momentum=1.0, found_inf=applied.float())
     for i in set(range(len(tensors))) - {*alike}:
         torch.where(applied.bool(), tensors[i], before[i], out=tensors[i])
+
+
+@torch.compiler.disable  # for torch cannot trace it
+def fused_sgd(
+    weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: Any, momentum: float, found_inf: Tensor
+) -> None:
+    """A first step of torch's fused SGD, which writes nothing where `found_inf` is 1."""
+    options: dict[str, Any] = dict(weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=True)
+    torch._fused_sgd_(weights, grads, momenta, lr=lr, momentum=momentum, found_inf=found_inf, **options)
 
 
 def by_dtype(tensors: list[Tensor], places: Sequence[int]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from thriftlab.optim.state.counters import Age
 from thriftlab.optim.state.keys import State
-from thriftlab.optim.state.lists import by_dtype, kept_unless, refused
+from thriftlab.optim.state.lists import by_dtype, fused_sgd, kept_unless, refused
 from thriftlab.optim.state.storage import load_piece, store_piece, wide
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -122,10 +122,9 @@ def call_torch(
 def subtract(weights: list[Tensor], directions: list[Tensor], lr: float | Tensor, applied: Tensor, no: Tensor) -> None:
     """weights -= lr directions, in place, by torch's fused SGD; every bit stays where `applied` is 0, and `no` is 1."""
     alike = [i for i, weight in enumerate(weights) if one_layout(weight, directions[i])]
-    options: dict[str, Any] = dict(dampening=0.0, nesterov=False, maximize=False, is_first_step=False)
     for places in by_dtype(weights, alike):
         w, d = [weights[i] for i in places], [directions[i] for i in places]
-        torch._fused_sgd_(w, d, [], weight_decay=0.0, momentum=0.0, lr=lr, found_inf=no, **options)
+        fused_sgd(w, d, [], lr=lr, momentum=0.0, found_inf=no)
     others = [i for i in range(len(weights)) if i not in alike]
     with kept_unless(applied, [weights[i] for i in others]):
         for i in others:

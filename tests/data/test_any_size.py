@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -205,18 +206,11 @@ def test_another_plan_does_not_mix(tmp_path, expected, monkeypatch):
 
 
 SCRIPT = """
-import json, os, signal, sys
+import json, sys
 from thriftlab.data.prepare import PrepareConfig, prepare
-
-CHANGES, WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir"), os.O_WRONLY | os.O_RDWR
-left = iter(range(int(sys.argv[2])))  # changes of the disk that this process may make; one too many kills it
-
-def count(event, given):
-    if (event in CHANGES or event == "open" and given[2] & WRITES) and next(left, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
 if __name__ == "__main__":
-    sys.addaudithook(count)
+    from tests.tools.dying import die_after
+    die_after(int(sys.argv[2]))
     prepare(PrepareConfig(**json.load(open(sys.argv[1]))))
 """
 
@@ -226,7 +220,8 @@ def run_script(tmp_path, inputs, changes, **more):
     (tmp_path / "settings.json").write_text(json.dumps(settings | {"out": str(tmp_path / "out")}))
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "script.py", tmp_path / "settings.json", str(changes)]
-    return subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL).returncode
 
 
 @pytest.mark.slow

@@ -139,8 +139,10 @@ def test_rested_files_are_hashed_once(folder, monkeypatch):
     path = folder / "web/train-00000.bin"
     stat, good = path.stat(), path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    while path.stat().st_ctime_ns == stat.st_ctime_ns:  # a file system with coarse times
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the time stamp put back does not hide it
+    times = (stat.st_atime_ns, stat.st_mtime_ns)
+    os.utime(path, ns=times)  # the time stamp put back does not hide it
+    while path.stat().st_ctime_ns == stat.st_ctime_ns:  # where times are coarse
+        os.utime(path, ns=times)
     with pytest.raises(DataError, match="train-00000.bin: changed"):
         open_dataset(folder)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -140,7 +140,12 @@ class Counts(TorchDispatchMode):
         return super().__exit__(*error)
 
     def launched(self, kernel: str, *args, grid, warmup, **kwargs) -> None:
-        """A Triton kernel."""
+        """A Triton kernel, of which it is known what `begin_step` does to counters."""
+        if kernel == "begin_step" and (table := true_of(args[0])) is not None:
+            with _disable_current_modes():
+                for address in filter(None, table[:, [13, 15]].flatten().tolist()):
+                    if (counter := self.true.get(stand_ins.at(address))) is not None:
+                        counter.add_(true_of(args[3]) != 0)
         self.counted.scalars[kernel, numbers((args, kwargs, grid)), place()] += 1
         self.counted.launches[kernel] += 1
         self.counted.where[place()] += 1

@@ -1,10 +1,12 @@
 """What Python asks of CUDA and a CPU-only torch refuses: pinned memory, streams and events that have nothing to do."""
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.jit import JITFunction
 
@@ -12,6 +14,21 @@ pinned: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors whose cop
 waits: list[None] = []  # one for each time that the host waited for a stream or an event
 watching: list[Callable[..., None]] = []  # called with each launch of a Triton kernel: its name and arguments
 captures: list[None] = []  # not empty: what is launched would go into a CUDA graph
+
+
+unused = itertools.count(2**30)
+addresses: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of fake tensors, where somebody has asked
+
+
+def address(tensor) -> int:
+    """A number like no other tensor's, a multiple of what a GPU begins its tensors at."""
+    if tensor not in addresses:
+        addresses[tensor] = 512 * next(unused)
+    return addresses[tensor]
+
+
+def at(place: int) -> Tensor:
+    return next(tensor for tensor, address in addresses.items() if address == place)
 
 
 def launch(kernel, *args, **kwargs) -> None:
@@ -74,5 +91,6 @@ def install() -> None:
     cuda.synchronize = lambda device=None: current.synchronize()
     Tensor.pin_memory, Tensor.is_pinned = pin, is_pinned  # type: ignore[method-assign, assignment]
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
+    FakeTensor.data_ptr = address  # type: ignore[method-assign]
     JITFunction.run = launch  # type: ignore[method-assign]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU first

@@ -206,7 +206,7 @@ def test_holds_the_budget_and_three_blocks_at_most(keep_bytes, blocks):
     hidden, weight, targets, upstream = case(640, 8, 4096)
     vectors = 10 * targets.nbytes
     peak = peak_bytes(lambda: ours(hidden, weight, targets, upstream, keep_bytes))
-    assert peak > (blocks + 1) * MIB  # it does count
+    assert peak > min(blocks + 1, 10) * MIB  # it does count; there are ten
     assert peak <= (blocks + 3) * MIB + 2 * hidden.nbytes + weight.nbytes + vectors
 
 

@@ -15,7 +15,7 @@ def test_one_round_of_every_method_on_small_shapes(tmp_path, capsys):
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "b.json").read_text())
     rows = {row["label"]: row for row in result["rows"]}
-    assert set(rows) >= {"torch AdamW foreach", "torch AdamW fused", peers.FLOOR, *peers.variants()}
+    assert set(rows) >= {"torch AdamW foreach", "torch AdamW fused", peers.FLOOR, *peers.FLOORS, *peers.variants()}
     assert {name for name, _ in peers.variants().values()} == set(METHODS)
     for label, row in rows.items():
         assert f"| {label} |" in printed

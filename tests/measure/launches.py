@@ -42,6 +42,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "frugal, svd": ("frugal", dict(subspace="svd")),
     "frugal, columns, lion": ("frugal", dict(subspace="columns", rule="lion")),
     "frugal, columns, sgdm": ("frugal", dict(subspace="columns", rule="sgdm", free="sgd")),
+    "frugal, columns, lion for all": ("frugal", dict(subspace="columns", rule="lion", plain="rule")),
+    "adamw, tables by ember": ("adamw", dict(tables="ember")),
     "adamw, bf16": ("adamw", dict(state_dtype="bf16")),
     "adamw, 8bit": ("adamw", dict(state_dtype="8bit")),
     "galore, 8bit": ("galore", dict(rank=RANK, state_dtype="8bit")),
@@ -97,7 +99,7 @@ def made(name: str, preset: str, layers: int | None, **more: Any) -> tuple[Any, 
     with torch.device("meta"):
         model = GPT(ModelConfig(preset=preset, layers=layers, vocab_size=32000))
     to_device(model)
-    groups = split_groups(model, include=[r"\.(attn|mlp)\."], roles=KINDS[kind].roles)
+    groups = split_groups(model, include=[r"\.(attn|mlp)\."], roles=KINDS[kind].roles or "tables" in hyper)
     optimizer = KINDS[kind](groups, **{"lr": 1e-3, "weight_decay": 0.1, **hyper, **more})  # type: ignore[call-arg]
     for p in model.parameters():
         p.grad = torch.empty_like(p)

@@ -69,10 +69,7 @@ CROSS_ENTROPY_ROWS = [
     Fault("total * smaller + 1.0", "total * smaller"),
     Fault("return tl.maximum(largest, x), total", "return largest, total"),
     Fault("row = tl.program_id(0).to(tl.int64)\n    x", "row = tl.program_id(0).to(tl.int64) + 1\n    x"),
-    Fault(
-        "for first in range(0, whole, BLOCK):\n        largest",
-        "for first in range(BLOCK, whole, BLOCK):\n        largest",
-    ),
+    Fault("range(0, whole, BLOCK):\n        largest", "range(BLOCK, whole, BLOCK):\n        largest"),
     Fault("inside = whole + lane < vocab", "inside = whole + lane <= vocab"),
     Fault("tl.where(inside, last, float(\"-inf\"))", "last"),
     Fault("tl.load(x + whole + lane, mask=inside, other=0)", "tl.load(x + whole + lane)"),

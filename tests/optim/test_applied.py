@@ -118,6 +118,9 @@ def test_a_first_step_that_is_refused_begins_no_state():
         "dion2",
         "stable_spam",
         "stable_spam, reference",
+        "lion, all",
+        "muon, ember",
+        "signsgd, 8bit",
     ],  # fmt: skip
 )
 def test_a_plain_step_does_not_read_it(name, monkeypatch):

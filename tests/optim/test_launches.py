@@ -11,7 +11,18 @@ from tests.measure.launches import KEPT_WIDE, LAYERS, METHODS, count, made, wait
 DOCS = Path(__file__).parents[2] / "docs/measurements.md"
 IN_ALL, A_MATRIX = 20, 20
 COUNTERS = ("step", "start")
-NO_REFRESH = ("adamw", "signsgd", "muon", "normuon", "scale", "rmnp", "sinkgd", "adam-mini", "dion2")
+NO_REFRESH = (
+    "adamw",
+    "signsgd",
+    "muon",
+    "normuon",
+    "scale",
+    "rmnp",
+    "sinkgd",
+    "adam-mini",
+    "dion2",
+    "adamw, tables by ember",
+)
 
 
 def committed():

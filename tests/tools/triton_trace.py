@@ -6,7 +6,8 @@
 
 `distinct`: sectors of 32 bytes that were loaded, and that were stored, each counted once: what memory must deliver if
 nothing has to be fetched again. `asked`: sectors by instruction, each program's load or store for itself: what is asked
-of the caches. Neither is a time.
+of the caches. Neither is a time. Look-ups in small tables, which stay in the cache of the program, are not `asked`: the
+tables are named, `trace(table)`.
 """
 
 from collections.abc import Iterator
@@ -16,20 +17,23 @@ from unittest.mock import patch
 import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder
 
-from tests.tools.triton_guard import addresses_of
+from tests.tools.triton_guard import addresses_of, reach
 
 SECTOR = 32
 
 
 class Moved:
-    def __init__(self):
+    def __init__(self, tables):
         self.asked, self.programs = 0, 0
         self.sectors = {"load": [], "store": []}
+        self.tables = [reach(table) for table in tables]
 
     def touch(self, kind, pointers, mask):
-        sectors = np.unique(addresses_of(pointers, mask) // SECTOR)
-        self.asked += SECTOR * sectors.size
+        addresses = addresses_of(pointers, mask)
+        sectors = np.unique(addresses // SECTOR)
         self.sectors[kind].append(sectors)
+        if not any(addresses.size and start <= addresses[0] < stop for start, stop in self.tables):
+            self.asked += SECTOR * sectors.size
 
     @property
     def distinct(self):
@@ -37,8 +41,8 @@ class Moved:
 
 
 @contextmanager
-def trace() -> Iterator[Moved]:
-    moved = Moved()
+def trace(*tables) -> Iterator[Moved]:
+    moved = Moved(tables)
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     turn = InterpreterBuilder.set_grid_idx
 

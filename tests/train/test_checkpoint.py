@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -241,6 +240,7 @@ def test_any_error_of_the_thread_surfaces_once(tmp_path, monkeypatch):
 NURSERY = """
 import itertools, os, sys, torch
 from pathlib import Path
+from tests.tools.dying import die_after
 from thriftlab.train.checkpoints.reader import latest
 from thriftlab.train.checkpoints.writer import Writer
 
@@ -254,15 +254,10 @@ def save_forever(folder, background):
 for line in sys.stdin:  # torch is imported once; every line starts a process to be killed
     child = os.fork()
     if child == 0:
+        die_after(int(line))
         save_forever(Path(sys.argv[1]), sys.argv[2] == "True")
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("dead", flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-
-
-def newest(folder):
-    return max((int(name.removeprefix("step-")) for name in names(folder) if name.startswith("step-")), default=0)
 
 
 @pytest.mark.slow
@@ -271,14 +266,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, background):
     command = [sys.executable, "-c", NURSERY, str(tmp_path), str(background)]
     draw, last = random.Random(0), 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as nursery:
-        for more in (2, 0, 1, 1, 0, 1, 2, 0, 1, 1, 0, 1):  # checkpoints that are whole before the next kill
-            nursery.stdin.write("\n")
-            child = int(nursery.stdout.readline())
-            while newest(tmp_path) < last + more:
-                os.kill(child, 0)  # ProcessLookupError, if it has died of itself
-            time.sleep(draw.uniform(0, 0.02))  # so that the kill may meet any moment of the next one
-            os.kill(child, signal.SIGKILL)
-            assert nursery.stdout.readline() == "dead\n"
+        for _ in range(16):
+            nursery.stdin.write(f"{draw.randint(1, 40)}\n")
+            assert nursery.stdout.readline() == f"{-signal.SIGKILL}\n"
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a kill tears nothing: there is never something broken to warn about
                 found = latest(tmp_path)
