@@ -73,7 +73,7 @@ def gradients_of(model, parts):
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_bf16_weights_are_those_of_the_same_weights_in_fp32(micro_batches, tied):
-    model, wide = (GPT(CONFIG.model_copy(update={"tied": tied, "vocab_size": 300})) for _ in range(2))
+    model, wide = (GPT(CONFIG.model_copy(update={"tied": tied, "vocab_size": 5000})) for _ in range(2))
     model.init_weights(0)
     optimizer = AdamW(model.named_parameters())
     optimizer.keep_weights("bf16")
