@@ -220,6 +220,29 @@ def test_two_ranks_are_one_process(ranks_of_two, number, backend, case):
         assert all(len(places) == 2 for places in low_at.values())
 
 
+def summed(backends):
+    """Gradients 256, 1 and 1: added in bf16 they would be 256."""
+    found = []
+    for name in backends:
+        backend = make_backend(name)
+        model = torch.nn.Linear(1, 6, bias=False, dtype=torch.bfloat16)
+        backend.prepare(model, AdamW([("weight", model.weight)]))
+        backend.begin(torch.ones(()))
+        with backend.micro_batch(last=True):
+            backend.backward(backend.module(torch.full((1, 1), 1.0 if backend.rank else 256.0).bfloat16()).sum())
+        found.append([piece.tensor.float().tolist() for piece in backend.gradients().values()])
+        backend.close()
+    return found
+
+
+@pytest.mark.slow
+def test_bf16_gradients_of_three_ranks_are_summed_in_fp32():
+    backends = ["ddp", "owned", "fsdp2"]
+    for found in gang.ranks(3, summed, backends):
+        for name, tensors in zip(backends, found, strict=True):
+            assert all(set(tensor) <= {258.0} for tensor in tensors), name
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 TRAVELLERS = [("columns", "bf16+8"), ("galore", "bf16")]
