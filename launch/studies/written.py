@@ -152,7 +152,7 @@ def make_request(settings: Settings) -> StudyRequest:
     contrasts = [Contrast(c.name, c.arms) for c in study.contrasts]
     return StudyRequest(
         arms, base.tree, budget, options.out or f"runs/{name}", options.jobs, study.trial_fraction, study.trial_seeds,
-        study.question, contrasts, study.published and study.published.model_dump(mode="json"),
+        study.question, contrasts, study.published.model_dump(mode="json") if study.published else None,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The fused step in triton's interpreter: to the bit against a slow step in numpy, with every launch guarded.
 
-The reference is written from the equations, with one fp32 rounding where the kernel has one; its root is numpy's, which
-is rounded exactly, as torch's on a CPU is not. Then the project's optimizers, by kernels and by plain torch.
+The reference is written from the equations, with one rounding to fp32 where the kernel has one; numpy's root is the
+exactly rounded one, torch's on a CPU is not. How moments are kept is the project's own torch code, which has tests
+of its own. Then the project's optimizers, by kernels and by plain torch.
 """
 
 import functools
