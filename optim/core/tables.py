@@ -128,7 +128,7 @@ def descend(weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -
     mean = rows.mean() if len(rows) else rows.sum()
     correction = (1 - group["betas"][1] ** state["step"].double()).to(mean)
     shares = rows.clamp(min=group.get("row_floor", 0.0) * mean) / (mean.clamp(min=TINY) * correction)
-    shares.masked_fill_(~mean.isfinite(), torch.inf)  # squares that have overflowed: no step, as of AdamW
+    shares.masked_fill_(mean.isinf(), torch.inf)  # squares that have overflowed: no step, as of AdamW
     across = columns.clamp(min=TINY).sqrt_()  # [n]; roots before products, for those of squares would underflow
     decay([weight], group)
     lr = group["lr"] * group.get("plain_lr_scale", 1.0)
@@ -207,11 +207,11 @@ def tables_line(optimizer: torch.optim.Optimizer) -> str:
     here = [name for group in groups if group.get("role") in ROLES for name in group["names"]]
     if not here and not getattr(optimizer, "roles", False):
         return (
-            f"tables={', '.join(asked)} has no effect: no group says whether it is input or output; make groups with "
+            f"tables={', '.join(sorted(asked))} has no effect: no group says whether it is input or output; make groups with "
             "split_groups(..., roles=True)"
         )
     if "own" in asked:
         return ""
     sizes = {name: p.numel() for g in groups for name, p in zip(g["names"], g["params"], strict=True)}
     share = sum(sizes[name] for name in here) / max(sum(sizes.values()), 1)
-    return f"tables={', '.join(asked)}: {shortened(here)} ({share:.0%} of the parameters)"
+    return f"tables={', '.join(sorted(asked))}: {shortened(here)} ({share:.0%} of the parameters)"

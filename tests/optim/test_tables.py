@@ -229,6 +229,13 @@ def test_ember_on_hostile_shapes_and_rows(shape, dtype):
         assert not p[0].any()
 
 
+def test_a_nan_is_seen_and_no_table_stands_still_for_it():
+    p = nn.Parameter(torch.zeros(4, 3))
+    p.grad = torch.ones(4, 3).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(torch.nan))
+    SignSGD([{"params": [p], "role": "input"}], tables="ember").step()
+    assert p.isnan().all()
+
+
 def test_rows_of_a_table_that_is_stepped_in_pieces():
     draw = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.zeros(5000, 70))
