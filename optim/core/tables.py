@@ -207,8 +207,8 @@ def tables_line(optimizer: torch.optim.Optimizer) -> str:
     here = [name for group in groups if group.get("role") in ROLES for name in group["names"]]
     if not here and not getattr(optimizer, "roles", False):
         return (
-            f"tables={', '.join(sorted(asked))} has no effect: no group says whether it is input or output; make groups with "
-            "split_groups(..., roles=True)"
+            f"tables={', '.join(sorted(asked))} has no effect: no group says whether it is input or output; make "
+            "groups with split_groups(..., roles=True)"
         )
     if "own" in asked:
         return ""
