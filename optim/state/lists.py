@@ -60,7 +60,7 @@ def put_back(tensors: list[Tensor], before: list[Tensor], applied: Tensor) -> No
     """tensor <- before where `applied` is 0; `before` is used up.
 
     One launch for many, which does nothing where the step is applied: the first step of torch's fused SGD takes its
-    gradients over into its momenta. (With lr = -0.0 it subtracts nothing from them, not even the sign of a zero.)
+    gradients over into its momenta.
     """
     alike = [
         i for i, (t, old) in enumerate(zip(tensors, before, strict=True))
@@ -68,7 +68,7 @@ def put_back(tensors: list[Tensor], before: list[Tensor], applied: Tensor) -> No
     ]  # fmt: skip
     for same in by_dtype(tensors, alike):
         old, new = ([values[i] for i in same] for values in (before, tensors))
-        fused_sgd(old, old, new, lr=-0.0, momentum=1.0, found_inf=applied.float())
+        fused_sgd(old, old, new, lr=0.0, momentum=1.0, found_inf=applied.float())
     for i in set(range(len(tensors))) - {*alike}:
         torch.where(applied.bool(), tensors[i], before[i], out=tensors[i])
 

@@ -149,3 +149,21 @@ def test_a_refresh_waits_once_for_all_matrices(fake_cuda, name):
     assert [step for _, step, _ in found] == [1, 2, 2, 3, 4, 4, 5, 6]
     if name.startswith("frugal") and "blocks" not in name:  # whose moments begin anew at a refresh
         assert [start for *_, start in found] == [0, 0, 0, 0, 3, 3, 3, 3]
+
+
+def told_at_first():
+    """Where the counters are after steps of which one is refused, and of which later ones are without the word."""
+    from tests.fake_cuda.counts import Counts, true_of
+
+    _, optimizer = made("frugal, columns", "nano", LAYERS, gap=3)
+    found = []
+    for told in (1.0, 0.0, None, None, None):
+        with Counts():
+            optimizer.step(**({} if told is None else {"applied": torch.full((), told, device="cuda")}))
+        state = next(state for state in optimizer.state.values() if "start" in state)
+        found.append(tuple(true_of(state[key]).tolist() for key in COUNTERS))
+    return found
+
+
+def test_the_host_remembers_that_it_does_not_know_a_counter(fake_cuda):
+    assert fake_cuda(told_at_first) == [(1, 0), (1, 0), (2, 0), (3, 0), (4, 3)]
