@@ -30,15 +30,19 @@ def tiny_data(tmp_path_factory):
 LONGEST = (
     "launch/test_slurm", "train/test_signals_run", "train/test_zero", "train/test_fsdp2", "data/test_engine",
     "launch/test_hosts", "launch/test_study", "train/test_layers_run", "train/test_owned", "train/test_witness",
-    "data/test_prepare", "data/test_any_size", "train/test_resume", "train/test_failures", "launch/test_compare_all",
-    "data/test_lost_node", "data/test_on_ray", "data/test_places", "optim/test_fsdp", "train/test_tracking",
-    "train/test_torchrun", "optim/test_plain_step", "optim/test_relora", "optim/test_distributed_checkpoint",
+    "data/test_any_size", "train/test_failures", "train/test_tracking", "data/test_prepare", "data/test_on_ray",
+    "train/test_resume", "optim/test_launches", "train/test_step_on_gpu", "launch/test_compare_all",
+    "data/test_lost_node", "data/test_places", "optim/test_fsdp", "train/test_torchrun", "launch/test_broken_pipe",
+    "optim/test_plain_step", "optim/test_relora", "optim/test_distributed_checkpoint", "launch/test_papers",
     "test_packaging", "test_layout",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):
-    """Fast tests first; with `-n`, which hands out whole files, long files first."""
+    """Fast tests first; with `-n`, which hands out whole files, long files first. What the fake GPU runs is slow."""
+    for item in items:
+        if "fake_cuda" in item.fixturenames:
+            item.add_marker("slow")
     if hasattr(config, "workerinput"):
         rank = {f"tests/{name}.py": i for i, name in enumerate(LONGEST)}
         items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))

@@ -6,7 +6,6 @@ small model, another corpus and 500 steps, with warm-up, gap and rank as the sam
 
 import functools
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from thriftlab.train.config.files import read_file
@@ -14,12 +13,12 @@ from thriftlab.train.model import PRESETS
 
 PREFIX = "papers/"
 WINDOWS, LENGTH = 512, 256  # of a step
-MINI = {"windows": 8, "steps": 500, "preset": "nano"}
+MINI_WINDOWS, MINI_STEPS, MINI_PRESET = 8, 500, "nano"
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    return read_file(str(Path(str(resources.files("thriftlab.launch").joinpath("studies/papers.yaml")))))
+    return read_file(str(resources.files("thriftlab.launch").joinpath("studies/papers.yaml")))
 
 
 def names() -> list[str]:
@@ -72,8 +71,8 @@ def schedule(row: dict[str, Any]) -> dict[str, Any]:
 
 def smaller(tree: dict[str, Any], steps: int, size: str) -> dict[str, Any]:
     """The same protocol for two cores."""
-    width = PRESETS[MINI["preset"]]["dim"] / PRESETS[f"llama-{size}"]["dim"]  # type: ignore[index, operator]
-    time = MINI["steps"] / steps  # type: ignore[operator]
+    width = PRESETS[MINI_PRESET]["dim"] / PRESETS[f"llama-{size}"]["dim"]
+    time = MINI_STEPS / steps
 
     def scaled(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -83,10 +82,10 @@ def smaller(tree: dict[str, Any], steps: int, size: str) -> dict[str, Any]:
 
     base = {
         **tree["base"],
-        "model": {"preset": MINI["preset"]},
+        "model": {"preset": MINI_PRESET},
         "data": {**tree["base"]["data"], "path": "prepared/embedded"},
-        "train": {**tree["base"]["train"], "batch_size": MINI["windows"], "precision": "fp32"},
-        "budget": {"tokens": MINI["steps"] * MINI["windows"] * LENGTH},  # type: ignore[operator]
+        "train": {**tree["base"]["train"], "batch_size": MINI_WINDOWS, "precision": "fp32"},
+        "budget": {"tokens": MINI_STEPS * MINI_WINDOWS * LENGTH},
     }
     remark = "mini: the protocol of the paper in a small model on other text; the numbers are no reproduction"
     published = {**tree["published"], "uncertain": [remark, *tree["published"]["uncertain"]]}

@@ -446,6 +446,7 @@ def test_noise_of_seeds_is_no_rise():
 # ------------------------------------------------------------------------------------------------------ not identified
 
 
+@pytest.mark.slow
 def test_too_few_repeated_runs_leave_the_half_life_to_the_prior():
     points = runs(names=["a"]) + runs(names=["b"], budgets=[1 * M, 2 * M, 4 * M, 6 * M, 8 * M])
     found = fit(points, draws=40)

@@ -53,6 +53,7 @@ def two(engines):
     return engines["two"]
 
 
+@pytest.mark.slow
 @given(pieces=PIECES, parts=st.integers(1, 6), data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_every_engine_does_what_plain_python_does(engines, tmp_path_factory, pieces, parts, data):

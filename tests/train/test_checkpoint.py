@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, every flipped bit found, every tensor back bit for bit."""
 
+import itertools
 import json
 import os
 import random
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tools import gang
+from tests.tools.dying import die_after
 from thriftlab.data.errors import CheckpointError
 from thriftlab.train.checkpoints import writer as writing
 from thriftlab.train.checkpoints.codec import from_json, to_json
@@ -237,48 +240,33 @@ def test_any_error_of_the_thread_surfaces_once(tmp_path, monkeypatch):
     assert latest(tmp_path).step == 1
 
 
-NURSERY = """
-import itertools, os, sys, torch
-from pathlib import Path
-from tests.tools.dying import die_after
-from thriftlab.train.checkpoints.reader import latest
-from thriftlab.train.checkpoints.writer import Writer
-
-def save_forever(folder, background):
+def save_until_killed(folder, background, changes):
     found = latest(folder)
+    die_after(changes)
     writer = Writer(folder, keep=1, background=background)
     for step in itertools.count(found.step + 1 if found else 1):
         tensors = {f"w{i}": torch.full((300, 100), float(step)) for i in range(3)}
         writer.save(step, {"model": tensors, "optim": {"s": torch.full((5,), step)}}, {"seconds": step / 7})
 
-for line in sys.stdin:  # torch is imported once; every line starts a process to be killed
-    child = os.fork()
-    if child == 0:
-        die_after(int(line))
-        save_forever(Path(sys.argv[1]), sys.argv[2] == "True")
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, background):
-    command = [sys.executable, "-c", NURSERY, str(tmp_path), str(background)]
     draw, last = random.Random(0), 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as nursery:
-        for _ in range(16):
-            nursery.stdin.write(f"{draw.randint(1, 40)}\n")
-            assert nursery.stdout.readline() == f"{-signal.SIGKILL}\n"
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # a kill tears nothing: there is never something broken to warn about
-                found = latest(tmp_path)
-            assert all(fault(path) is None for path in tmp_path.glob("step-*"))
-            if found is None:
-                continue
-            step = found.step
-            assert step >= last and found.meta == {"seconds": step / 7}
-            assert all((tensor == step).all() for group in found.tensors.values() for tensor in group.values())
-            last = step
+    for _ in range(16):
+        process, _ = gang.start(save_until_killed, tmp_path, background, draw.randint(1, 40))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a kill tears nothing: there is never something broken to warn about
+            found = latest(tmp_path)
+        assert all(fault(path) is None for path in tmp_path.glob("step-*"))
+        if found is None:
+            continue
+        step = found.step
+        assert step >= last and found.meta == {"seconds": step / 7}
+        assert all((tensor == step).all() for group in found.tensors.values() for tensor in group.values())
+        last = step
     assert last > 5
     Writer(tmp_path, keep=1)
     assert len(names(tmp_path)) <= 2 and not list(tmp_path.glob(".*"))

@@ -206,6 +206,7 @@ def in_odd_ways():
     return counted, losses, said, seen
 
 
+@pytest.mark.slow
 def test_a_bad_number_on_one_rank_is_one_decision_and_weights_that_are_put_are_used():
     (counted, losses, said, seen), other = gang.ranks(2, in_odd_ways)
     assert set(seen) == {(True, False)}  # while one block runs the other is not whole, nor are copies kept of it

@@ -100,6 +100,7 @@ def filled_on_a_device(name, options):
     return counts.counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, options", [("lost", {"init_gain": "dense"}), ("cola", {"init": "svd"})])
 def test_first_weights_are_decomposed_where_the_layer_is(fake_cuda, name, options):
     counted = fake_cuda(filled_on_a_device, name, {"rank": 4, **options})

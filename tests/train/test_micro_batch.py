@@ -129,6 +129,7 @@ def gpu(monkeypatch):
     return answers, asked
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_micro_batch_that_it_began_with(tiny_data, tmp_path, gpu, capfd):
     answers, asked = gpu
     answers += [4, 3, 3]  # the last is never asked for

@@ -161,6 +161,7 @@ def found():
     return {case: alone[case] + [part for rank in ranks for part in rank[case]] for case in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_one_objective_for_every_split(case, seen, found):
     exact = seen.gradient(*CASES[case][2](seen))

@@ -186,6 +186,7 @@ def on_two_ranks():
     return weights, early[0], later[:2]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_there_at_times_is_summed_or_none_as_with_one_process():
     expected, _ = sometimes(make_backend("single"), [0, 1])
     for weights, early, later in gang.ranks(2, on_two_ranks):
