@@ -59,7 +59,7 @@ NORM_ROWS = [
     Fault("tl.multiple_of(length, ALIGN // 4)", "length", GATE),
     Fault("to(tl.pointer_type(tl.float32)), ALIGN)", "to(tl.pointer_type(tl.float32)), 4)", GATE),
     Fault("phi * rate / limit", "phi * rate", file="optim/apollo.py"),
-    Fault("[-beta * f for f in free]", "[-f for f in free]", file="optim/fira.py"),
+    Fault("torch._foreach_mul(free, -beta)", "torch._foreach_neg(free)", file="optim/fira.py"),
 ]  # fmt: skip
 CROSS_ENTROPY_ROWS = [
     # stats_of_row
