@@ -317,7 +317,7 @@ def test_optimizers_step_as_plain_torch_does(monkeypatch, launches, name, kept):
     fused, theirs = run(monkeypatch, "triton", make, MIXED, refuse=(2,), **options)
     assert launches
     for p, q in zip(plain, fused, strict=True):
-        bound = 0 if name == "signs" else 4e-6 if kept == "fp32" else 2e-3
+        bound = {"signs": 0, "fira": 2e-5}.get(name, 4e-6 if kept == "fp32" else 2e-3)  # fira: as its own kernels do
         assert ((p - q).abs() <= bound * (1e-3 + p.abs())).all()
     for state, other in zip(states, theirs, strict=True):
         assert state.keys() == other.keys()
