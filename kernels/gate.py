@@ -7,7 +7,8 @@ compiled for four GPUs, and is refused where
 - it takes over a tenth more registers than registers-VERSION.json says, or more accesses of 32 bits and less: a loop
   over a tensor has 128-bit ones, unless it gathers;
 - it loads or stores 8 or 16 bits at a time, and does not say so;
-- it promises exact bits, and the compiler fused a product with a sum, or flushes subnormals to zero.
+- it promises exact bits, and the compiler fused a product with a sum, flushes subnormals to zero, or approximates a
+  quotient or a root.
 
 The surprise: ptxas is not called here. Which one triton takes depends on its version and on the GPU; what that one said
 is read from triton's own log.
@@ -49,7 +50,7 @@ class Compiled(NamedTuple):
     shared: int  # bytes
     narrow: int = 0  # loads and stores of 32 bits and less in PTX
     tiny: int = 0  # of them, those of 8 and 16 bits
-    inexact: int = 0  # fused multiply-adds and operations that flush subnormals
+    inexact: int = 0  # operations that fuse, flush or approximate
 
 
 def kernel_files() -> list[str]:
@@ -96,7 +97,7 @@ def of_nvidia(made: Any, log: str) -> Compiled:
         shared=made.metadata.shared,
         narrow=sum(width <= 32 for width in widths),
         tiny=sum(width <= 16 for width in widths),
-        inexact=len(re.findall(r"\bfma\.rn|\.ftz\b", made.asm["ptx"])),
+        inexact=len(re.findall(r"\bfma\.rn|\.ftz\b|\.approx\b|\bdiv\.full\b", made.asm["ptx"])),
     )
 
 
@@ -123,7 +124,7 @@ def faults(gpu: str, variant: Variant, made: Compiled, before: list[int] | None)
     if made.tiny and not variant.narrow:
         found.append(f"{made.tiny} accesses of 8 or 16 bits")
     if made.inexact and variant.exact:
-        found.append(f"{made.inexact} fused or flushed operations")
+        found.append(f"{made.inexact} operations that fuse, flush or approximate")
     if before and made.registers > SLACK * before[0]:
         found.append(f"{made.registers} registers, there were {before[0]}")
     if before and made.narrow > before[1]:

@@ -236,9 +236,11 @@ def items(
 def variants() -> Iterator[Variant]:
     common = {"T": "*i64", "ITEMS": "*i32", **TILE}
     adam = {**common, "CORRECTIONS": "*fp32", "beta2": "fp32", "rest1": "fp32", "rest2": "fp32", "eps": "fp32"}
+    whats = {"N and norms": (True, True), "N": (True, False), "norms": (False, True)}
     for align, told in ((16, ""), (4, ", rows that begin anywhere")):
         yield Variant(f"norms{told}", norms_kernel, {**common, "ALIGN": align})
         yield Variant(f"scale_add{told}", scale_add_kernel, {**common, "keep": "fp32", "ALIGN": align})
-        for what, store, sizes in (("N", True, False), ("N and norms", True, True), ("norms", False, True)):
+        for what in whats if align == 16 else ["N and norms"]:
+            store, sizes = whats[what]
             arguments = {**adam, "STORE": store, "SIZES": sizes, "ALIGN": align}
             yield Variant(f"adam_small, {what}{told}", adam_kernel, arguments)

@@ -152,7 +152,7 @@ def study_keys(argv: list[str]) -> str:
 
 
 @command(
-    """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--out FOLDER] [key=value ...]
+    """thriftlab study [NAME | FILE.yaml] [--seeds N] [--jobs N] [--mini] [--out FOLDER] [key=value ...]
     An experiment that is written down: arms, questions, tuning. Without a name: lists the studies.""",
     study_keys,
     alone=True,
@@ -164,7 +164,7 @@ def study(argv: list[str]) -> None:
     if not argv:
         print(f"The studies:\n{listing()}")
         return
-    request = make_request(read(argv))
+    request = make_request(read(["mini=true" if word == "--mini" else word for word in argv]))
 
     from thriftlab.launch.studies.run import run_study
 

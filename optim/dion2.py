@@ -92,16 +92,15 @@ class Dion2(Orthogonalised, name="dion2"):
         torch._foreach_mul_(slices, group["error_feedback"])
         decay(weights, group)
         updates = in_dtype(updates, weights[0].dtype)
-        for weight, b, dim, at, update, left in zip(weights, momenta, dims, places, updates, slices, strict=True):
-            weight.index_add_(dim, at, update)
-            b.index_copy_(dim, at, left)
-        for state, b in zip(states, momenta, strict=True):
-            store(state, BUFFERS[0], b)
+        for w, state, b, dim, at, o, left in zip(weights, states, momenta, dims, places, updates, slices, strict=True):
+            w.index_add_(dim, at, o)
+            store(state, BUFFERS[0], b.index_copy_(dim, at, left))
 
 
 def largest(momentum: Tensor, dim: int, fraction: float) -> Tensor:
     """Places of the rows (`dim` 0) or columns with the largest sums of absolute entries  # [ceil(fraction slices)]"""
-    sums = torch.linalg.vector_norm(momentum, 1, dim=1 - dim)
+    walks = dim == 1 and momentum.device.type == "cpu"  # vector_norm would, down each column
+    sums = momentum.abs().sum(0) if walks else torch.linalg.vector_norm(momentum, 1, dim=1 - dim)
     return sums.topk(math.ceil(fraction * len(sums))).indices
 
 

@@ -57,9 +57,10 @@ def ordered(parts: dict[str, int]) -> dict[str, int]:
 def bill_of(record: Record) -> str:
     """The line of a finished run: bytes of each parameter of the model, on its first rank; nothing where that is not
     known."""
-    memory, parameters = record.memory, record.model.parameters
+    memory = record.memory
     if not (memory.measured and memory.predicted):
         return ""
+    parameters = record.model.parameters
     found, expected = memory.measured["parts"], memory.predicted["parts"]
     each = " + ".join(f"{part.replace('_', ' ')} {size / parameters:.2f}" for part, size in found.items() if size)
     totals = (f"{sum(parts.values()) / parameters:.2f}" for parts in (found, expected))

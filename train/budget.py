@@ -175,6 +175,21 @@ def jagged(
 
 
 @schedule
+def cycles(
+    progress: float, warmup: BelowOne = 0.1, cycles: Annotated[Whole, Field(ge=1)] = 1, final: Fraction = 0.1
+) -> float:
+    """The cosine, as often as there are cycles, each with a warm-up of its own (FRUGAL, 2411.07837).
+
+    Args:
+        warmup: fraction of a cycle in which the factor rises from 0 to 1
+        cycles: how many, of one length, fill the budget
+        final: factor at the end of each cycle
+    """
+    done = min(int(progress * cycles), cycles - 1)
+    return cosine(progress * cycles - done, warmup, final)
+
+
+@schedule
 def wsd(progress: float, warmup: BelowOne = 0.1, decay: AboveZero = 0.2, final: Fraction = 0.0) -> float:
     """Warm-up, stable, decay (2404.06395): 1 in the middle, at the end a straight line to `final`.
 

@@ -12,7 +12,7 @@ from string import Template
 from types import MappingProxyType
 
 from thriftlab.data.files import replace_atomically
-from thriftlab.launch.report import figures, repetition, tables
+from thriftlab.launch.report import figures, published, repetition, tables
 from thriftlab.launch.report.figures import Picture, colours
 from thriftlab.launch.report.probes import probe_pictures
 from thriftlab.launch.report.results import Study
@@ -57,8 +57,9 @@ def body(study: Study) -> str:
 
 def sections(study: Study) -> list[tuple[str, Table, str]]:
     """Title, table and note of every table of the report."""
-    found, more = tables.sections(study), repetition.section(study)
-    return [*found[:2], more, *found[2:]] if more else found
+    found = tables.sections(study)
+    more = [section for section in (published.section(study), repetition.section(study)) if section]
+    return [*found[:2], *more, *found[2:]]
 
 
 def pictures(study: Study) -> list[Picture]:

@@ -58,6 +58,7 @@ class StudyRequest:
     trial_seeds: int = 1
     question: str = ""
     contrasts: list[Contrast] = field(default_factory=list)
+    published: dict[str, Any] | None = None  # what others found, as PublishedConfig of written.py has it
 
     def __post_init__(self) -> None:
         refuse_unequal_tuning([arm for arm in self.arms if arm.tuned])

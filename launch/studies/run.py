@@ -292,6 +292,7 @@ def write_plan(
         "question": request.question,
         "arms": {arm.pop("name"): arm for arm in asked["arms"]},
         "contrasts": asked["contrasts"],
+        "published": asked["published"],
         "base": request.base,
         "budget": setting.budget,
         "trial_seed": TRIAL_SEED,

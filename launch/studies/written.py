@@ -11,6 +11,7 @@
       lost: {layer: {name: lost, rank: 64}, seeds: 8, lr_grid: [2e-3, 4e-3, 8e-3]}
     contrasts:                              # loss of the first arm minus that of the second
       - {name: what LOST costs, arms: [lost, adamw]}
+    published: {source: a paper, perplexity: {adamw: 25.1}}  # what the report puts beside; none is needed
 
 The questions are part of the file, so that they are asked before the runs: what is asked after the runs were seen needs
 runs of its own.
@@ -28,6 +29,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.data.paths import FilePath
+from thriftlab.launch.studies import papers
 from thriftlab.launch.studies.arms import Arm, Contrast, StudyRequest
 from thriftlab.launch.studies.compare import Grid
 from thriftlab.train.config.choice import Plugins, Section
@@ -61,6 +63,17 @@ class ContrastConfig(Section):
     arms: tuple[str, str] = Field(description="loss of the first minus loss of the second")
 
 
+class PublishedConfig(Section):
+    """What others found, which the report puts beside the runs."""
+
+    source: str = Field(description="where it was read")
+    perplexity: dict[str, float] = Field(description="arm, or a name of its own -> validation perplexity")
+    batches: int | None = Field(
+        None, ge=1, description="of their evaluation, if it divides the sum of losses by one more than their number"
+    )
+    uncertain: tuple[str, ...] = Field((), description="what is not known for certain")
+
+
 class StudyConfig(Section):
     """A study as it is written down."""
 
@@ -74,6 +87,7 @@ class StudyConfig(Section):
     trial_fraction: float = Field(0.25, gt=0, le=1, description="budget of a trial, as a share of a run's")
     trial_seeds: Seeds = Field(1, description="runs of one trial, whose mean counts")
     contrasts: tuple[ContrastConfig, ...] = Field((), description="pairs of arms")
+    published: PublishedConfig | None = Field(None, description="what others found")
 
     @model_validator(mode="after")
     def contrasts_are_of_arms(self) -> "StudyConfig":
@@ -89,6 +103,7 @@ class StudyOptions(Section):
     seeds: Seeds | None = Field(None, description="runs of every arm; null: as the study has it")
     jobs: int | None = Field(None, ge=1, description="runs at the same time; null: one a GPU, or what the cores allow")
     out: FilePath | None = Field(None, min_length=1, description="folder of the study; null: runs/NAME")
+    mini: bool = Field(False, description="--mini makes a paper's study small enough for two cores")
 
 
 def describe_keys() -> str:
@@ -106,21 +121,30 @@ def studies() -> dict[str, Path]:
     return {name: path for name, path in found.items() if "arms" in read_file(str(path))}
 
 
+def papers_in_words() -> str:
+    """The studies of papers, a line for each paper."""
+    lines = [
+        f"  {papers.PREFIX}{paper}-SIZE, SIZE of {', '.join(row['sizes'])}" for paper, row in papers.table().items()
+    ]
+    return "\n".join(lines)
+
+
 def example() -> str:
     """How a study is written down."""
     return textwrap.dedent((__doc__ or "").split("\n\n")[1])
 
 
 def listing() -> str:
-    """Name and question of each study that comes with the package."""
-    return "\n".join(f"  {name:14}{read_file(str(path))['question']}" for name, path in studies().items())
+    """Name and question of each study that comes with the package, and the names of those of papers."""
+    lines = [f"  {name:14}{read_file(str(path))['question']}" for name, path in studies().items()]
+    return "\n".join([*lines, papers_in_words()])
 
 
 def make_request(settings: Settings) -> StudyRequest:
     """The study that the command line names, with what it changes. ConfigError for what does not fit."""
-    name, file = find_study(settings.words)
-    study = validate(StudyConfig, given(read_file(file), file))
     options = validate(StudyOptions, settings.pick([*StudyOptions.model_fields]))
+    name, file, tree = find_study(settings.words, options.mini)
+    study = validate(StudyConfig, given(tree, file))
     base = changed(study.base, file, settings.drop([*StudyOptions.model_fields]))
     validate(Plugins, base.pick(["plugins"]))
     budget = validate(RunConfig, base).budget.model_dump(mode="json")
@@ -128,21 +152,28 @@ def make_request(settings: Settings) -> StudyRequest:
     contrasts = [Contrast(c.name, c.arms) for c in study.contrasts]
     return StudyRequest(
         arms, base.tree, budget, options.out or f"runs/{name}", options.jobs, study.trial_fraction, study.trial_seeds,
-        study.question, contrasts,
+        study.question, contrasts, study.published.model_dump(mode="json") if study.published else None,
     )  # fmt: skip
 
 
-def find_study(words: Sequence[str]) -> tuple[str, str]:
-    """Name and file of the study that the words of the command line name."""
+def find_study(words: Sequence[str], mini: bool = False) -> tuple[str, str, dict[str, Any]]:
+    """Name, file and content of the study that the words of the command line name."""
     if len(words) != 1:
         raise ConfigError(f"{COMMAND_LINE}: name one study, or a file:\n{listing()}")
     (word,), known = words, studies()
+    if word in papers.names():
+        return f"{word}-mini" if mini else word, word, papers.study(word, mini)
+    if mini:
+        raise ConfigError(f"{COMMAND_LINE}: mini is for the studies of papers, as {papers.names()[0]}")
     if Path(word).suffix:
-        return Path(word).stem, word
+        return Path(word).stem, word, read_file(word)
     if word not in known:
-        near = nearest(word, known)
-        raise ConfigError(f"{COMMAND_LINE}: there is no study {word!r}; there are {', '.join(known)}{near}")
-    return word, str(known[word])
+        near = nearest(word, [*known, *papers.names()])
+        raise ConfigError(
+            f"{COMMAND_LINE}: there is no study {word!r}; there are {', '.join(known)}, and those of papers, as "
+            f"{papers.names()[0]}{near}"
+        )
+    return word, str(known[word]), read_file(str(known[word]))
 
 
 def changed(base: dict[str, Any], file: str, changes: Settings) -> Settings:

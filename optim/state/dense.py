@@ -179,7 +179,7 @@ def tracked(vectors: Tensor, grad: Tensor, step_size: float) -> Asking:
     (u, v), angle = (u[:, :1], v[:1].T), step_size * sigma[0]
     new = old + ((old @ v) * (angle.cos() - 1) - u * angle.sin()) @ v.T
     found = torch.linalg.qr(new)  # orthonormal as it is, but for the rounding of its dtype, refresh after refresh
-    return (found.Q * found.R.diagonal().sign()).to(vectors)
+    return (found.Q * found.R.diagonal().sign()).to(vectors).contiguous()  # as a checkpoint gives it back
 
 
 def decomposed(gram: Tensor, rank: int) -> Asking:

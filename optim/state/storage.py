@@ -73,8 +73,7 @@ def drop(names: tuple[str, ...], state: State) -> None:
 
 def prune(state: State, share: float) -> None:
     """Zeroes this share of the entries of each moment, the smallest; for moments that are kept entry by entry."""
-    kept = [tensor for key, tensor in state.items() if not key.startswith("weight.")]
-    for moment in (tensor for tensor in kept if isinstance(tensor, Tensor) and tensor.ndim):
+    for moment in (tensor for tensor in state.values() if isinstance(tensor, Tensor) and tensor.ndim):
         sizes = moment.abs()
         if count := round(share * moment.numel()):
             moment.masked_fill_(sizes <= sizes.flatten().sort().values[count - 1], 0)

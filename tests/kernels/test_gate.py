@@ -34,7 +34,7 @@ def some(**values):
     (GOOD._replace(tiny=2), some(), ["2 accesses of 8 or 16 bits"]),
     (GOOD._replace(tiny=2), some(narrow=True), []),
     (GOOD._replace(inexact=1), some(), []),
-    (GOOD._replace(inexact=1), some(exact=True), ["1 fused or flushed operations"]),
+    (GOOD._replace(inexact=1), some(exact=True), ["1 operations that fuse, flush or approximate"]),
     (GOOD._replace(registers=70), some(), []),
     (GOOD._replace(registers=71), some(), ["71 registers, there were 64"]),
     (GOOD._replace(narrow=9), some(), ["9 accesses of 32 bits and less, there were 8"]),

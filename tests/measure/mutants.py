@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "data", "optim", "train", "launch", "tests")
 GATE = "gate"
+FEW_BITS = "kernels/few_bits.py"
 
 
 class Fault(NamedTuple):
@@ -60,7 +61,6 @@ NORM_ROWS = [
     Fault("phi * rate / limit", "phi * rate", file="optim/apollo.py"),
     Fault("[-beta * f for f in free]", "[-f for f in free]", file="optim/fira.py"),
 ]  # fmt: skip
-FLOATS = "kernels/floats.py"
 CROSS_ENTROPY_ROWS = [
     # stats_of_row
     Fault("tl.where(x == largest, 0.0, x - largest)", "x - largest"),
@@ -93,15 +93,15 @@ CROSS_ENTROPY_ROWS = [
     Fault("inside = column < vocab", "inside = column < vocab - 1"),
     Fault("narrowed(found, kind), mask=inside)", "narrowed(found, kind))"),
     # launches
-    Fault("1 << (vocab.bit_length() - 1)", "1 << vocab.bit_length()", GATE),
+    Fault("1 << (vocab.bit_length() - 1)", "1 << vocab.bit_length()"),
     Fault("targets.contiguous()", "targets"),
     Fault("if rows:", "if True:"),
     Fault("padded[:, vocab:] = 0", "padded[:, vocab:] = torch.nan", file="kernels/linear_cross_entropy.py"),
     Fault("lse[rows], grad[rows])", "lse[: len(block)], grad[rows])", file="kernels/linear_cross_entropy.py"),
-    # floats.py
-    Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FLOATS),
-    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FLOATS),
-    Fault("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", file=FLOATS),
+    # few_bits.py
+    Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FEW_BITS),
+    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FEW_BITS),
+    Fault("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", file=FEW_BITS),
 ]  # fmt: skip
 BRANCHES = [
     # join
@@ -194,6 +194,10 @@ FUSED_STEP = [
     Fault("mask = (row < rows) & (column < columns)", "mask = (row <= rows) & (column < columns)"),
     Fault("tl.where(own, step, free", "tl.where(mask, step, free"),
     Fault("block = (slot * columns", "block = (row * columns"),
+    # what only the compiler shows
+    Fault("m = m + rest1 * (g - m)", "m = tl.fma(g - m, tl.zeros_like(m) + rest1, m)", GATE),
+    Fault("tl.div_rn(length * m, tl.sqrt_rn(v) * root + eps)", "length * m / (tl.sqrt_rn(v) * root + eps)", GATE),
+    Fault(".to(tl.pointer_type(dtype)), ALIGN)", ".to(tl.pointer_type(dtype)), 4)", GATE),
     # the host
     Fault("-(-moments // ENTRIES)", "-(-moments // ENTRIES) + 1", file=PLAN),
     Fault("np.arange(count), kind", "np.arange(count) // 2, kind", file=PLAN),

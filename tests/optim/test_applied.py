@@ -6,6 +6,7 @@ import torch
 from tests.tools.methods import GAP, MAKERS, every_method, gradient, parameters, same, through_a_file
 from thriftlab.optim import Frugal, GaLore, Method
 from thriftlab.optim.core import method as core
+from thriftlab.optim.state.lists import kept_unless
 
 BAD = {2, GAP, GAP + 1, 2 * GAP - 1, 2 * GAP}  # steps with NaN gradients: plain ones, and those where a refresh is due
 STEPS = range(3 * GAP + 2)
@@ -200,3 +201,46 @@ def test_layers_of_one_tensor_are_stepped_with_it_too():
         feed(others, step)
         other.step(applied=torch.tensor(1.0))
     assert same(everything(params, optimizer), everything(others, other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("size", [1, 7, 33, 1003])
+def test_what_is_put_back_has_every_bit(dtype, size):
+    """Of any layout, zeros of both signs and infinities too; where the step counts, what was written stays."""
+    tensors = [
+        torch.arange(2.0 * size).sub_(3).to(dtype),
+        torch.ones(size, 2).to(dtype).t(),
+        torch.zeros(size, 4)[:, 1:3].to(dtype),
+    ]
+    if dtype.is_floating_point:
+        tensors[0][-2:] = torch.tensor([-0.0, float("inf")])
+        tensors[0][0] = tensors[1][0, -1] = -0.0
+
+    def bits():
+        return [torch.cat([t.reshape(-1)]).view(torch.uint8) for t in tensors]
+
+    before = bits()
+    for applied in (0.0, 1.0):
+        with kept_unless(torch.tensor(applied), tensors):
+            for t in tensors:
+                t.fill_(torch.nan if dtype.is_floating_point else 9)
+        same = list(map(torch.equal, bits(), before))
+        assert all(same) if not applied else not any(same)
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "frugal, svd", "subtrack"])
+def test_a_gradient_that_is_not_finite_spans_no_subspace_though_the_step_is_applied(name):
+    """That of one matrix; the others take up theirs. As without the word."""
+    found = []
+    for told in (dict(applied=torch.tensor(1.0)), {}):
+        params, optimizer = made(MAKERS[name], **({"stagger": False} if name == "frugal, svd" else {}))
+        for step in range(GAP + 1):
+            feed(params, step)
+            if step == GAP:
+                old = {key: optimizer.state[params[key]]["basis.vectors"].clone() for key in ("a", "b")}
+                params["a"].grad[0, 0] = torch.nan
+            optimizer.step(**told)
+        new = {key: optimizer.state[params[key]]["basis.vectors"] for key in old}
+        assert torch.equal(new["a"], old["a"]) and not torch.equal(new["b"], old["b"])
+        found.append(new["b"])
+    assert torch.allclose(*found, rtol=0, atol=1e-6)

@@ -63,8 +63,8 @@ def test_sixteen_low_bits_are_fp32(make):
 
 
 @every_method
-@pytest.mark.parametrize("dtype", ["bf16", "bf16+8"])
-def test_bytes_resume_and_one_by_one(make, dtype):
+def test_bytes_resume_and_one_by_one(make):
+    dtype = "bf16+8"
     params, optimizer = kept(make, dtype)
     feed(params, optimizer, range(3))
     assert state_bytes(optimizer) == predicted_state_bytes(optimizer)
@@ -107,9 +107,8 @@ def test_a_tensor_that_no_rule_moves_keeps_its_bits(dtype):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "8bit", None])
-@pytest.mark.parametrize("dtype", ["bf16", "bf16+8"])
-def test_pieces_are_the_whole(monkeypatch, kind, dtype):
-    shape = (70, 61)  # seven pieces of 640, and less
+def test_pieces_are_the_whole(monkeypatch, kind):
+    dtype, shape = "bf16+8", (70, 61)  # six pieces of 640, and less
     ends = []
     for piece in (768, 10**6):
         monkeypatch.setattr(few_bits, "PIECE", piece)
@@ -165,7 +164,7 @@ def test_rounding_and_seed_decide_the_bits():
         optimizer.keep_weights("bf16", rounding, seed)
         feed(params, optimizer, range(3))
         ends.append(joined(params, optimizer))
-        assert ("weight.step" in optimizer.state[params["a"]]) == (rounding == "random")
+        assert optimizer.state[params["a"]].get("weight.step") == (3 if rounding == "random" else None)
     assert not same(ends[0], ends[1]) and same(ends[2], ends[3]) and not same(ends[0], ends[2])
     assert set(ends[0]) == set(SHAPES)
 

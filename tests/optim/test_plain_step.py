@@ -93,20 +93,22 @@ def test_norms_are_summed_in_fp32_at_least(dim, dtype):
 @pytest.mark.parametrize(
     "name",  # GaLore is a part of Fira's step, RMNP of SCALE's
     ["adamw", "signsgd", "muon", "normuon", "scale", "sinkgd", "adam mini", "columns", "blocks", "fira", "apollo",
-     "soap", "dion2"],
+     "soap", "dion2", "stable_spam", "columns, applied", "stable_spam, applied"],
 )  # fmt: skip
 def test_a_step_compiles(name):
-    """In several graphs: torch leaves its own fused kernel out of them, and counters are read on the host."""
+    """In several graphs: torch leaves its own fused kernels out of them, and counters are read on the host."""
     torch.compiler.reset()
-    weights = []
+    weights, (name, _, told) = [], name.partition(", ")
+    given = {"applied": torch.tensor(1.0)} if told else {}
     for compiled in (False, True):
         p = torch.nn.Parameter(parameters()["a"].detach())  # a wide one
         optimizer = MAKERS[name](
-            [("a", p)], **({"gap": 100} if name in ("columns", "blocks", "fira", "apollo", "soap") else {})
+            [("a", p)],
+            **({"gap": 100} if name in ("columns", "blocks", "fira", "apollo", "soap", "stable_spam") else {}),
         )
         step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
         for t in range(3):
             p.grad = gradient("a", t)
-            (step if t else optimizer.step)()
+            (step if t else optimizer.step)(**given)
         weights.append(p.detach())
     assert torch.allclose(*weights, rtol=0, atol=1e-7)

@@ -180,6 +180,15 @@ def test_state_is_as_declared_and_comes_back_through_a_file_to_the_bit(name, tab
         assert same(train(params, optimizer, range(4, 9)), train(others, again, range(4, 9)))
 
 
+def test_a_file_from_before_there_was_a_choice_does_not_decide_who_is_split():
+    params = parameters(torch.float32)
+    optimizer = made("muon", params, tables="own")
+    optimizer.load_state_dict(made("muon", params).state_dict())
+    assert [group["split"] for group in optimizer.param_groups if group["role"] != "vector"] == [True] * 3
+    train(params, optimizer, range(1))
+    assert "momentum_buffer" in optimizer.state[params["embed"]]
+
+
 @every_rule
 def test_a_state_from_before_there_was_a_choice_is_read(tables):
     """Where it is AdamW's it goes on, in 8 bits from then on if so asked; where it is not what is asked for, it is
@@ -249,7 +258,7 @@ def test_frugals_rule_for_the_rest_is_the_rule(rule):
     """Equal to its matrices when all of a matrix is state-full; Adam's is AdamW's step to the bit."""
     params, others = parameters(), parameters()
     hyper = dict(lr=LR, weight_decay=DECAY, rule=rule, betas=(0.8, 0.95))
-    got = train(params, Frugal(groups_of(params), plain="rule", **hyper), range(9))
+    got = train(params, Frugal(groups_of(params), plain="rule", split_lr_scale=0.5, **hyper), range(9))
     whole = [{**group, "split": True} for group in groups_of(others)]
     want = train(others, Frugal(whole, subspace="columns", density=1.0, gap=1000, **hyper), range(9))
     for table in TABLES:

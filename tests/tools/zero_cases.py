@@ -192,7 +192,7 @@ def measured(backend):
         "chunks": len(exchange.ownership.chunks) if exchange else 0,
         "owned": {name: len(some) for name, some in exchange.ownership.holders.items()} if exchange else {},
         "state_bytes": state_bytes(backend.optimizer),
-        "predicted_bytes": backend.sharded.predicted_state_bytes(),
+        "predicted_bytes": backend.predicted_state_bytes(),
     }
 
 

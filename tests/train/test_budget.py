@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from thriftlab.data.errors import ConfigError
 from thriftlab.optim.core.hyper import model_of
-from thriftlab.train.budget import SCHEDULES, Budget, Horizon, constant, cosine, linear, wsd
+from thriftlab.train.budget import SCHEDULES, Budget, Horizon, constant, cosine, cycles, linear, wsd
 
 UNIT = st.floats(0, 1)
 
@@ -76,6 +76,18 @@ def test_every_schedule_stays_in_the_unit_interval_and_is_continuous(name, data)
     if warmup >= 0.01:
         assert abs(f(progress, warmup=warmup) - f(min(progress + 1e-9, 1.0), warmup=warmup)) < 1e-6
         assert f(warmup, warmup=warmup) == pytest.approx(1, abs=1e-12)
+
+
+@given(st.integers(1, 9), st.floats(0, 0.9), UNIT, UNIT)
+def test_cycles_are_the_cosine_again_and_again(count, warmup, final, part):
+    for k in range(count):
+        inside = min(max(part, 1e-6), 1 - 1e-6)  # of the cycle
+        once = cosine(inside, warmup=warmup, final=final)
+        assert cycles((k + inside) / count, warmup=warmup, cycles=count, final=final) == pytest.approx(once, abs=1e-6)
+    assert cycles(1.0, warmup=warmup, cycles=count, final=final) == pytest.approx(final)
+    steps = [Horizon(steps=200_000).progress(step, 0.0) for step in (9_999, 10_000)]  # FRUGAL at 60M
+    end, start = (cycles(progress, cycles=20) for progress in steps)
+    assert end == pytest.approx(0.1, abs=1e-6) and start == pytest.approx(0.5 / 1000)
 
 
 @given(st.floats(0.01, 0.99), UNIT)

@@ -27,6 +27,9 @@ CASES = [
     "scale",
     "rmnp",
     "adam mini",
+    "normuon",
+    "stable_spam",
+    "subtrack",
     "8bit",
     "frozen+columns",
 ]

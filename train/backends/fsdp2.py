@@ -62,7 +62,7 @@ class FSDP2(Sharded):
         for block in blocks(model) if compiled else []:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         wholes, policy = [*blocks(model), model], MixedPrecisionPolicy()
-        if len({p.dtype for p in model.parameters()}) > 1:
+        if any(p.dtype == torch.bfloat16 for p in model.parameters()):
             wholes = [module for whole in wholes for module in [*vectors_in(whole), whole]]
             policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for module in wholes:

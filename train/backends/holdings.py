@@ -72,8 +72,8 @@ class Holdings(Ranks):
                 if shares.get(name) == 1:
                     self.optimizer.state.pop(p, None)
                 elif name in shares:
-                    prune(self.optimizer.state.get(p, {}), shares[name])
                     drop_low_bits(self.optimizer.state.get(p, {}))
+                    prune(self.optimizer.state.get(p, {}), shares[name])
 
     def predicted_state_parts(self) -> dict[str, int]:
         """Bytes of state that this rank keeps, by part, by the method's `spec`."""

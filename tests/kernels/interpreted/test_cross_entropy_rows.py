@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.tools.triton_guard import guard
 from thriftlab.kernels import linear_cross_entropy as module
-from thriftlab.kernels.cross_entropy_rows import ce_grad_, ce_stats
+from thriftlab.kernels.cross_entropy_rows import block_of, ce_grad_, ce_stats
 from thriftlab.kernels.linear_cross_entropy import linear_cross_entropy
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -104,6 +104,10 @@ def test_large_logits_lose_nothing():
     assert abs(loss.item() / exact - 1) < 0.2  # 2.3e-7 beside a logit of 16: not lost
 
 
+def test_a_block_is_whole_at_least_once():
+    assert [block_of(vocab) for vocab in (1, 2, 37, 4096, 50257)] == [1, 2, 32, 4096, 4096]
+
+
 def test_strided_vectors():
     _, logits, targets, grad = rows_in(FP32, 4, 37)
     expected = [x.clone() for x in both(logits.clone(), targets, grad)]
@@ -163,6 +167,13 @@ def test_weight_zero_is_no_gradient():
     _, logits, targets, grad = rows_in(BF16, 3, 70)
     grad[1] = 0
     assert not both(logits, targets, grad)[2][1].any()
+
+
+def test_every_nan_stays_one_where_it_is_rounded():
+    """Of a pattern to which half a unit cannot be added."""
+    _, logits, targets, _ = rows_in(BF16, 2, 70)
+    grad = torch.tensor([2**31 - 1, 0], dtype=torch.int32).view(FP32)
+    assert both(logits, targets, grad)[2].isnan().all(1).tolist() == [True, False]
 
 
 def test_a_target_beyond_the_vocabulary_is_not_looked_up():
