@@ -203,7 +203,7 @@ FUSED_STEP = [
     Fault("np.arange(count), kind", "np.arange(count) // 2, kind", file=PLAN),
     Fault("not kind.still", "kind.still", file=PLAN),
     Fault("== 0).all(1)", ">= 0).all(1)", file=PLAN),
-    Fault("self.left <= 0 or ", "", file=PLAN),
+    Fault("if self.left <= 0:", "if self.left <= -9:", file=PLAN),
     Fault("[states[i].get(key) for i, key in self.keys], self.held)", "self.held, self.held)", file=PLAN),
     Fault("n.keep, beta2, 1 - beta1, 1 - beta2", "n.keep, beta2, 1 - beta2, 1 - beta1", file=PLAN),
     Fault("not counters or steps_to_refresh", "True or steps_to_refresh", file=KINDS),
