@@ -237,6 +237,13 @@ def test_a_budget_holds_twice_the_rows_in_bf16(monkeypatch, dtype):
     assert losses.requires_grad and sum(saved.values()) == blocks * 3 * 1008 * size + 15 * 4 + inputs
 
 
+def test_rows_of_logits_begin_at_multiples_of_16_and_between_them_lie_zeros():
+    """As torch's product of bf16 on a CPU reads on, and a NaN there times zero would be one."""
+    block = module.block_of(torch.ones(3, 8), torch.ones(50, 8), True)
+    assert block.shape == (3, 50) and block.stride() == (64, 1) and (block == 8).all()
+    assert not block.as_strided((3, 64), (64, 1))[:, 50:].any()
+
+
 def test_kept_blocks_serve_one_backward(monkeypatch):
     monkeypatch.setenv("THRIFTLAB_KERNELS", "triton")
     hidden, weight, targets = torch.randn(9, 4, requires_grad=True), torch.randn(11, 4), torch.arange(9)
