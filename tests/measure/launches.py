@@ -54,13 +54,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 KEPT_WIDE = [name for name, (_, hyper) in METHODS.items() if "state_dtype" not in hyper]  # shown
 
 FUSED = ("adamw", "signsgd", "badam", "frugal, blocks", "frugal, columns", "frugal, rows")  # whole by one kernel
-    "adamw",
-    "signsgd",
-    "badam",
-    "frugal, blocks",
-    "frugal, columns",
-    "frugal, rows",
-)  # that one kernel steps whole
 
 
 class Row(NamedTuple):
