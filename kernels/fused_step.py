@@ -319,9 +319,8 @@ def variants() -> Iterator[Variant]:
     tiles = dict(kernel=step_tiles, RULE=1, ALIGN=16, DOWN=4, ACROSS=256)
     for stored in STORED:
         yield made("adam", stored, **flat)
-    yield made("adam, anywhere", "fp32", **{**flat, "ALIGN": 1})
-    yield made("adam, anywhere", "bf16+8, 8-bit moments", **{**flat, "ALIGN": 1}, narrow=True)
-    for stored in ("fp32", "bf16+8, bf16 moments"):
+    for stored in ("fp32", "bf16+8, 8-bit moments"):
+        yield made("adam, anywhere", stored, **{**flat, "ALIGN": 1}, narrow=stored != "fp32")
         yield made("signs", stored, **{**flat, "KINDS": 1})
     yield made("blocks", "fp32", **{**flat, "KINDS": 2})
     for where, name in ((1, "rows"), (2, "columns")):
@@ -330,7 +329,7 @@ def variants() -> Iterator[Variant]:
         yield made(name, "bf16+8, bf16 moments", **tiles, WHERE=where, narrow=name == "columns")
     yield made("columns, anywhere", "fp32", **{**tiles, "ALIGN": 1}, WHERE=2)
     yield made("rows", "bf16+8, 8-bit moments", **tiles, WHERE=1)
-    begin = {"T": "*i64", "H": "*fp32", "KEYS": "*i64", "APPLIED": "*fp32", "tensors": "i32"}
+    begin: dict[str, Any] = {"T": "*i64", "H": "*fp32", "KEYS": "*i64", "APPLIED": "*fp32", "tensors": "i32"}
     begin |= {**dict.fromkeys(("lr", "beta1", "beta2"), "fp64"), "EARLY_EPS": False, "LANES": 128}
     for plain, name in ((True, "fp32"), (False, "int64")):
         yield Variant(f"begin, {name} counters", begin_step, {**begin, "PLAIN": plain}, exact=True)
