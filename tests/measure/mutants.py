@@ -100,7 +100,6 @@ CROSS_ENTROPY_ROWS = [
     Fault("lse[rows], grad[rows])", "lse[: len(block)], grad[rows])", file="kernels/linear_cross_entropy.py"),
     # few_bits.py
     Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FEW_BITS),
-    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FEW_BITS),
     Fault("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", file=FEW_BITS),
 ]  # fmt: skip
 BRANCHES = [
@@ -153,6 +152,8 @@ BRANCHES = [
     Fault("gamma, 1 - gamma,", "1 - gamma, gamma,"),
     Fault("columns + -columns % ALIGN.value", "columns"),
     Fault("math.gcd(grad.stride(0), ALIGN.value)", "ALIGN.value"),
+    # few_bits.py
+    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FEW_BITS),
 ]  # fmt: skip
 FEW_BITS, PLAN, KINDS = "kernels/few_bits.py", "optim/core/fused.py", "optim/core/kinds.py"
 FUSED_STEP = [

@@ -95,6 +95,13 @@ def test_a_second_call_gives_the_same_bits():
             assert torch.equal(one, other)
 
 
+def test_bf16_is_fp32_rounded_once():
+    _, logits, targets, grad = rows_in(BF16, 3, 5000)
+    wide = both(logits.float(), targets, grad)
+    loss, lse, found = both(logits, targets, grad)
+    assert torch.equal(loss, wide[0]) and torch.equal(lse, wide[1]) and torch.equal(found, wide[2].bfloat16())
+
+
 def test_large_logits_lose_nothing():
     """Of exponentials that would overflow, and of a token that is all but certain."""
     logits = torch.tensor([[1e4, 0.0, -1e4], [300.0, 299.0, 3e38], [0.0, 20.0, 0.0]])
