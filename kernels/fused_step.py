@@ -312,30 +312,24 @@ STORED: dict[str, dict[str, Any]] = {  # weights, gradients and moments
 def variants() -> Iterator[Variant]:
     given = {**ADDRESSES, "APPLIED": "*fp32", **SCALARS}
 
-    def entries(name: str, stored: str, narrow: bool = False, **how: int) -> Variant:
-        how = {"WHERE": 0, "RULE": 1, "KINDS": 0, "ALIGN": 16, "ENTRIES": 1024, **how}
-        return Variant(f"{name}, {stored}", step_entries, {**given, **STORED[stored], **how}, exact=True, narrow=narrow)
+    def made(name: str, stored: str, kernel: Any, narrow: bool = False, **how: int) -> Variant:
+        return Variant(f"{name}, {stored}", kernel, {**given, **STORED[stored], **how}, exact=True, narrow=narrow)
 
-    def tiles(name: str, stored: str, narrow: bool = False, **how: int) -> Variant:
-        how = {"RULE": 1, "ALIGN": 16, "DOWN": 4, "ACROSS": 256, **how}
-        return Variant(f"{name}, {stored}", step_tiles, {**given, **STORED[stored], **how}, exact=True, narrow=narrow)
-
+    flat = dict(kernel=step_entries, WHERE=0, RULE=1, KINDS=0, ALIGN=16, ENTRIES=1024)
+    tiles = dict(kernel=step_tiles, RULE=1, ALIGN=16, DOWN=4, ACROSS=256)
     for stored in STORED:
-        yield entries("adamw", stored)
-    yield entries("adamw, anywhere", "fp32", ALIGN=1)
-    yield entries("adamw, anywhere", "bf16+8, 8-bit moments", ALIGN=1, narrow=True)
-    yield entries("signs", "fp32", KINDS=1)
-    yield entries("signs", "bf16+8, bf16 moments", KINDS=1)
-    yield entries("blocks", "fp32", KINDS=2)
-    yield entries("columns", "fp32, 8-bit moments", WHERE=2, KINDS=2, narrow=True)
-    yield entries("rows", "fp32, 8-bit moments", WHERE=1, KINDS=2, narrow=True)
+        yield made("adam", stored, **flat)
+    for stored in ("fp32", "bf16+8, 8-bit moments"):
+        yield made("adam, anywhere", stored, **{**flat, "ALIGN": 1}, narrow=stored != "fp32")
+        yield made("signs", stored, **{**flat, "KINDS": 1})
+    yield made("blocks", "fp32", **{**flat, "KINDS": 2})
     for where, name in ((1, "rows"), (2, "columns")):
-        yield tiles(name, "fp32", WHERE=where)
-        yield tiles(name, "bf16+8, bf16 moments", WHERE=where, narrow=name == "columns")
-    yield tiles("columns, anywhere", "fp32", WHERE=2, ALIGN=1)
-    yield tiles("rows", "bf16+8, 8-bit moments", WHERE=1)
-    begin = {"T": "*i64", "H": "*fp32", "KEYS": "*i64", "APPLIED": "*fp32", "tensors": "i32"}
-    begin |= dict.fromkeys(("lr", "beta1", "beta2"), "fp64")
-    for plain in (True, False):
-        how = {"PLAIN": plain, "EARLY_EPS": False, "LANES": 128}
-        yield Variant(f"begin, {'fp32' if plain else 'int64'} counters", begin_step, {**begin, **how}, exact=True)
+        yield made(name, "fp32, 8-bit moments", **{**flat, "WHERE": where, "KINDS": 2}, narrow=True)
+        yield made(name, "fp32", **tiles, WHERE=where)
+        yield made(name, "bf16+8, bf16 moments", **tiles, WHERE=where, narrow=name == "columns")
+    yield made("columns, anywhere", "fp32", **{**tiles, "ALIGN": 1}, WHERE=2)
+    yield made("rows", "bf16+8, 8-bit moments", **tiles, WHERE=1)
+    begin: dict[str, Any] = {"T": "*i64", "H": "*fp32", "KEYS": "*i64", "APPLIED": "*fp32", "tensors": "i32"}
+    begin |= {**dict.fromkeys(("lr", "beta1", "beta2"), "fp64"), "EARLY_EPS": False, "LANES": 128}
+    for plain, name in ((True, "fp32"), (False, "int64")):
+        yield Variant(f"begin, {name} counters", begin_step, {**begin, "PLAIN": plain}, exact=True)

@@ -65,8 +65,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses, lse, kept = [], [], []
         for rows in blocks(hidden, weight):
             block = block_of(hidden[rows], head, ctx.by_kernel)
-            found = losses_of(block, targets[rows], ctx.by_kernel)
-            losses.append(found[0]), lse.append(found[1])
+            loss, lse_of_rows = losses_of(block, targets[rows], ctx.by_kernel)
+            losses.append(loss)
+            lse.append(lse_of_rows)
             # not nbytes, which torch.compile does not know of tensors whose sizes vary
             budget -= len(block) * block.stride(0) * block.element_size()
             if budget >= 0:

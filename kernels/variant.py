@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Variant(NamedTuple):
-    name: str  # in words, unique in its file: "adamw, bf16+8, 8-bit moments"
+    name: str  # in words, unique in its file: "adam, bf16+8, 8-bit moments"
     kernel: Any  # what @triton.jit made
     arguments: dict[str, Any]  # by name: triton's type ("*fp32", "*i64", "i32", "fp32"), or the value of a constexpr
     warps: int = 4

@@ -62,8 +62,8 @@ class Recovered(Projected):
         free = [phi / limit for phi, limit in zip(phis, limits, strict=True)]
         torch._foreach_mul_(free, group["alpha"] if exact else 1.0)
         torch._foreach_mul_(normalized, group["alpha"])
-        scale_add(weights, grads, [-lr * f for f in free], dims)
-        scale_add(normalized, smalls, [-beta * f for f in free], dims)
+        scale_add(weights, grads, list(torch._foreach_mul(free, -lr)), dims)
+        scale_add(normalized, smalls, list(torch._foreach_mul(free, -beta)), dims)
         add_back(weights, normalized, states, subspace, -lr)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:

@@ -11,6 +11,7 @@ from tests.tools.tiny import tiny_config
 from thriftlab.data.prepare.pipeline import PrepareConfig
 from thriftlab.launch import documents
 from thriftlab.launch.bench import OptimBench
+from thriftlab.launch.bench_kernels import FLAGS, KernelBench
 from thriftlab.launch.cluster import array, hosts, slurm
 from thriftlab.launch.curate import CurateConfig
 from thriftlab.launch.gpu.check import CheckOptions
@@ -71,7 +72,11 @@ def test_commands_of_the_readme_are_understood(words, tmp_path, monkeypatch):
         assert argv[0] == "gpu" and settings.load(CheckOptions, argv[1:])
     elif command == "bench":
         what, *given = argv
-        assert settings.load(OptimBench, given) if what == "optim" else what == "step" and settings.read(given).words
+        if what == "step":
+            assert settings.read(given).words
+        else:
+            options = {"optim": OptimBench, "kernels": KernelBench}[what]
+            assert settings.load(options, [FLAGS.get(word, word) for word in given])
     elif command == "study":
         assert written.make_request(settings.read(argv)) if argv else written.listing()
     else:

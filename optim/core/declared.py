@@ -46,6 +46,14 @@ class Declared:
         """The same of a tensor that `update_plain` steps."""
         return Kind(ALL, self.plain_numbers, plain=True) if speaks_for(type(self), "plain_numbers") else None
 
+    def matrix_kind(self, state: State, group: dict[str, Any]) -> Kind | None:
+        """The same of a matrix that a method splits."""
+        return None
+
+    def matrix_step(self, state: State, group: dict[str, Any]) -> Kind | None:
+        """What `matrix_kind` says, if that is said of the step that the method has."""
+        return self.matrix_kind(state, group) if speaks_for(type(self), "matrix_kind") else None
+
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, **overrides: Any) -> Spec:
         """Names, shapes and dtypes of one tensor's state, under the defaults and what overrides them."""
         raise NotImplementedError

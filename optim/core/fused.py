@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from thriftlab.kernels import dispatch
 from thriftlab.optim.core import guard
 from thriftlab.optim.core.due import steps_to_refresh
 from thriftlab.optim.core.fragments import Fragment
@@ -29,8 +28,6 @@ from thriftlab.optim.core.kinds import (
     NOTHING,
     ROWS,
     Kind,
-    kind_of,
-    may_launch,
 )
 from thriftlab.optim.state.counters import Ticks, follow
 from thriftlab.optim.state.keys import State, keyed_seed
@@ -40,7 +37,6 @@ from thriftlab.optim.state.torch_adamw import MOMENTS
 from thriftlab.optim.state.weights import LOW_BITS, few_bits, rounds_randomly
 
 Parts = Sequence[str | Fragment]
-OPERATION = "fused_step"
 FREE = {"none": 0, "sign": 1, "sgd": 2}
 # Columns of the table, as in kernels/fused_step.py.
 FIELDS = 18
@@ -53,52 +49,6 @@ STATE = {
 }  # fmt: skip
 TILE, ENTRIES, LANES = (4, 256), 1024, 128  # what a program has: of a tensor in rows and columns, or flat; tensors
 PASSING = ("params", "names", "lr", "applied", "weight_decay", "betas", "eps")  # of a group: what a plan does not hold
-
-
-def step_fused(
-    method: Any, parts: Parts, weights: list[Tensor], grads: list[Tensor], states: list[State],
-    group: dict[str, Any], scale: Tensor | None,
-) -> list[int]:  # fmt: skip
-    """Steps by kernels what they can step now; the places of all other tensors."""
-    everything = [*range(len(weights))]
-    if not takes_kernels(method, weights, group):
-        return everything
-    plans = method.plans.get((parts[0], len(parts)))
-    if plans is None or not all([plan.fits(parts, weights, grads, states, group) for plan in plans]):
-        plans = plan_step(method, parts, weights, grads, states, group)
-    for plan in plans:
-        plan.step(weights, grads, group, scale)
-    return sorted(set(everything).difference(*(plan.places for plan in plans)))
-
-
-def plan_step(
-    method: Any, parts: Parts, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
-) -> list["Plan"]:
-    """Plans of those tensors that kernels can step now; kept for the next step."""
-    key = (parts[0], len(parts)) if parts else None
-    method.plans.pop(key, None)
-    if not takes_kernels(method, weights, group):
-        return []
-    rows = [*zip(parts, weights, grads, states, strict=True)]
-    kinds = [kind_of(method, *row, group) for row in rows]
-    if missing := [guard.name_of(part) for part, (kind, _) in zip(parts, kinds, strict=True) if kind is None]:
-        dispatch.note(OPERATION, f"torch for tensors of {type(method).__name__} like {missing[0]}")
-    now = {i: kind for i, (kind, yes) in enumerate(kinds) if kind and yes}
-    alike: dict[Any, list[int]] = {}
-    for i, kind in now.items():
-        alike.setdefault((kind.plain, kind.numbers), []).append(i)
-    for places in alike.values():
-        guard.check(method, *([values[i] for i in places] for values in (parts, weights, grads, states)), group)
-    plans = [Plan(parts, rows, places, [now[i] for i in places], group) for places in alike.values()]
-    if plans:
-        method.plans[key] = plans
-    return plans
-
-
-def takes_kernels(method: Any, weights: list[Tensor], group: dict[str, Any]) -> bool:
-    if not weights or torch.compiler.is_compiling() or dispatch.path(weights[0], OPERATION) != "triton":
-        return False
-    return may_launch(method, weights[0], group)
 
 
 class Options(NamedTuple):
@@ -117,10 +67,10 @@ class Options(NamedTuple):
 class Plan:
     """What stays from step to step of some tensors of a call, at `places`, whose numbers are the same."""
 
-    def __init__(self, parts: Parts, rows: list[tuple], places: list[int], kinds: list[Kind], group: dict[str, Any]):
-        self.parts, self.places, self.kinds = list(parts), places, kinds
+    def __init__(self, rows: list[tuple], places: list[int], kinds: list[Kind], group: dict[str, Any]):
+        self.places, self.kinds = places, kinds
         mine, weights, grads, states = (list(values) for values in zip(*(rows[i] for i in places), strict=True))
-        self.looks, self.group = looks(weights) + looks(grads), lasting(group)
+        self.looks = looks(weights) + looks(grads)
         self.device = weights[0].device
         held = [(i, key) for i, state in enumerate(states) for key in STATE if key in state]
         self.keys, self.held = [(places[i], key) for i, key in held], [states[i][key] for i, key in held]
@@ -144,11 +94,9 @@ class Plan:
         self.last = np.empty(0, np.int64)
         self.fill(weights, grads)
 
-    def fits(
-        self, parts: Parts, weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
-    ) -> bool:
+    def fits(self, weights: list[Tensor], grads: list[Tensor], states: list[State]) -> bool:
         """Whether all is as it was when the plan was made, and no refresh is due."""
-        if self.left <= 0 or self.parts != list(parts) or self.group != lasting(group):
+        if self.left <= 0:
             return False
         if [len(states[i]) for i in self.places] != self.sizes:
             return False

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thriftlab.optim.core.due import ask, due_refresh, due_refreshes, kept_of, lame_of, next_age
 from thriftlab.optim.core.fragments import Fragment, begin, on_fragment
-from thriftlab.optim.core.kinds import Kind, speaks_for
+from thriftlab.optim.core.kinds import Kind
 from thriftlab.optim.core.listing import left_to_adamw
 from thriftlab.optim.core.method import Method
 from thriftlab.optim.state.asking import Asking, in_step
@@ -80,13 +80,7 @@ class SplitOptimizer(Method):
             self.update_matrices(matrices[0], matrices[1], matrices[2], matrices[3], known)
 
     def kernel_step(self, shape: tuple[int, ...], state: State, group: dict[str, Any]) -> Kind | None:
-        if not self.takes(shape, group):
-            return self.plain_step(group)
-        return self.matrix_kind(state, group) if speaks_for(type(self), "matrix_kind") else None
-
-    def matrix_kind(self, state: State, group: dict[str, Any]) -> Kind | None:
-        """`kernel_step` of a matrix that is split."""
-        return None
+        return self.matrix_step(state, group) if self.takes(shape, group) else self.plain_step(group)
 
     def asked(
         self, names: list[str], weights: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]

@@ -131,7 +131,7 @@ def learn(numbers: list[Tensor]) -> list[int] | None:
     it does not know there; so the next group of an optimizer need not ask again. None of fake ones."""
     if any(not known or not known.exact for known in map(bound, numbers)):
         place = where(numbers[0])
-        unknown = [number for number, known in BOUNDS.items() if known and not known.exact and where(number) == place]
+        unknown = [n for n in BOUNDS if (known := bound(n)) and not known.exact and where(n) == place]
         asked = [*{id(number): number for number in (*numbers, *unknown)}.values()]
         if (told := read(asked)) is None:
             return None

@@ -77,7 +77,7 @@ def build(folder: Path) -> str:
 def believe(library: str) -> None:
     """Makes this process believe in one CUDA device."""
     assert "torch" not in sys.modules
-    os.environ.setdefault("THRIFTLAB_KERNELS", "torch")  # there is no driver to launch one
+    os.environ.setdefault("THRIFTLAB_KERNELS", "torch")  # launches of kernels are counted where they are asked for
     ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     from tests.fake_cuda.stand_ins import install
 

@@ -6,10 +6,12 @@ the product to it.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from tests.fake_cuda import process
 
@@ -51,6 +53,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KEPT_WIDE = [name for name, (_, hyper) in METHODS.items() if "state_dtype" not in hyper]  # shown
 
+FUSED = ("adamw", "signsgd", "badam", "frugal, blocks", "frugal, columns", "frugal, rows")  # whole by one kernel
+
 
 class Row(NamedTuple):
     """What steps are on a device: a first one, with a refresh, and a plain one."""
@@ -63,8 +67,10 @@ class Row(NamedTuple):
         return sum(self.plain.launches.values())
 
 
-def count(name: str, preset: str, layers: int | None, deferred: bool, weights: str = "fp32") -> Row:
-    """Steps of a method, with weights kept so; in the process that believes in a device."""
+def count(
+    name: str, preset: str, layers: int | None, deferred: bool, weights: str = "fp32", kernels: str = "torch"
+) -> Row:
+    """Steps of a method, with weights kept so, by kernels or not; in the process that believes in a device."""
     import torch
 
     from tests.fake_cuda.counts import Counts
@@ -78,7 +84,7 @@ def count(name: str, preset: str, layers: int | None, deferred: bool, weights: s
     applied = dict(applied=torch.ones((), device="cuda")) if deferred else {}
     steps = []
     for _ in range(2):
-        with Counts() as counts:
+        with patch.dict(os.environ, THRIFTLAB_KERNELS=kernels), Counts() as counts:
             optimizer.step(**applied)
         steps.append(counts.counted)
     matrices = sum(len(group["params"]) for group in optimizer.param_groups if group["split"])
@@ -131,12 +137,13 @@ def main() -> None:
     parser.add_argument("--preset", default="llama-1b")
     parser.add_argument("--plain", action="store_true", help="without `applied`, as in a loop of one's own")
     parser.add_argument("--weights", default="fp32", help="how weights are kept: train.weights")
+    parser.add_argument("--kernels", default="torch", choices=["torch", "auto"], help="auto: as on a GPU")
     parser.add_argument("--why", action="store_true", help="also operations and lines")
     options = parser.parse_args()
     rows = {}
     with tempfile.TemporaryDirectory() as folder, process(Path(folder)) as call:
         for name in options.names:
-            how = not options.plain, options.weights
+            how = not options.plain, options.weights, options.kernels
             sizes = [call(count, name, options.preset, layers, *how) for layers in (None, LAYERS)]
             rows[name] = sizes[0], sizes[1]
             print(name, sizes[0].launches(), file=sys.stderr)

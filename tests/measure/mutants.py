@@ -59,7 +59,7 @@ NORM_ROWS = [
     Fault("tl.multiple_of(length, ALIGN // 4)", "length", GATE),
     Fault("to(tl.pointer_type(tl.float32)), ALIGN)", "to(tl.pointer_type(tl.float32)), 4)", GATE),
     Fault("phi * rate / limit", "phi * rate", file="optim/apollo.py"),
-    Fault("[-beta * f for f in free]", "[-f for f in free]", file="optim/fira.py"),
+    Fault("torch._foreach_mul(free, -beta)", "torch._foreach_neg(free)", file="optim/fira.py"),
 ]  # fmt: skip
 CROSS_ENTROPY_ROWS = [
     # stats_of_row
@@ -100,7 +100,6 @@ CROSS_ENTROPY_ROWS = [
     Fault("lse[rows], grad[rows])", "lse[: len(block)], grad[rows])", file="kernels/linear_cross_entropy.py"),
     # few_bits.py
     Fault("tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)", file=FEW_BITS),
-    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FEW_BITS),
     Fault("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", file=FEW_BITS),
 ]  # fmt: skip
 BRANCHES = [
@@ -153,6 +152,8 @@ BRANCHES = [
     Fault("gamma, 1 - gamma,", "1 - gamma, gamma,"),
     Fault("columns + -columns % ALIGN.value", "columns"),
     Fault("math.gcd(grad.stride(0), ALIGN.value)", "ALIGN.value"),
+    # few_bits.py
+    Fault("+ 0x7FFF + ((bits >> 16) & 1)", "+ 0x8000", file=FEW_BITS),
 ]  # fmt: skip
 FEW_BITS, PLAN, KINDS = "kernels/few_bits.py", "optim/core/fused.py", "optim/core/kinds.py"
 FUSED_STEP = [
@@ -203,7 +204,7 @@ FUSED_STEP = [
     Fault("np.arange(count), kind", "np.arange(count) // 2, kind", file=PLAN),
     Fault("not kind.still", "kind.still", file=PLAN),
     Fault("== 0).all(1)", ">= 0).all(1)", file=PLAN),
-    Fault("self.left <= 0 or ", "", file=PLAN),
+    Fault("if self.left <= 0:", "if self.left <= -9:", file=PLAN),
     Fault("[states[i].get(key) for i, key in self.keys], self.held)", "self.held, self.held)", file=PLAN),
     Fault("n.keep, beta2, 1 - beta1, 1 - beta2", "n.keep, beta2, 1 - beta2, 1 - beta1", file=PLAN),
     Fault("not counters or steps_to_refresh", "True or steps_to_refresh", file=KINDS),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.measure.launches import KEPT_WIDE, LAYERS, METHODS, count, made, waits
+from tests.measure.launches import FUSED, KEPT_WIDE, LAYERS, METHODS, count, made, waits
 
 DOCS = Path(__file__).parents[2] / "docs/measurements.md"
 IN_ALL, A_MATRIX, WITH_CHOICE = 20, 20, 22  # the last: Muon's products, and which rows they are of
@@ -62,6 +62,15 @@ def test_weights_in_few_bits_do_not_make_the_host_wait(fake_cuda, name):
     row, plain = (fake_cuda(count, name, "llama-1b", 1, True, weights) for weights in ("bf16+8", "fp32"))
     assert waits(row.plain) == 0 and not row.plain.to_device
     assert waits(row.first) == waits(plain.first)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_step_by_kernels_takes_three_launches_a_group(fake_cuda, name):
+    """Of two groups. In llama-1b rows of 5461 columns begin anywhere, and take a launch of their own."""
+    row = fake_cuda(count, name, "llama-1b", LAYERS, True, "fp32", "auto")
+    assert 2 <= row.launches() <= 3 * 2
+    assert set(row.plain.launches) <= {"begin_step", "step_entries", "step_tiles"}
+    assert waits(row.plain) == 0 and not row.plain.to_device
 
 
 def few(name):

@@ -95,6 +95,13 @@ def test_a_second_call_gives_the_same_bits():
             assert torch.equal(one, other)
 
 
+def test_bf16_is_fp32_rounded_once():
+    _, logits, targets, grad = rows_in(BF16, 3, 5000)
+    wide = both(logits.float(), targets, grad)
+    loss, lse, found = both(logits, targets, grad)
+    assert torch.equal(loss, wide[0]) and torch.equal(lse, wide[1]) and torch.equal(found, wide[2].bfloat16())
+
+
 def test_large_logits_lose_nothing():
     """Of exponentials that would overflow, and of a token that is all but certain."""
     logits = torch.tensor([[1e4, 0.0, -1e4], [300.0, 299.0, 3e38], [0.0, 20.0, 0.0]])
@@ -235,6 +242,13 @@ def test_a_budget_holds_twice_the_rows_in_bf16(monkeypatch, dtype):
     blocks = 4 if dtype == BF16 else 2
     inputs = 15 * 4 * size + weight.nbytes + targets.nbytes
     assert losses.requires_grad and sum(saved.values()) == blocks * 3 * 1008 * size + 15 * 4 + inputs
+
+
+def test_rows_of_logits_begin_at_multiples_of_16_and_between_them_lie_zeros():
+    """As torch's product of bf16 on a CPU reads on, and a NaN there times zero would be one."""
+    block = module.block_of(torch.ones(3, 8), torch.ones(50, 8), True)
+    assert block.shape == (3, 50) and block.stride() == (64, 1) and (block == 8).all()
+    assert not block.as_strided((3, 64), (64, 1))[:, 50:].any()
 
 
 def test_kept_blocks_serve_one_backward(monkeypatch):
