@@ -124,6 +124,35 @@ def test_bf16_rounds_the_products_and_not_the_losses():
         assert (a - b).norm() < unit * (2 * logits.abs().max() + 3) * b.norm()
 
 
+def test_the_heads_gradient_is_summed_in_fp32_whatever_the_weight():
+    """So weights that agree have gradients that agree, but for one rounding."""
+    hidden, weight, targets, upstream = case(640, 8, 4096)  # ten blocks
+    narrow = weight.detach().bfloat16().requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(hidden, wide, targets, upstream), ours(hidden, narrow, targets, upstream)
+    assert same(a[:2], b[:2]) and torch.equal(a[2].bfloat16(), b[2])
+
+
+def launched_on_a_gpu():
+    from tests.fake_cuda.counts import Counts
+
+    hidden = torch.empty(3000, 16, device="cuda", requires_grad=True)
+    weight = torch.empty(50257, 16, device="cuda", requires_grad=True)
+    with Counts() as counts, torch.autocast("cuda", torch.bfloat16):
+        losses = linear_cross_entropy(hidden, weight, torch.zeros(3000, dtype=torch.int64, device="cuda"), None)
+        losses.sum().backward()
+    return counts.counted.launches, weight.grad.dtype, counts.counted.reads.total()
+
+
+@pytest.mark.slow
+def test_on_a_gpu_a_block_is_a_launch_each_way_beside_its_products(fake_cuda):
+    """2671 rows of 50257 logits are a block: two here."""
+    launches, dtype, reads = fake_cuda(launched_on_a_gpu)
+    assert launches["ce_stats"] == launches["ce_grad_"] == launches["addmm"] == 2
+    assert launches["mm"] == 4 and launches["_log_softmax"] == 0 and dtype == torch.float32 and reads == 0
+
+
 @pytest.mark.slow
 def test_compiled_in_one_graph_with_the_same_bits():
     torch.compiler.reset()
