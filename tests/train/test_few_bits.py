@@ -370,7 +370,7 @@ def examined(cases):
     tokens = torch.randint(CONFIG.vocab_size, (2, 2, SEQ + 1), generator=torch.Generator().manual_seed(9))
     for name, gradients, fault in cases:
         backend = make_backend(name)
-        model, optimizer = few("adamw", "bf16+8", gradients)
+        model, optimizer = few("8bit" if name == "fsdp2" else "adamw", "bf16+8", gradients)
         if fault == "no_gradient" and backend.rank:
             next(p for p in model.parameters() if p.ndim > 1).register_hook(torch.zeros_like)
         backend.prepare(model, optimizer, precision="bf16")
