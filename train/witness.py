@@ -158,8 +158,10 @@ def compare_step(backend: Backend, windows: Tensor, max_norm: float | None) -> l
             for key, whole in rights.items():
                 if key in now and key not in (name, low):
                     findings += difference(backend, key, now[key], whole, whole, judge)
-            if name in now and low in now:  # one number has two codes
-                joined = now[name]._replace(tensor=join_with(now[name].tensor, now[low].tensor))
+            if name in now and low in now:  # one number has two codes; an owner may have all low bits, of some weights
+                (_, start_here, kept), bits = now[name], now[low]
+                bits_here = bits.tensor[start_here - bits.start :][: len(kept)]
+                joined = now[name]._replace(tensor=join_with(kept, bits_here))
                 findings += difference(backend, name, joined, right, right - start, judge, rights[low].itemsize == 1)
             elif name in now:
                 rounded = weight.dtype == torch.bfloat16
