@@ -87,9 +87,6 @@ def begin_step(
     tl.store(KEYS + t * 2 + KEY_V, hash63(seed_v + rounds_v), mask=here)
 
 
-# ----------------------------------------------------------------------------------------- tensors, as they are kept
-
-
 @triton.jit
 def address(T, t, field: tl.constexpr, dtype: tl.constexpr, ALIGN: tl.constexpr):
     """Where a tensor lies: a promise that it is a multiple of ALIGN bytes makes loads and stores 128 bits wide."""
@@ -180,9 +177,6 @@ def store_moment(
         tl.store(address(T, t, field, tl.uint8, ALIGN) + at, code.to(tl.uint8), mask=mask)
         some = tl.max(mask.to(tl.int32), axis=1, keep_dims=True) > 0
         tl.store(address(T, t, scales, tl.float32, 4) + block, scale, mask=some)
-
-
-# ------------------------------------------------------------------------------------------------------- the step
 
 
 @triton.jit
