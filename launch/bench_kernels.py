@@ -2,8 +2,8 @@
 
 With --compile-only the first of the three: for four GPUs, none of which is needed (kernels/gate.py). Registers and
 accesses are compared with a file that is kept for each version of triton, and that --write-registers writes. Without
-it the other two, on this machine's GPU: the tests of the kernels, the bits of the fused step beside the interpreter's,
-and each case of kernel_cases.py beside plain torch.
+it the other two, on this machine's GPU: the tests of the kernels in triton's interpreter, the bits that the GPU gives
+beside the interpreter's, and each case of kernel_cases.py beside plain torch.
 """
 
 import json
@@ -65,13 +65,13 @@ def compiled(options: KernelBench) -> list[Row]:
 
 
 def run(options: KernelBench) -> list[Row]:
-    """On a GPU the tests of the kernels, then a comparison with plain torch and times; else why not."""
+    """On a GPU the tests of the kernels, its bits, a comparison with plain torch and times; else why not."""
     device = choose_device(options.device)
     if device.type == "cpu":
-        print(f"skipped: the tests on a device, the bits of a device, times: {why_no_gpu()}")
+        print(f"skipped: the bits of a device, the comparison there, times: {why_no_gpu()}")
         print(f"what needs no GPU: thriftlab bench kernels --compile-only, and TRITON_INTERPRET=1 pytest {TESTS}")
         return []
-    rows = [on_device(), {"case": "bits", "wrong": kernel_bits.unlike(device)}]
+    rows = [interpreted(), {"case": "bits", "wrong": kernel_bits.unlike(device)}]
     for case in kernel_cases.cases(device, small=False):
         print(f"{case.name} ...", file=sys.stderr, flush=True)
         rows.append(kernel_cases.measured(case, device, options.rounds))
@@ -82,15 +82,14 @@ def run(options: KernelBench) -> list[Row]:
     return rows
 
 
-def on_device() -> Row:
-    """The tests of the interpreter, on the device, where they are at hand."""
+def interpreted() -> Row:
+    """The tests of the kernels, where they are at hand: in the interpreter, which follows no pointer to a device."""
     if not (ROOT / TESTS).is_dir():
-        print(f"skipped: the tests on a device: {ROOT / TESTS} is not here")
+        print(f"skipped: the tests of the kernels: {ROOT / TESTS} is not here")
         return {"case": "tests", "wrong": []}
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the tests hide the GPU from themselves
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS], cwd=ROOT, env=environment)
-    return {"case": "tests", "wrong": [f"{TESTS} fail on the device"] if done.returncode else []}
+    command = [sys.executable, "-m", "pytest", "-q", TESTS]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
+    return {"case": "tests", "wrong": [f"{TESTS} fail"] if done.returncode else []}
 
 
 def unlike(rows: list[Row]) -> list[str]:
