@@ -61,7 +61,7 @@ def test_each_storage_of_weights_is_a_row(monkeypatch):
     monkeypatch.setattr(bench, "peak_allocation", lambda call, device: call() or 7)
     options = bench.OptimBench(methods="signsgd", weights="fp32,bf16+8", preset="nano")
     timings = {timing.label: timing for timing in bench.make_timings(options, torch.device("cpu"))}
-    assert list(timings) == ["torch AdamW foreach", "signsgd", "signsgd weights=bf16+8"]
+    assert [label for label in timings if "signsgd" in label] == ["signsgd", "signsgd weights=bf16+8"]
     kept = timings["signsgd weights=bf16+8"]
     params = [p for group in kept.optimizer.param_groups for p in group["params"]]
     assert {(p.dtype, p.grad.dtype) for p in params if p.ndim > 1} == {(torch.bfloat16, torch.float32)}
