@@ -270,7 +270,7 @@ thriftlab bench step METHOD ... [--rounds 7] [--out FILE.json] [key=value ...]
     What a step costs in seconds and bytes: of each update rule alone, beside torch's optimizers, or
     with forward and backward. On a GPU its own seconds are counted.
 thriftlab bench kernels [--compile-only] [--out FILE.json]
-    Whether the Triton kernels compile for four GPUs, of which none is needed, are right, and how fast
+    Whether the Triton kernels compile for four GPUs (none is needed), are right, and how fast
     they are on this machine's.""",
     bench_keys,
     alone=True,

@@ -90,7 +90,7 @@ def imports_of(*names):
 def test_the_wheel_is_whole(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
-    kept = (".yaml", ".html", ".sbatch")
+    kept = (".yaml", ".html", ".sbatch", ".json")
     beside = [path for floor in FLOORS for path in (ROOT / floor).rglob("*") if path.suffix in kept]
     files = code + beside
     assert names == {f"thriftlab/{path.relative_to(ROOT).as_posix()}" for path in files}

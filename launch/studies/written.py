@@ -11,7 +11,7 @@
       lost: {layer: {name: lost, rank: 64}, seeds: 8, lr_grid: [2e-3, 4e-3, 8e-3]}
     contrasts:                              # loss of the first arm minus that of the second
       - {name: what LOST costs, arms: [lost, adamw]}
-    published: {source: a paper, perplexity: {adamw: 25.1}}  # what the report puts beside; none is needed
+    published: {source: a paper, perplexity: {adamw: 25.1}}  # what the report puts beside
 
 The questions are part of the file, so that they are asked before the runs: what is asked after the runs were seen needs
 runs of its own.

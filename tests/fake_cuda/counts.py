@@ -101,8 +101,12 @@ class Counts(TorchDispatchMode):
         return one(tensor.dtype)
 
     def known(self, func, args, kwargs) -> Any:
-        """The result for real, on the CPU, of an operation on tensors whose values are all known."""
+        """The result for real, on the CPU, of an operation on tensors whose values are all known; of others all are
+        what is asked of them."""
         given = tensors((args, kwargs))
+        if func._schema.name == "aten::all" and true_of(given[0]) is None:
+            with unset_fake_temporarily():
+                return torch.tensor(True)
         if any(true_of(t) is None for t in given) or (not given and func._schema.name.startswith("aten::empty")):
             return None
         args, kwargs = tree_map(for_real, (args, kwargs))
@@ -117,7 +121,8 @@ class Counts(TorchDispatchMode):
                 waits = not (soon and (target if source.is_cuda else source) in pinned)
                 (self.counted.to_host if source.is_cuda else self.counted.to_device)[place(), waits] += 1
         if name in PRODUCTS:
-            self.counted.products[str(given[-1].dtype).removeprefix("torch."), place()] += 1
+            factor = tensors(args)[-1]  # which an `out` of another dtype is not
+            self.counted.products[str(factor.dtype).removeprefix("torch."), place()] += 1
         if func.namespace != "prim" and name not in QUIET and not func.is_view:
             self.counted.scalars[name, numbers((args, kwargs)), place()] += 1
             times = 1 if is_fast(name, args) else len(args[0])

@@ -1,5 +1,6 @@
 """The loss of every token against a slow float64 reference; what it keeps, what it allocates, what it refuses."""
 
+import os
 from unittest import mock
 
 import pytest
@@ -137,6 +138,7 @@ def test_the_heads_gradient_is_summed_in_fp32_whatever_the_weight():
 def launched_on_a_gpu():
     from tests.fake_cuda.counts import Counts
 
+    os.environ["THRIFTLAB_KERNELS"] = "triton"  # in a process of its own, where operators stand for launches
     hidden = torch.empty(3000, 16, device="cuda", requires_grad=True)
     weight = torch.empty(50257, 16, device="cuda", requires_grad=True)
     with Counts() as counts, torch.autocast("cuda", torch.bfloat16):

@@ -107,8 +107,8 @@ def test_files_and_flags_meet_in_one_section():
 # -------------------------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {
-    "optim.lrr=1": "command line: unknown key 'optim.lrr' with optim.name=adamw, which takes name, include, exclude, lr, "
-    "betas, eps, weight_decay, state_dtype; did you mean 'optim.lr'?",
+    "optim.lrr=1": "command line: unknown key 'optim.lrr' with optim.name=adamw, which takes name, include, exclude, "
+    "tables, row_floor, lr, betas, eps, weight_decay, state_dtype; did you mean 'optim.lr'?",
     "--config dimm.yaml": "dimm.yaml: unknown key 'model.dimm'; did you mean 'model.dim'?",
     "optm.lr=1": "command line: unknown key 'optm.lr'; did you mean 'optim.lr'?",
     "batch_size=3": "command line: unknown key 'batch_size'; did you mean 'train.batch_size' or 'eval.batch_size'?",
@@ -125,7 +125,7 @@ MISTAKES = {
     "schedule.name=cosin": "command line: schedule.name = 'cosin' is unknown; there are "
     f"{', '.join(SCHEDULES)}; did you mean 'cosine'?",
     "--config adamw.yaml optim.name=signsgd": "adamw.yaml: unknown key 'optim.betas' with optim.name=signsgd, which takes "
-    "name, include, exclude, lr, weight_decay; it belongs to "
+    "name, include, exclude, tables, row_floor, lr, weight_decay; it belongs to "
     + " or ".join(f"optim.name={name}" for name in METHODS if "betas" in hyperparameters(METHODS[name])),
     "model.heads=3": "command line: model: dim 128 is not an even multiple of heads 3",
     "--config signsgd.yaml budget.flops=1e9": "signsgd.yaml, command line: budget: takes one of tokens, flops, seconds, "
@@ -372,7 +372,7 @@ COMPARE_MISTAKES = {
     "adamw frugal frugal.gapp=3": "command line: unknown key 'frugal.gapp'; did you mean 'frugal.gap'?",
     "adamw frugal frugal.gap=0": "command line: frugal.gap = '0' is not possible; it takes integer >= 1",
     "signsgd adamw optim.betas=[0,0]": "command line: unknown key 'optim.betas' with signsgd, which takes name, include, "
-    "exclude, lr, weight_decay; METHOD.betas is for one method",
+    "exclude, tables, row_floor, lr, weight_decay; METHOD.betas is for one method",
     "adamw --lr-grid 1e-3,x": "command line: lr_grid[1] = 'x' is not possible; it takes list of number > 0 or null",
     "adamw --seeds 0": "command line: seeds = '0' is not possible; it takes integer >= 1",
     "adamw --budget tokens=x": "command line: budget.tokens = 'x' is not possible; it takes integer >= 1 or null",

@@ -113,7 +113,7 @@ def test_a_check_that_takes_too_long_is_killed_with_its_children_and_keeps_what_
         time.sleep(3600)
     """
     code, lines = run(script, *REHEARSAL, "--only", "1,2")
-    assert code == 1 and limits == [150, 300]
+    assert code == 1 and limits == [150, 250]
     assert [line["status"] for line in lines] == ["timeout", "timeout"], "the next one had its turn"
     assert lines[0]["says"] == "half" and lines[0]["numbers"] == {"done": [1]} and lines[0]["limit"] == 150
     until(lambda: gone(int((tmp_path / "pid").read_text())))

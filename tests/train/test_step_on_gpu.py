@@ -127,13 +127,14 @@ def hooked():
     from tests.fake_cuda.counts import Counts
     from thriftlab.train.backends.ddp import sum_gradients
 
-    future = SimpleNamespace(then=lambda use: use(SimpleNamespace(value=lambda: ["summed"])))
+    future = SimpleNamespace(then=lambda use: use(SimpleNamespace(value=lambda: [torch.ones(3, device="cuda")])))
     with Counts() as counts, mock.patch("tests.fake_cuda.counts.Done.get_future", lambda _: future, create=True):
-        summed = sum_gradients(None, SimpleNamespace(buffer=lambda: torch.empty(3, device="cuda")))
-    return counts.counted, summed
+        bucket = torch.empty(3, device="cuda")
+        summed = sum_gradients(None, SimpleNamespace(buffer=lambda: bucket))
+    return counts.counted, summed is bucket
 
 
 def test_the_hook_of_ddp_waits_for_nothing(fake_cuda):
-    counted, summed = fake_cuda(hooked)
-    assert summed == "summed" and counted.collectives == {("all_reduce", "cuda", "float32"): 1}
+    counted, in_place = fake_cuda(hooked)
+    assert in_place and counted.collectives == {("all_reduce", "cuda", "float32"): 1}
     assert not counted.reads.total() and not counted.to_host and not counted.to_device
