@@ -56,20 +56,20 @@ def decay_of(group: dict[str, Any]) -> float:
 
 
 def gram(grad: Tensor, side: str) -> Tensor:
-    """G G^T or G^T G, finite where squares of G are not."""
+    """G G^T or G^T G; where squares of G are too large, so small that means and products of it are finite."""
     grad = grad.to(wide(grad.dtype))
-    most = torch.finfo(grad.dtype).max / 4  # a quarter, so that two of them can be subtracted
-    return (grad @ grad.T if side == "left" else grad.T @ grad).nan_to_num_(0.0, most, -most)
+    most = torch.finfo(grad.dtype).max / 4 / max(*grad.shape, 1)
+    return (grad @ grad.T if side == "left" else grad.T @ grad).nan_to_num_(0.0).clamp_(-most, most)
 
 
 def turn(state: State) -> None:
     """A step of power iteration, and the moments in the new bases; V has the old numbers for new vectors."""
     first, second = up(load(state, MOMENTS[0]), state), load(state, MOMENTS[1])
     for side, dim in DIMS.items():
-        if f"gram.{side}" not in state or not state[f"gram.{side}"].numel():
+        if f"gram.{side}" not in state:
             continue
         vectors, mean = state[f"basis.{side}"], state[f"gram.{side}"]
-        image = mean / mean.abs().amax().clamp(min=torch.finfo(mean.dtype).tiny) @ vectors
+        image = mean @ vectors
         order = (vectors * image).sum(0).argsort(descending=True, stable=True)
         second = second.index_select(dim, order)
         state[f"basis.{side}"] = torch.linalg.qr(image[:, order]).Q.contiguous()
