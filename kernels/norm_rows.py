@@ -209,8 +209,8 @@ def launch(
             fields[:, column] = [tensor.data_ptr() for tensor in tensors]
     fields[:, CHANNELS.value :] = [shape if by_row else shape[::-1] for shape, by_row in shapes]
     even = (fields[:, :count] % 16 == 0).all(1) & np.array([shape[1] % 4 == 0 for shape, _ in shapes])
-    table, device = torch.from_numpy(fields), firsts[0].device
-    table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+    device = firsts[0].device
+    table = sent(fields, device)
     for align, chosen in ((16, even), (4, ~even)):
         programs = items(shapes, tuple(chosen.tolist()), tiles, device, getattr(firsts[0], "fake_mode", None))
         if len(programs):
@@ -230,7 +230,13 @@ def items(
         blocks = chosen[t] * -(-channels // many) * (-(-length // steps) if tiles else 1)
         found.append(np.full((blocks, 4), (t, 0, by_row, 0), np.int32))
         found[-1][:, 1] = np.arange(blocks)
-    return torch.from_numpy(np.concatenate(found)).to(device)
+    return sent(np.concatenate(found), device)
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device; the host does not wait for it."""
+    here = torch.from_numpy(array)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def variants() -> Iterator[Variant]:
